@@ -1,0 +1,105 @@
+//! Hosts as they are stored. How a host's heartbeats come is never stored (`health/`).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uncloud_proto::{clock::WallTime, ids::HostId};
+use uuid::Uuid;
+
+use super::Extra;
+
+/// A host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HostRecord {
+    /// Made by its agent.
+    pub id: HostId,
+    /// Unique in the cluster.
+    pub name: String,
+    /// From its agent's configuration.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// CPU threads.
+    pub vcpus: u32,
+    /// Memory for VMs in MiB.
+    pub memory_mib: u64,
+    /// Its pools.
+    #[serde(default)]
+    pub pools: Vec<Pool>,
+    /// How its guests execute.
+    pub accelerator: Accelerator,
+    /// Whether it takes new VMs.
+    pub mode: HostMode,
+    /// Why it is in this mode.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub mode_reason: String,
+    /// What the leader has declared about it.
+    pub liveness: Liveness,
+    /// Since when, ms since 1970.
+    pub liveness_since: WallTime,
+    /// Version of its agent.
+    pub agent_version: String,
+    /// The kernel's boot id: tells one machine from another that uses the same host id.
+    pub boot_id: Uuid,
+    /// When it first appeared, ms since 1970.
+    pub created: WallTime,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// A pool of a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pool {
+    /// Its name.
+    pub name: String,
+    /// The id in the marker of a shared pool. `null`: local.
+    pub shared_id: Option<Uuid>,
+    /// Size in bytes.
+    pub capacity_bytes: u64,
+    /// What is wrong with it. Empty: nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub problem: String,
+}
+
+/// How guests execute.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accelerator {
+    /// The kind.
+    pub kind: AcceleratorKind,
+    /// What the probe measured.
+    pub why: String,
+}
+
+/// How guests execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AcceleratorKind {
+    /// By the CPU.
+    Kvm,
+    /// By QEMU's translator.
+    Tcg,
+}
+
+/// Whether a host takes new VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HostMode {
+    /// It does.
+    Active,
+    /// It does not.
+    Cordoned,
+    /// It does not, and is being emptied.
+    Draining,
+}
+
+/// What the leader has declared about a host's leases (docs/fencing.md).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Liveness {
+    /// It may hold leases.
+    Up,
+    /// Its fast lease has surely run out; its patient lease may not have.
+    FastLapsed,
+    /// Both leases have surely run out.
+    Dead,
+}

@@ -1,0 +1,256 @@
+//! VMs as they are stored.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use uncloud_proto::{
+    clock::WallTime,
+    ids::{HostId, ImageId, Incarnation, VmId},
+};
+
+use super::Extra;
+
+/// A VM: what its user wants, and where the leader put it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Random (version 4).
+    pub id: VmId,
+    /// Unique among the VMs of `owner`.
+    pub name: String,
+    /// Who it belongs to.
+    pub owner: String,
+    /// Free labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// What it is made of, with every default filled in.
+    pub spec: VmSpec,
+    /// What its user wants it to be.
+    pub desired: Desired,
+    /// Where it is.
+    pub placement: Placement,
+    /// How many restarts users have asked for.
+    #[serde(default)]
+    pub restarts: u64,
+    /// The newest restart is a reset.
+    #[serde(default)]
+    pub restart_force: bool,
+    /// The newest stop is to kill at once.
+    #[serde(default)]
+    pub stop_force: bool,
+    /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
+    #[serde(default)]
+    pub disks_exist: bool,
+    /// Part of the disks' file names. Grows when lost disks are given up and made anew.
+    #[serde(default)]
+    pub disk_generation: u32,
+    /// When it was created, ms since 1970.
+    pub created: WallTime,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// Where a VM is, or why it is nowhere.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Placement {
+    /// The host that it was given. `null`: none.
+    pub host: Option<HostId>,
+    /// Grows by one each time the VM is given a host. Kept when it loses its host.
+    pub incarnation: Incarnation,
+    /// Why there, or why nowhere, in words.
+    pub why: String,
+    /// Since when, ms since 1970.
+    pub since: WallTime,
+}
+
+/// What a user wants a VM to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Desired {
+    /// It should run.
+    Running,
+    /// It should not run.
+    Stopped,
+    /// It should be gone, with its disks.
+    Deleted,
+}
+
+/// What a VM is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmSpec {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// `q35` or `pc`.
+    pub machine: Machine,
+    /// Boots this kernel directly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelBoot>,
+    /// Disks, in the guest's order.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// Network interfaces, in the guest's order.
+    #[serde(default)]
+    pub nics: Vec<Nic>,
+    /// What happens when QEMU dies.
+    pub restart: RestartPolicy,
+    /// What happens when the host dies.
+    pub failover: Failover,
+    /// What happens when the host dies and takes the disks with it.
+    pub on_disk_loss: OnDiskLoss,
+    /// Higher starts first.
+    #[serde(default)]
+    pub priority: u32,
+    /// Labels that a host must have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub host_labels: BTreeMap<String, String>,
+    /// VMs of one group never share a host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anti_affinity_group: Option<String>,
+    /// How long the guest may take to power down, in seconds.
+    pub stop_grace_seconds: u32,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// QEMU's machine type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "QEMU's own names")]
+pub enum Machine {
+    Q35,
+    Pc,
+}
+
+/// A kernel that QEMU loads itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KernelBoot {
+    /// An image of kind kernel.
+    pub image: ImageId,
+    /// Kernel command line.
+    pub command_line: String,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Unique within the VM.
+    pub name: String,
+    /// The pool it lies in.
+    pub pool: String,
+    /// Virtual size in bytes.
+    pub size_bytes: u64,
+    /// The image that it is an overlay of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageId>,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Nic {
+    /// How it is connected.
+    #[serde(rename = "type")]
+    pub kind: NicKind,
+    /// Its MAC address.
+    pub mac: String,
+}
+
+/// How a network interface is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NicKind {
+    /// QEMU's user-mode network.
+    User,
+}
+
+/// What happens when QEMU dies or the guest panics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Started again after a failure.
+    OnFailure,
+    /// Started again whenever it ends.
+    Always,
+    /// Left as it is.
+    Never,
+}
+
+/// Under which lease a VM lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failover {
+    /// The short one.
+    Fast,
+    /// The long one.
+    Patient,
+    /// None: pinned to its host.
+    Hold,
+}
+
+/// What happens when a host dies and takes the disks of a VM with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnDiskLoss {
+    /// The VM waits for its host.
+    Wait,
+    /// It starts elsewhere with new disks.
+    Recreate,
+}
+
+/// What a VM was last seen to be. A VM without this record has been created or placed, and no host has said anything yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatusRecord {
+    /// The phase.
+    pub phase: Phase,
+    /// Why, in words.
+    #[serde(default)]
+    pub reason: String,
+    /// Since when, ms since 1970.
+    pub since: WallTime,
+    /// The incarnation that this is about.
+    pub incarnation: Incarnation,
+    /// Addresses of the guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
+    /// How QEMU last ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_exit: Option<LastExit>,
+    /// When a failed start is tried again, ms since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_attempt: Option<WallTime>,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// How a QEMU process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastExit {
+    /// Exit status, -1 if a signal ended it or nobody saw it.
+    pub code: i32,
+    /// The signal that ended it, 0 if none.
+    pub signal: i32,
+    /// What that means.
+    pub reason: String,
+    /// When, ms since 1970.
+    pub at: WallTime,
+}
+
+/// Where a VM is in its life. Documented in `vm.proto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum Phase {
+    Pending,
+    Scheduled,
+    Preparing,
+    Starting,
+    Running,
+    Stopping,
+    Stopped,
+    Failed,
+    Unreachable,
+    Deleting,
+}

@@ -1,0 +1,312 @@
+//! What can be asked of the state, what comes out, and why it may be refused.
+//!
+//! A command carries everything that is not in the state: ids and MAC addresses (minted at the edge), what a
+//! session was told. [`State::decide`](super::State::decide) turns it into a [`Change`], which is what is written
+//! to etcd and what [`State::absorb`](super::State::absorb) takes in, on the leader and on a follower alike.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use uncloud_proto::{
+    clock::WallTime,
+    ids::{HostId, ImageId, Incarnation, Revision, VmId},
+};
+use uuid::Uuid;
+
+use crate::model::{
+    Desired, HostMode, ImageRecord, Key, Record, VmRecord,
+    host::{Accelerator, Pool},
+    vm::{LastExit, VmSpec},
+};
+
+/// What the state must know about this moment.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Now, for the records.
+    pub now: WallTime,
+    /// Hosts on which nothing new is placed because they are silent.
+    pub silent: Arc<BTreeSet<HostId>>,
+    /// vCPUs promised per CPU thread, in percent (400 = four).
+    pub cpu_overcommit_percent: u32,
+}
+
+/// A request that must not be carried out twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestId {
+    /// The client's id.
+    pub id: String,
+    /// Digest of the request, in hexadecimal.
+    pub fingerprint: String,
+}
+
+/// What can be asked.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// A user creates a VM. It is given a host at once, if one has room.
+    CreateVm { request: Option<RequestId>, vm: Box<NewVm> },
+    /// A user starts or stops a VM. STOPPED → RUNNING always gets a new incarnation.
+    SetDesired { vm: VmId, desired: PowerChange },
+    /// A user restarts a VM.
+    RestartVm { vm: VmId, force: bool },
+    /// A user deletes a VM.
+    DeleteVm { vm: VmId },
+    /// A user cordons or uncordons a host.
+    SetHostMode { host: HostId, mode: HostMode, reason: String },
+    /// A user removes a host that is down and empty.
+    RemoveHost { host: HostId },
+    /// A user registers an image that a host has checked.
+    CreateImage { request: Option<RequestId>, image: Box<ImageRecord> },
+    /// A user forgets an image.
+    DeleteImage { image: ImageId },
+    /// A host said Hello: its record is made or brought up to date, and it is Up.
+    RegisterHost { host: Box<HostFacts> },
+    /// A host's pools have changed.
+    UpdatePools { host: HostId, pools: Vec<Pool> },
+    /// A host reported what VMs are.
+    Report { host: HostId, reports: Vec<VmObservation> },
+    /// A host runs a VM that the cluster knows nothing about.
+    NoteUnknownVm { host: HostId, vm: VmId },
+    /// A host's lease has surely run out (`health/` decided). Marks the host and moves up to `limit` of its VMs of
+    /// the lapsed classes; those left over are found by the next pass.
+    DeclareLapsed { host: HostId, lapsed: Lapsed, limit: usize },
+    /// Gives hosts to VMs that should have one: pending ones, and those whose host's lease has lapsed. VMs that
+    /// cannot be placed get their reason updated. At most as many as listed.
+    Place { vms: Vec<VmId> },
+    /// Something about the cluster that people should know: brake, settings, leader.
+    Note { event: crate::model::EventType, message: String },
+}
+
+/// A start or a stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerChange {
+    /// It should run.
+    Start,
+    /// It should stop: the guest is asked.
+    Stop,
+    /// It should stop: it is killed.
+    ForceStop,
+}
+
+impl PowerChange {
+    /// The desired state that this asks for.
+    #[must_use]
+    pub const fn desired(self) -> Desired {
+        match self {
+            Self::Start => Desired::Running,
+            Self::Stop | Self::ForceStop => Desired::Stopped,
+        }
+    }
+}
+
+/// Which lease of a host has surely run out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lapsed {
+    /// The short one.
+    Fast,
+    /// Both.
+    Both,
+}
+
+/// A VM to be created. Everything has been checked that can be checked without the state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewVm {
+    /// Minted at the edge.
+    pub id: VmId,
+    /// Its name.
+    pub name: String,
+    /// Its owner.
+    pub owner: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its spec, with defaults filled in and MAC addresses minted; images by name or UUID are resolved by the state.
+    pub spec: VmSpec,
+    /// Images that the spec names by something else than their id: where, and what was said.
+    pub image_names: Vec<(ImageUse, String)>,
+    /// Running or Stopped.
+    pub desired: Desired,
+}
+
+/// Where a spec names an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageUse {
+    /// `spec.kernel.image`
+    Kernel,
+    /// `spec.disks[i].image`
+    Disk(usize),
+}
+
+/// What a host says about itself in Hello.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostFacts {
+    /// Its id.
+    pub id: HostId,
+    /// Its name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// CPU threads.
+    pub vcpus: u32,
+    /// Memory for VMs in MiB.
+    pub memory_mib: u64,
+    /// Its pools.
+    pub pools: Vec<Pool>,
+    /// How its guests execute.
+    pub accelerator: Accelerator,
+    /// Version of its agent.
+    pub agent_version: String,
+    /// The kernel's boot id.
+    pub boot_id: Uuid,
+}
+
+/// What a host reported about one VM.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VmObservation {
+    /// The VM.
+    pub vm: VmId,
+    /// The incarnation that this is about.
+    pub incarnation: Incarnation,
+    /// What it is.
+    pub state: ObservedState,
+    /// Why, in words.
+    pub reason: String,
+    /// All its disks have been made.
+    pub disks_ready: bool,
+    /// How QEMU last ended.
+    pub last_exit: Option<LastExit>,
+    /// When the agent tries again.
+    pub next_attempt: Option<WallTime>,
+}
+
+/// What a VM is on a host. Documented in `agent.proto` (`AgentVmState`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "documented in agent.proto")]
+pub enum ObservedState {
+    Preparing,
+    Starting,
+    Running,
+    Stopping,
+    Stopped,
+    PoweredOff,
+    Failed,
+    Fenced,
+    Deleted,
+    Forgotten,
+}
+
+impl ObservedState {
+    /// Whether a guest may be executing.
+    #[must_use]
+    pub const fn executes(self) -> bool {
+        match self {
+            Self::Starting | Self::Running | Self::Stopping => true,
+            Self::Preparing
+            | Self::Stopped
+            | Self::PoweredOff
+            | Self::Failed
+            | Self::Fenced
+            | Self::Deleted
+            | Self::Forgotten => false,
+        }
+    }
+}
+
+/// One key and what it becomes. `None`: it goes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mutation {
+    /// The key.
+    pub key: Key,
+    /// The record, of the kind that the key calls for.
+    pub value: Option<Record>,
+}
+
+/// What a command changes. Empty: nothing, and nothing is written.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Change {
+    /// In the order in which they were decided; a key at most once.
+    pub mutations: Vec<Mutation>,
+}
+
+/// What the caller is told once the change is stored.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// The VM as it is now. A replayed create gives the record as it was then.
+    Vm(Arc<VmRecord>),
+    /// The image.
+    Image(Arc<ImageRecord>),
+}
+
+/// A decision: what to write and what to answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// What to write.
+    pub change: Change,
+    /// What to answer.
+    pub answer: Answer,
+    /// For an answer that was given before: the revision at which it was stored.
+    pub replayed: Option<Revision>,
+}
+
+/// Why a command is refused. Nothing has changed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No such VM.
+    #[error("no VM `{0}`")]
+    NoVm(String),
+    /// No such host.
+    #[error("no host `{0}`")]
+    NoHost(String),
+    /// No such image, named by this field.
+    #[error("no image `{name}`")]
+    NoImage {
+        /// The request's field.
+        field: String,
+        /// What was said.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("owner `{owner}` already has a VM named `{name}`; choose another name or delete that one")]
+    VmNameTaken {
+        /// The owner.
+        owner: String,
+        /// The name.
+        name: String,
+    },
+    /// The name is taken.
+    #[error("there is already an image named `{0}`")]
+    ImageNameTaken(String),
+    /// The name is taken by a host with another id.
+    #[error("another host ({other}) is already named `{name}`; give this one another name, or remove that one")]
+    HostNameTaken {
+        /// The name.
+        name: String,
+        /// Who has it.
+        other: HostId,
+    },
+    /// Another machine uses this host id and may be alive.
+    #[error("host id {0} is in use by another machine (boot id {1}); each host needs a state directory of its own")]
+    DuplicateHost(HostId, Uuid),
+    /// A MAC address is taken; mint others and try again.
+    #[error("MAC address {0} is taken")]
+    MacTaken(String),
+    /// The same request id came with another request.
+    #[error("request id `{0}` was used for a different request; use a new one")]
+    RequestIdReused(String),
+    /// A field has a value that the state makes impossible.
+    #[error("{field} {problem}")]
+    Invalid {
+        /// The request's field.
+        field: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+    /// The subject is not in a state for this; says what to do.
+    #[error("{0}")]
+    Precondition(String),
+    /// The record in etcd cannot be read, and is left alone until a person mends it.
+    #[error("the record `{0}` in etcd cannot be read; mend or remove it by hand")]
+    Unreadable(String),
+}

@@ -1,0 +1,3 @@
+//! The cluster in memory.
+
+pub mod command;
