@@ -1,0 +1,70 @@
+# What a person does, and what CI does: the same commands.
+#
+#   make demo    a whole cluster on this machine that loses a host and brings its VMs back
+#   make test    every test, with real etcd and real QEMU guests
+#   make lint    formatting, clippy, the protocol files
+#   make bench   the numbers, as a table and in target/bench.json
+#
+# Each of them first installs what is missing (make setup) and says what that is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+GUESTS := target/guests
+
+.PHONY: help
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+# Packages, the guests' kernel (unpacked under target, never installed) and the tools of the third-party client.
+.PHONY: setup
+setup:
+	@.ci/setup
+
+# The test guests: a 512-byte boot sector, and Debian's kernel with a small init. Made anew only when their sources change.
+.PHONY: guests
+guests: $(GUESTS)/micro.img $(GUESTS)/initrd.img
+
+$(GUESTS)/micro.img: integration-tests/guests/micro/micro.S integration-tests/guests/micro/build
+	@integration-tests/guests/micro/build $(GUESTS)
+
+$(GUESTS)/initrd.img: integration-tests/guests/linux/init.c integration-tests/guests/linux/build .ci/setup
+	@integration-tests/guests/linux/build $(GUESTS)
+
+.PHONY: build
+build: setup
+	$(CARGO) build --workspace
+
+# One command from a clean clone to a cluster that survives the death of a host.
+.PHONY: demo
+demo: setup
+	@$(MAKE) --no-print-directory guests
+	$(CARGO) build --workspace
+	$(TARGET)/debug/uncloud dev --demo --demo-kernel $(GUESTS)/vmlinuz --demo-initrd $(GUESTS)/initrd.img
+
+# The programs are built together with the tests, so that both share one build of the dependencies.
+.PHONY: test
+test: setup
+	@$(MAKE) --no-print-directory guests
+	$(CARGO) build --workspace --all-targets
+	$(CARGO) test --workspace
+
+.PHONY: lint
+lint: setup
+	@.ci/lint
+
+# Each package by itself, so that no feature that only the tests need gets into what is measured.
+.PHONY: bench
+bench: setup
+	@$(MAKE) --no-print-directory guests
+	$(CARGO) build --release -p uncloud-controller
+	$(CARGO) build --release -p uncloud-agent
+	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
+	$(TARGET)/release/uncloud-bench --guests $(GUESTS) --out target/bench.json
+
+.PHONY: clean
+clean:
+	$(CARGO) clean
+	rm -rf target

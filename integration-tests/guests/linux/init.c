@@ -1,0 +1,233 @@
+// The first and only process of the Linux test guest.
+//
+// It counts aloud once a second on the serial console and on its disk, so that a test can see that a guest went on where
+// it was, and that nobody else wrote to its disk. It knows nothing of uncloud. What it says, a line each:
+//
+//   READY <n> boot <id>         it has started; n is the counter that it found on its disk
+//   COUNT <n> boot <id>         one beat: n is on the disk (decimal, one more than the last)
+//   SPLITBRAIN <n> boot <id>    the disk says something that this guest did not write
+//   NODISK                      there is no /dev/vda: it counts in memory only
+//   DISKERROR <what>: <why>     a read or write failed; the beat did not count
+//   ECHO <line>                 what was typed on the console
+//   BYE                         the power button was pressed, or `poweroff` typed; it powers itself off
+//
+// Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine.
+//
+// The disk: sector 0 has the text "COUNT <n> boot <id>", written with O_DIRECT | O_DSYNC.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/input.h>
+#include <poll.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/syscall.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { SECTOR = 512, DISK_WAIT_MS = 5000 };
+
+// In the order in which they must be loaded. The build takes the names from here.
+// modules-begin
+static const char *const MODULES[] = {
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "evdev",
+    "button",
+    "pvpanic",
+    "pvpanic-mmio",
+    "pvpanic-pci",
+};
+// modules-end
+
+static char boot_id[37];
+static char sector[SECTOR] __attribute__((aligned(SECTOR)));
+
+// One line, written at once, so that lines do not mix.
+static void say(const char *format, ...) {
+  char line[1200];
+  va_list args;
+  va_start(args, format);
+  int n = vsnprintf(line, sizeof line - 2, format, args);
+  va_end(args);
+  if (n > (int)sizeof line - 3) n = sizeof line - 3;
+  line[n++] = '\n';
+  for (int at = 0; at < n;) {
+    ssize_t written = write(STDOUT_FILENO, line + at, n - at);
+    if (written < 0 && errno != EINTR) return;
+    if (written > 0) at += written;
+  }
+}
+
+static int64_t now_ms(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
+}
+
+static void load_modules(void) {
+  for (size_t i = 0; i < sizeof MODULES / sizeof *MODULES; i++) {
+    char path[64];
+    snprintf(path, sizeof path, "/modules/%s.ko", MODULES[i]);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || syscall(SYS_finit_module, fd, "", 0) != 0) say("MODULE %s: %s", MODULES[i], strerror(errno));
+    if (fd >= 0) close(fd);
+  }
+}
+
+static int open_power_button(void) {
+  for (int i = 0; i < 8; i++) {
+    char path[32], name[64] = "";
+    snprintf(path, sizeof path, "/dev/input/event%d", i);
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) continue;
+    ioctl(fd, EVIOCGNAME(sizeof name - 1), name);
+    if (strcmp(name, "Power Button") == 0) return fd;
+    close(fd);
+  }
+  return -1;
+}
+
+// The disk appears a moment after its driver.
+static int open_disk(void) {
+  for (int64_t end = now_ms() + DISK_WAIT_MS; now_ms() < end; usleep(20000)) {
+    int fd = open("/dev/vda", O_RDWR | O_DIRECT | O_DSYNC | O_CLOEXEC);
+    if (fd >= 0) return fd;
+    // A machine without a disk has no virtio-blk device in /sys: no need to wait.
+    if (access("/sys/bus/virtio/drivers/virtio_blk/virtio0", F_OK) != 0 && now_ms() > end - DISK_WAIT_MS + 1000) break;
+  }
+  return -1;
+}
+
+static void power_off(void) {
+  say("BYE");
+  tcdrain(STDOUT_FILENO);
+  sync();
+  reboot(RB_POWER_OFF);
+}
+
+static void typed(const char *line) {
+  say("ECHO %s", line);
+  tcdrain(STDOUT_FILENO);
+  if (strcmp(line, "poweroff") == 0) power_off();
+  if (strcmp(line, "reboot") == 0) reboot(RB_AUTOBOOT);
+  if (strcmp(line, "panic") == 0) {
+    int fd = open("/proc/sysrq-trigger", O_WRONLY);
+    if (fd < 0 || write(fd, "c", 1) != 1) say("PANIC failed: %s", strerror(errno));
+  }
+}
+
+// Puts typed bytes together to lines.
+static void read_console(void) {
+  static char line[1024];
+  static size_t length;
+  char bytes[256];
+  ssize_t n = read(STDIN_FILENO, bytes, sizeof bytes);
+  for (ssize_t i = 0; i < n; i++) {
+    if (bytes[i] != '\n' && bytes[i] != '\r') {
+      if (length < sizeof line - 1) line[length++] = bytes[i];
+    } else if (length > 0) {
+      line[length] = 0;
+      length = 0;
+      typed(line);
+    }
+  }
+}
+
+static int button_pressed(int fd) {
+  struct input_event event;
+  int pressed = 0;
+  while (read(fd, &event, sizeof event) == sizeof event) {
+    if (event.type == EV_KEY && event.code == KEY_POWER && event.value == 1) pressed = 1;
+  }
+  return pressed;
+}
+
+// The record as it is on the disk. False: it could not be read.
+static int read_record(int disk, char *record) {
+  if (pread(disk, sector, SECTOR, 0) != SECTOR) {
+    say("DISKERROR read: %s", strerror(errno));
+    return 0;
+  }
+  memcpy(record, sector, SECTOR);
+  record[SECTOR - 1] = 0;
+  return 1;
+}
+
+// One beat. False: it did not count.
+static int count_up(int disk, uint64_t *n, char *mine) {
+  char next[SECTOR] = {0};
+  snprintf(next, SECTOR, "COUNT %llu boot %s", (unsigned long long)(*n + 1), boot_id);
+  if (disk >= 0) {
+    char found[SECTOR];
+    if (!read_record(disk, found)) return 0;
+    if (memcmp(found, mine, SECTOR) != 0) say("SPLITBRAIN %llu boot %s found %.100s", (unsigned long long)*n, boot_id, found);
+    memcpy(sector, next, SECTOR);
+    if (pwrite(disk, sector, SECTOR, 0) != SECTOR) {
+      say("DISKERROR write: %s", strerror(errno));
+      return 0;
+    }
+  }
+  memcpy(mine, next, SECTOR);
+  *n += 1;
+  say("%s", next);
+  return 1;
+}
+
+int main(void) {
+  mount("devtmpfs", "/dev", "devtmpfs", 0, "");
+  mount("proc", "/proc", "proc", 0, "");
+  mount("sysfs", "/sys", "sysfs", 0, "");
+  int console = open("/dev/console", O_RDWR | O_CLOEXEC);
+  for (int fd = 0; fd < 3; fd++) dup2(console, fd);
+  struct termios t;
+  if (tcgetattr(STDIN_FILENO, &t) == 0) {
+    t.c_lflag &= ~(ICANON | ECHO | ISIG);
+    tcsetattr(STDIN_FILENO, TCSANOW, &t);
+  }
+  int id = open("/proc/sys/kernel/random/boot_id", O_RDONLY);
+  if (id < 0 || read(id, boot_id, 36) != 36) strcpy(boot_id, "unknown");
+  close(id);
+
+  load_modules();
+  int disk = open_disk();
+  int button = open_power_button();
+  if (button < 0) say("NOBUTTON");
+  char mine[SECTOR] = {0};
+  unsigned long long found = 0;
+  if (disk < 0)
+    say("NODISK");
+  else if (read_record(disk, mine))
+    sscanf(mine, "COUNT %llu ", &found);
+  uint64_t n = found;
+  say("READY %llu boot %s", found, boot_id);
+
+  int64_t next = now_ms();
+  for (;;) {
+    int64_t left = next - now_ms();
+    if (left <= 0) {
+      count_up(disk, &n, mine);
+      next = now_ms() + 1000;
+      continue;
+    }
+    struct pollfd ready[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.fd = button, .events = POLLIN}};
+    if (poll(ready, 2, (int)left) > 0) {
+      if (ready[0].revents) read_console();
+      if (ready[1].revents && button_pressed(button)) power_off();
+    }
+  }
+}
