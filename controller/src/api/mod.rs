@@ -1,1 +1,3 @@
-//! To be written.
+//! The gRPC API: one file per service. Each parses a request, calls, and maps the answer.
+
+mod validate;

@@ -121,7 +121,9 @@ pub enum AskError {
 
 /// Another machine has a session under this host id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("host id {host} is in use by another machine (boot id {boot_id}); each host needs a state directory of its own")]
+#[error(
+    "host id {host} is in use by another machine (boot id {boot_id}); each host needs a state directory of its own"
+)]
 pub struct OtherMachine {
     /// The host id.
     pub host: HostId,

@@ -1,0 +1,286 @@
+//! Checks the requests that name something, list or watch.
+
+use std::collections::BTreeMap;
+
+use uncloud_proto::{
+    ids::{Revision, VmId},
+    v1,
+};
+
+use super::{Checker, DEFAULT_OWNER, Violations};
+
+/// Entries of a page, if the request does not say.
+const DEFAULT_PAGE: u32 = 100;
+/// Entries of a page at the most.
+const MAX_PAGE: u64 = 1000;
+/// Bytes of a reason.
+const MAX_REASON: usize = 255;
+/// Bytes of history that a console may begin with.
+const MAX_HISTORY: u64 = 1 << 20;
+/// Bytes of console input in one message.
+const MAX_INPUT: usize = 64 << 10;
+
+/// Names a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VmRef {
+    /// UUID, beginning of one, or name.
+    pub(crate) vm: String,
+    /// Whose name.
+    pub(crate) owner: String,
+}
+
+/// Fields `vm` and `owner`, which many requests have.
+pub(crate) fn vm_ref(vm: String, owner: String) -> Result<VmRef, Violations> {
+    let mut check = Checker::default();
+    let r = check_vm_ref(&mut check, vm, owner);
+    check.finish(r)
+}
+
+fn check_vm_ref(check: &mut Checker, vm: String, owner: String) -> VmRef {
+    VmRef { vm: check.reference("vm", vm), owner: check.name_or("owner", owner, DEFAULT_OWNER) }
+}
+
+/// Field `host`.
+pub(crate) fn host_ref(host: String) -> Result<String, Violations> {
+    let mut check = Checker::default();
+    let host = check.reference("host", host);
+    check.finish(host)
+}
+
+/// Field `image`.
+pub(crate) fn image_ref(image: String) -> Result<String, Violations> {
+    let mut check = Checker::default();
+    let image = check.reference("image", image);
+    check.finish(image)
+}
+
+/// A host and why it is cordoned.
+pub(crate) fn cordon_host(request: v1::CordonHostRequest) -> Result<(String, String), Violations> {
+    let mut check = Checker::default();
+    let host = check.reference("host", request.host);
+    check.text("reason", &request.reason, MAX_REASON);
+    check.finish((host, request.reason))
+}
+
+/// Which VMs to list. `None` and empty match everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ListVms {
+    pub(crate) owner: Option<String>,
+    pub(crate) host: Option<String>,
+    pub(crate) phase: Option<v1::VmPhase>,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) page_size: usize,
+    /// The last VM of the page before.
+    pub(crate) after: Option<VmId>,
+}
+
+/// Checks a request to list VMs.
+pub(crate) fn list_vms(request: v1::ListVmsRequest) -> Result<ListVms, Violations> {
+    let mut check = Checker::default();
+    let owner = (!request.owner.is_empty()).then(|| check.name("owner", request.owner));
+    let host = (!request.host.is_empty()).then(|| check.reference("host", request.host));
+    let phase = check
+        .known("phase", request.phase, &["one of VM_PHASE_PENDING", "VM_PHASE_RUNNING", "the others in vm.proto"])
+        .filter(|p| *p != v1::VmPhase::Unspecified);
+    let labels = check.labels("labels", request.labels);
+    let page_size = page(&mut check, "page_size", request.page_size);
+    let after = (!request.page_token.is_empty()).then(|| request.page_token.parse().ok());
+    if after == Some(None) {
+        check.fail("page_token", "is not one that this method gave; leave it empty for the first page");
+    }
+    check.finish(ListVms { owner, host, phase, labels, page_size, after: after.flatten() })
+}
+
+fn page(check: &mut Checker, field: &str, size: u32) -> usize {
+    let size = if size == 0 { DEFAULT_PAGE } else { size };
+    check.range(field, u64::from(size), 1, MAX_PAGE, "");
+    // Fits: it has been checked.
+    usize::try_from(size).unwrap_or(usize::MAX)
+}
+
+/// The revision to go on from. `None`: from the initial state.
+pub(crate) fn resume_point(from_revision: i64) -> Result<Option<Revision>, Violations> {
+    let mut check = Checker::default();
+    let from = check_revision(&mut check, from_revision);
+    check.finish(from)
+}
+
+fn check_revision(check: &mut Checker, from_revision: i64) -> Option<Revision> {
+    if from_revision < 0 {
+        check.fail("from_revision", "is negative; give a revision that an answer had, or 0 for the initial state");
+    }
+    (from_revision > 0).then_some(Revision(from_revision))
+}
+
+/// Which VMs to watch, and from where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WatchVms {
+    /// Only VMs of this owner.
+    pub(crate) owner: Option<String>,
+    /// Only this VM.
+    pub(crate) vm: Option<VmRef>,
+    pub(crate) from: Option<Revision>,
+}
+
+/// Checks a request to watch VMs. With `vm`, `owner` says whose name that is, as everywhere.
+pub(crate) fn watch_vms(request: v1::WatchVmsRequest) -> Result<WatchVms, Violations> {
+    let mut check = Checker::default();
+    let from = check_revision(&mut check, request.from_revision);
+    let (owner, vm) = if request.vm.is_empty() {
+        ((!request.owner.is_empty()).then(|| check.name("owner", request.owner)), None)
+    } else {
+        (None, Some(check_vm_ref(&mut check, request.vm, request.owner)))
+    };
+    check.finish(WatchVms { owner, vm, from })
+}
+
+/// Which events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EventFilter {
+    /// Only those of this VM, host or image; `vm` may name any of them.
+    pub(crate) subject: Option<VmRef>,
+    /// How many.
+    pub(crate) limit: usize,
+}
+
+/// Checks a request to list events.
+pub(crate) fn list_events(request: v1::ListEventsRequest) -> Result<EventFilter, Violations> {
+    let mut check = Checker::default();
+    let subject = subject(&mut check, request.subject, request.owner);
+    let limit = page(&mut check, "limit", request.limit);
+    check.finish(EventFilter { subject, limit })
+}
+
+/// Checks a request to watch events. The limit is that of the initial ones.
+pub(crate) fn watch_events(request: v1::WatchEventsRequest) -> Result<(EventFilter, Option<Revision>), Violations> {
+    let mut check = Checker::default();
+    let subject = subject(&mut check, request.subject, request.owner);
+    let limit = page(&mut check, "limit", 0);
+    let from = check_revision(&mut check, request.from_revision);
+    check.finish((EventFilter { subject, limit }, from))
+}
+
+fn subject(check: &mut Checker, subject: String, owner: String) -> Option<VmRef> {
+    let owner = check.name_or("owner", owner, DEFAULT_OWNER);
+    (!subject.is_empty()).then(|| VmRef { vm: check.reference("subject", subject), owner })
+}
+
+/// Whose console.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ConsoleTarget {
+    pub(crate) vm: VmRef,
+    pub(crate) history_bytes: u32,
+}
+
+/// Checks the first message of a console.
+pub(crate) fn console_open(first: Option<v1::ConsoleRequest>) -> Result<ConsoleTarget, Violations> {
+    let Some(v1::console_request::Message::Open(open)) = first.and_then(|m| m.message) else {
+        return Err(Violations::one("open", "is required in the first message: it names the VM"));
+    };
+    let mut check = Checker::default();
+    let vm = check_nested_ref(&mut check, open.vm, open.owner);
+    check.range("open.history_bytes", u64::from(open.history_bytes), 0, MAX_HISTORY, " bytes");
+    check.finish(ConsoleTarget { vm, history_bytes: open.history_bytes })
+}
+
+fn check_nested_ref(check: &mut Checker, vm: String, owner: String) -> VmRef {
+    VmRef { vm: check.reference("open.vm", vm), owner: check.name_or("open.owner", owner, DEFAULT_OWNER) }
+}
+
+/// Checks a later message of a console.
+pub(crate) fn console_input(message: v1::ConsoleRequest) -> Result<Vec<u8>, Violations> {
+    match message.message {
+        Some(v1::console_request::Message::Input(input)) if input.len() <= MAX_INPUT => Ok(input),
+        Some(v1::console_request::Message::Input(input)) => {
+            let problem = format!("has {} bytes; send at most {MAX_INPUT} in one message", input.len());
+            Err(Violations::one("input", problem))
+        }
+        Some(v1::console_request::Message::Open(_)) => {
+            Err(Violations::one("open", "belongs in the first message only; send `input`"))
+        }
+        None => Err(Violations::one("message", "is required: send `input`")),
+    }
+}
+
+/// Whose log, and how much.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct LogTarget {
+    pub(crate) vm: VmRef,
+    pub(crate) tail_bytes: u32,
+    pub(crate) follow: bool,
+}
+
+/// Checks a request for a log.
+pub(crate) fn get_vm_log(request: v1::GetVmLogRequest) -> Result<LogTarget, Violations> {
+    let vm = vm_ref(request.vm, request.owner)?;
+    Ok(LogTarget { vm, tail_bytes: request.tail_bytes, follow: request.follow })
+}
+
+/// Whether `labels` has all of `wanted`.
+pub(crate) fn has_labels(labels: &BTreeMap<String, String>, wanted: &BTreeMap<String, String>) -> bool {
+    wanted.iter().all(|(k, v)| labels.get(k) == Some(v))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::fields, *};
+
+    #[test]
+    fn references_are_checked() {
+        assert_eq!(fields(vm_ref(String::new(), String::new())), ["vm"]);
+        assert_eq!(fields(vm_ref("../x".into(), "a b".into())), ["vm", "owner"]);
+        assert_eq!(fields(host_ref("a/b".into())), ["host"]);
+        assert_eq!(fields(image_ref("\0".into())), ["image"]);
+        assert_eq!(vm_ref("web".into(), String::new()).unwrap().owner, "default");
+        let long = v1::CordonHostRequest { host: "a".into(), reason: "x".repeat(256) };
+        assert_eq!(fields(cordon_host(long)), ["reason"]);
+    }
+
+    #[test]
+    fn lists_are_checked() {
+        let bad = v1::ListVmsRequest {
+            owner: "/".into(),
+            host: "/".into(),
+            phase: 99,
+            labels: [("/".to_owned(), String::new())].into(),
+            page_size: 1001,
+            page_token: "x".into(),
+        };
+        assert_eq!(fields(list_vms(bad)), ["owner", "host", "phase", "labels[/]", "page_size", "page_token"]);
+        let good = list_vms(v1::ListVmsRequest::default()).unwrap();
+        assert_eq!(good, ListVms { page_size: 100, ..ListVms::default() });
+    }
+
+    #[test]
+    fn watches_are_checked() {
+        assert_eq!(fields(resume_point(-1)), ["from_revision"]);
+        assert_eq!(resume_point(0), Ok(None));
+        assert_eq!(resume_point(7), Ok(Some(Revision(7))));
+        let bad = v1::WatchVmsRequest { owner: "/".into(), vm: "/".into(), from_revision: i64::MIN };
+        assert_eq!(fields(watch_vms(bad)), ["from_revision", "vm", "owner"]);
+        let bad = v1::WatchEventsRequest { subject: "/".into(), owner: "/".into(), from_revision: -1 };
+        assert_eq!(fields(watch_events(bad)), ["owner", "subject", "from_revision"]);
+        let bad = v1::ListEventsRequest { subject: "\n".into(), owner: String::new(), limit: u32::MAX };
+        assert_eq!(fields(list_events(bad)), ["subject", "limit"]);
+    }
+
+    #[test]
+    fn consoles_are_checked() {
+        let input = |n| v1::ConsoleRequest { message: Some(v1::console_request::Message::Input(vec![0; n])) };
+        let open = |vm: &str, history_bytes| v1::ConsoleRequest {
+            message: Some(v1::console_request::Message::Open(v1::ConsoleOpen {
+                vm: vm.to_owned(),
+                owner: String::new(),
+                history_bytes,
+            })),
+        };
+        assert_eq!(fields(console_open(None)), ["open"]);
+        assert_eq!(fields(console_open(Some(input(1)))), ["open"]);
+        assert_eq!(fields(console_open(Some(open("", 1 << 21)))), ["open.vm", "open.history_bytes"]);
+        assert!(console_open(Some(open("web", 1 << 20))).is_ok());
+        assert!(console_input(input(64 << 10)).is_ok());
+        assert_eq!(fields(console_input(input((64 << 10) + 1))), ["input"]);
+        assert_eq!(fields(console_input(open("web", 0))), ["open"]);
+        assert_eq!(fields(console_input(v1::ConsoleRequest::default())), ["message"]);
+    }
+}

@@ -1,0 +1,397 @@
+//! Checks `CreateVm` and fills in its defaults.
+
+use std::collections::BTreeSet;
+
+use uncloud_proto::{
+    ids::{ImageId, VmId},
+    v1,
+};
+use uuid::Uuid;
+
+use super::{Checker, DEFAULT_OWNER, MAX_COMMAND_LINE, Violations, quoted};
+use crate::{
+    model::{
+        Desired,
+        vm::{Disk, Failover, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+    },
+    state::command::{ImageUse, NewVm},
+};
+
+const MAX_VCPUS: u64 = 256;
+const MAX_MEMORY_MIB: u64 = 4 * 1024 * 1024;
+const MAX_DISKS: usize = 16;
+const MAX_NICS: usize = 8;
+const MAX_DISK_BYTES: u64 = 64 << 40;
+const SECTOR: u64 = 512;
+const MAX_PRIORITY: u64 = 1000;
+const MAX_GRACE_SECONDS: u64 = 3600;
+const DEFAULT_GRACE_SECONDS: u32 = 60;
+const DEFAULT_POOL: &str = "default";
+
+/// First byte of every MAC address that the cluster gives: locally administered, unicast.
+const MAC_PREFIX: u8 = 0x42;
+
+/// Checks a request to create a VM. `id` and the random bytes are made by the caller.
+///
+/// # Errors
+///
+/// All that is wrong with it.
+pub(crate) fn create_vm(
+    request: v1::CreateVmRequest,
+    id: VmId,
+    random: &mut dyn FnMut() -> [u8; 5],
+) -> Result<NewVm, Violations> {
+    let mut check = Checker::default();
+    check.request_id(&request.request_id);
+    let name = check.name("name", request.name);
+    let owner = check.name_or("owner", request.owner, DEFAULT_OWNER);
+    let labels = check.labels("labels", request.labels);
+    let states = ["POWER_STATE_RUNNING", "POWER_STATE_STOPPED"];
+    let desired = match check.known("desired", request.desired, &states) {
+        Some(v1::PowerState::Unspecified | v1::PowerState::Running) | None => Desired::Running,
+        Some(v1::PowerState::Stopped) => Desired::Stopped,
+    };
+    let Some(spec) = request.spec else {
+        check.fail("spec", "is required: it says what the VM is made of, at least `memory_mib` and a disk or a kernel");
+        return Err(check.finish(()).expect_err("a violation was noted"));
+    };
+    let mut image_names = Vec::new();
+    let mut spec = check_spec(&mut check, spec, &mut image_names);
+    let vm = {
+        mint_macs(&mut spec, random);
+        NewVm { id, name, owner, labels, spec, image_names, desired }
+    };
+    check.finish(vm)
+}
+
+/// Gives every network interface a new MAC address, all different.
+pub(crate) fn mint_macs(spec: &mut VmSpec, random: &mut dyn FnMut() -> [u8; 5]) {
+    let mut seen = BTreeSet::new();
+    for nic in &mut spec.nics {
+        loop {
+            let [b, c, d, e, f] = random();
+            let mac = format!("{MAC_PREFIX:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+            if seen.insert(mac.clone()) {
+                nic.mac = mac;
+                break;
+            }
+        }
+    }
+}
+
+fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse, String)>) -> VmSpec {
+    let vcpus = if spec.vcpus == 0 { 1 } else { spec.vcpus };
+    check.range("spec.vcpus", u64::from(vcpus), 1, MAX_VCPUS, "");
+    if spec.memory_mib == 0 {
+        check.fail("spec.memory_mib", format!("is required: give 1 to {MAX_MEMORY_MIB} MiB"));
+    } else {
+        check.range("spec.memory_mib", spec.memory_mib, 1, MAX_MEMORY_MIB, " MiB");
+    }
+    let machine = match spec.machine.as_str() {
+        "" | "q35" => Machine::Q35,
+        "pc" => Machine::Pc,
+        other => {
+            check.fail("spec.machine", format!("is `{}`; give `q35` or `pc`", quoted(other)));
+            Machine::Q35
+        }
+    };
+    if spec.kernel.is_none() && spec.disks.is_empty() {
+        check.fail("spec.disks", "is empty, and there is no `spec.kernel`: give the VM something to boot from");
+    }
+    let kernel = spec.kernel.map(|kernel| check_kernel(check, kernel, images));
+    let disks = check_disks(check, spec.disks, images);
+    let nics = check_nics(check, &spec.nics);
+    let grace = if spec.stop_grace_seconds == 0 { DEFAULT_GRACE_SECONDS } else { spec.stop_grace_seconds };
+    check.range("spec.stop_grace_seconds", u64::from(grace), 1, MAX_GRACE_SECONDS, " seconds");
+    check.range("spec.priority", u64::from(spec.priority), 0, MAX_PRIORITY, "");
+    let host_labels = check.labels("spec.host_labels", spec.host_labels);
+    let group = spec.anti_affinity_group;
+    let anti_affinity_group = (!group.is_empty()).then(|| check.name("spec.anti_affinity_group", group));
+    VmSpec {
+        vcpus,
+        memory_mib: spec.memory_mib,
+        machine,
+        kernel,
+        disks,
+        nics,
+        restart: restart_policy(check, spec.restart),
+        failover: failover(check, spec.failover),
+        on_disk_loss: on_disk_loss(check, spec.on_disk_loss),
+        priority: spec.priority,
+        host_labels,
+        anti_affinity_group,
+        stop_grace_seconds: grace,
+        extra: Default::default(),
+    }
+}
+
+fn restart_policy(check: &mut Checker, value: i32) -> RestartPolicy {
+    let names = ["RESTART_POLICY_ON_FAILURE", "RESTART_POLICY_ALWAYS", "RESTART_POLICY_NEVER"];
+    match check.known("spec.restart", value, &names) {
+        Some(v1::RestartPolicy::Unspecified | v1::RestartPolicy::OnFailure) | None => RestartPolicy::OnFailure,
+        Some(v1::RestartPolicy::Always) => RestartPolicy::Always,
+        Some(v1::RestartPolicy::Never) => RestartPolicy::Never,
+    }
+}
+
+fn failover(check: &mut Checker, value: i32) -> Failover {
+    let names = ["FAILOVER_POLICY_FAST", "FAILOVER_POLICY_PATIENT", "FAILOVER_POLICY_HOLD"];
+    match check.known("spec.failover", value, &names) {
+        Some(v1::FailoverPolicy::Unspecified | v1::FailoverPolicy::Fast) | None => Failover::Fast,
+        Some(v1::FailoverPolicy::Patient) => Failover::Patient,
+        Some(v1::FailoverPolicy::Hold) => Failover::Hold,
+    }
+}
+
+fn on_disk_loss(check: &mut Checker, value: i32) -> OnDiskLoss {
+    let names = ["DISK_LOSS_POLICY_WAIT", "DISK_LOSS_POLICY_RECREATE"];
+    match check.known("spec.on_disk_loss", value, &names) {
+        Some(v1::DiskLossPolicy::Unspecified | v1::DiskLossPolicy::Wait) | None => OnDiskLoss::Wait,
+        Some(v1::DiskLossPolicy::Recreate) => OnDiskLoss::Recreate,
+    }
+}
+
+fn check_kernel(check: &mut Checker, kernel: v1::KernelBoot, images: &mut Vec<(ImageUse, String)>) -> KernelBoot {
+    check.text("spec.kernel.command_line", &kernel.command_line, MAX_COMMAND_LINE);
+    let image = image(check, "spec.kernel.image", kernel.image, ImageUse::Kernel, images);
+    // A name stands in `images`; the state puts its id here.
+    KernelBoot { image: image.unwrap_or(ImageId::from_uuid(Uuid::nil())), command_line: kernel.command_line }
+}
+
+/// The image's id, if it was named by its id. Otherwise what was said goes into `images`.
+fn image(
+    check: &mut Checker,
+    field: &str,
+    text: String,
+    place: ImageUse,
+    images: &mut Vec<(ImageUse, String)>,
+) -> Option<ImageId> {
+    let text = check.reference(field, text);
+    if let Ok(id) = text.parse() {
+        return Some(id);
+    }
+    images.push((place, text));
+    None
+}
+
+fn check_disks(check: &mut Checker, disks: Vec<v1::Disk>, images: &mut Vec<(ImageUse, String)>) -> Vec<Disk> {
+    if disks.len() > MAX_DISKS {
+        check.fail("spec.disks", format!("has {} entries; at most {MAX_DISKS} are allowed", disks.len()));
+        return Vec::new();
+    }
+    let mut names = BTreeSet::new();
+    let mut checked = Vec::with_capacity(disks.len());
+    for (i, disk) in disks.into_iter().enumerate() {
+        let at = |field: &str| format!("spec.disks[{i}].{field}");
+        let name = check.name_or(&at("name"), disk.name, &format!("disk{i}"));
+        if !names.insert(name.clone()) {
+            check.fail(at("name"), format!("is `{}` like that of another disk; choose another", quoted(&name)));
+        }
+        let size = disk.size_bytes;
+        if size > MAX_DISK_BYTES {
+            check.fail(at("size_bytes"), format!("is {size}; at most {MAX_DISK_BYTES} (64 TiB) are allowed"));
+        } else if !size.is_multiple_of(SECTOR) {
+            check.fail(at("size_bytes"), format!("is {size}, which is not a multiple of {SECTOR}"));
+        } else if size == 0 && disk.image.is_empty() {
+            check.fail(at("size_bytes"), "is required for a disk without an image");
+        }
+        let image = (!disk.image.is_empty())
+            .then(|| image(check, &at("image"), disk.image, ImageUse::Disk(i), images))
+            .flatten();
+        let pool = check.name_or(&at("pool"), disk.pool, DEFAULT_POOL);
+        checked.push(Disk { name, pool, size_bytes: size, image });
+    }
+    checked
+}
+
+fn check_nics(check: &mut Checker, nics: &[v1::Nic]) -> Vec<Nic> {
+    if nics.len() > MAX_NICS {
+        check.fail("spec.nics", format!("has {} entries; at most {MAX_NICS} are allowed", nics.len()));
+        return Vec::new();
+    }
+    for (i, nic) in nics.iter().enumerate() {
+        let _: Option<v1::NicType> = check.known(&format!("spec.nics[{i}].type"), nic.r#type, &["NIC_TYPE_USER"]);
+        if !nic.mac.is_empty() {
+            check.fail(format!("spec.nics[{i}].mac"), "is given by the cluster; leave it empty");
+        }
+    }
+    nics.iter().map(|_| Nic { kind: NicKind::User, mac: String::new() }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{super::testing::fields, *};
+
+    fn good() -> v1::CreateVmRequest {
+        v1::CreateVmRequest {
+            name: "web-1".to_owned(),
+            spec: Some(v1::VmSpec {
+                memory_mib: 64,
+                disks: vec![v1::Disk { image: "debian".to_owned(), ..Default::default() }],
+                nics: vec![v1::Nic::default(), v1::Nic::default()],
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn check(request: v1::CreateVmRequest) -> Result<NewVm, Violations> {
+        let mut n = 0_u8;
+        // Each value twice, as bad luck would have it.
+        let mut random = || {
+            n += 1;
+            [0, 0, 0, 0xab, n / 2]
+        };
+        create_vm(request, VmId::from_uuid(Uuid::from_u128(1)), &mut random)
+    }
+
+    fn with(change: impl FnOnce(&mut v1::CreateVmRequest, &mut v1::VmSpec)) -> v1::CreateVmRequest {
+        let mut request = good();
+        let mut spec = request.spec.take().unwrap();
+        change(&mut request, &mut spec);
+        request.spec = Some(spec);
+        request
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let vm = check(good()).unwrap();
+        assert_eq!((vm.owner.as_str(), vm.desired), ("default", Desired::Running));
+        let spec = vm.spec;
+        assert_eq!((spec.vcpus, spec.machine, spec.stop_grace_seconds), (1, Machine::Q35, 60));
+        assert_eq!((spec.restart, spec.failover), (RestartPolicy::OnFailure, Failover::Fast));
+        assert_eq!(spec.on_disk_loss, OnDiskLoss::Wait);
+        let disk = Disk { name: "disk0".into(), pool: "default".into(), size_bytes: 0, image: None };
+        assert_eq!(spec.disks, [disk]);
+        assert_eq!(vm.image_names, [(ImageUse::Disk(0), "debian".to_owned())]);
+        let macs: Vec<_> = spec.nics.iter().map(|n| n.mac.as_str()).collect();
+        assert_eq!(macs, ["42:00:00:00:ab:00", "42:00:00:00:ab:01"]);
+    }
+
+    #[test]
+    fn a_kernel_needs_no_disk_and_a_uuid_needs_no_lookup() {
+        let id = Uuid::from_u128(0xabc).to_string();
+        let kernel = v1::KernelBoot { image: id.clone(), command_line: "console=ttyS0".to_owned() };
+        let vm = check(with(|_, s| {
+            s.disks.clear();
+            s.kernel = Some(kernel);
+        }))
+        .unwrap();
+        assert_eq!(vm.spec.kernel.unwrap().image.to_string(), id);
+        assert!(vm.image_names.is_empty());
+    }
+
+    #[test]
+    fn each_bad_input_names_its_field() {
+        let disk = |d: v1::Disk| with(|_, s| s.disks = vec![d]);
+        let sized = |size_bytes| disk(v1::Disk { size_bytes, ..Default::default() });
+        let kernel = |image: &str, command_line: &str| {
+            with(|_, s| {
+                s.kernel = Some(v1::KernelBoot { image: image.to_owned(), command_line: command_line.to_owned() });
+            })
+        };
+        let label = |key: &str, value: &str| with(|r, _| drop(r.labels.insert(key.to_owned(), value.to_owned())));
+        let table = [
+            ("spec", v1::CreateVmRequest { spec: None, ..good() }),
+            ("name", with(|r, _| r.name.clear())),
+            ("name", with(|r, _| r.name = "a/b".to_owned())),
+            ("name", with(|r, _| r.name = "../../etc".to_owned())),
+            ("name", with(|r, _| r.name = "x\n".to_owned())),
+            ("name", with(|r, _| r.name = "x".repeat(64))),
+            ("name", with(|r, _| r.name = Uuid::nil().to_string())),
+            ("owner", with(|r, _| r.owner = "a b".to_owned())),
+            ("request_id", with(|r, _| r.request_id = "x".repeat(129))),
+            ("request_id", with(|r, _| r.request_id = "a\0b".to_owned())),
+            ("desired", with(|r, _| r.desired = 7)),
+            ("desired", with(|r, _| r.desired = -1)),
+            ("labels", with(|r, _| r.labels = (0..65).map(|i| (format!("k{i}"), String::new())).collect())),
+            ("labels[a/b]", label("a/b", "x")),
+            ("labels[]", label("", "x")),
+            ("labels[k]", label("k", "x\u{7f}")),
+            ("labels[k]", label("k", &"x".repeat(256))),
+            ("spec.vcpus", with(|_, s| s.vcpus = 257)),
+            ("spec.vcpus", with(|_, s| s.vcpus = u32::MAX)),
+            ("spec.memory_mib", with(|_, s| s.memory_mib = 0)),
+            ("spec.memory_mib", with(|_, s| s.memory_mib = 4_194_305)),
+            ("spec.memory_mib", with(|_, s| s.memory_mib = u64::MAX)),
+            ("spec.machine", with(|_, s| s.machine = "q35,accel=kvm".to_owned())),
+            ("spec.disks", with(|_, s| s.disks.clear())),
+            ("spec.disks", with(|_, s| s.disks = vec![s.disks[0].clone(); 17])),
+            ("spec.disks[0].name", disk(v1::Disk { name: "../x".into(), size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].pool", disk(v1::Disk { pool: "a/..".into(), size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].image", disk(v1::Disk { image: "/etc/passwd".into(), ..Default::default() })),
+            ("spec.disks[0].size_bytes", sized(0)),
+            ("spec.disks[0].size_bytes", sized(511)),
+            ("spec.disks[0].size_bytes", sized((64 << 40) + 512)),
+            ("spec.disks[0].size_bytes", sized(u64::MAX)),
+            (
+                "spec.disks[1].name",
+                with(|_, s| {
+                    s.disks.push(v1::Disk { name: "disk0".into(), size_bytes: 512, ..Default::default() });
+                }),
+            ),
+            ("spec.nics", with(|_, s| s.nics = vec![v1::Nic::default(); 9])),
+            ("spec.nics[0].type", with(|_, s| s.nics[0].r#type = 2)),
+            ("spec.nics[1].mac", with(|_, s| s.nics[1].mac = "42:00:00:00:00:01".to_owned())),
+            ("spec.restart", with(|_, s| s.restart = 4)),
+            ("spec.failover", with(|_, s| s.failover = i32::MIN)),
+            ("spec.on_disk_loss", with(|_, s| s.on_disk_loss = 3)),
+            ("spec.priority", with(|_, s| s.priority = 1001)),
+            ("spec.stop_grace_seconds", with(|_, s| s.stop_grace_seconds = 3601)),
+            ("spec.anti_affinity_group", with(|_, s| s.anti_affinity_group = "a\tb".to_owned())),
+            ("spec.host_labels[k]", with(|_, s| drop(s.host_labels.insert("k".into(), "\r".into())))),
+            ("spec.kernel.image", kernel("", "")),
+            ("spec.kernel.image", kernel("a\u{0}b", "")),
+            ("spec.kernel.command_line", kernel("k", "a\nb")),
+            ("spec.kernel.command_line", kernel("k", &"x".repeat(2049))),
+        ];
+        for (field, request) in table {
+            let found = check(request);
+            let message = found.as_ref().unwrap_err().to_string();
+            assert_eq!(fields(found), [field], "{message}");
+            assert!(message.starts_with(field), "{message}");
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_said_at_once() {
+        let request = with(|r, s| {
+            r.name = "a/b".to_owned();
+            s.memory_mib = 0;
+            s.disks[0].size_bytes = 1;
+            s.restart = 9;
+        });
+        assert_eq!(fields(check(request)), ["name", "spec.memory_mib", "spec.disks[0].size_bytes", "spec.restart"]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_in_what_comes_out_is_within_the_limits(
+            name in ".{0,70}", owner in ".{0,70}", vcpus: u32, memory_mib: u64, machine in ".{0,5}", size: u64,
+            restart: i32, desired: i32, disk in "[a-z./]{0,5}", image in ".{0,40}", line in ".{0,30}",
+        ) {
+            let mut request = good();
+            request.name = name;
+            request.owner = owner;
+            request.desired = desired % 4;
+            let spec = request.spec.as_mut().unwrap();
+            spec.vcpus = vcpus % 300;
+            spec.memory_mib = memory_mib >> 40;
+            spec.machine = machine;
+            spec.restart = restart % 5;
+            spec.disks = vec![v1::Disk { name: disk, pool: String::new(), size_bytes: size & !511, image: image.clone() }];
+            spec.kernel = (size % 2 == 0).then(|| v1::KernelBoot { image, command_line: line });
+            if let Ok(vm) = check(request) {
+                prop_assert!(uncloud_proto::names::check(&vm.name).is_ok());
+                prop_assert!((1..=256).contains(&vm.spec.vcpus));
+                prop_assert!((1..=4 << 20).contains(&vm.spec.memory_mib));
+                for disk in &vm.spec.disks {
+                    prop_assert!(uncloud_proto::names::check(&disk.name).is_ok());
+                    prop_assert!(disk.size_bytes <= 64 << 40);
+                }
+            }
+        }
+    }
+}
