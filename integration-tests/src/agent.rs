@@ -1,0 +1,178 @@
+//! A host under test: an agent with its directories, its keepers and its QEMUs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+
+use crate::{
+    paths,
+    proc_table::{self, Kind, Proc},
+    process::{self, Process, Signal, Spec},
+    specs,
+};
+
+/// What a host offers, and where.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// Memory for VMs in MiB.
+    pub memory_mib: u64,
+    /// CPU threads for VMs.
+    pub vcpus: u32,
+    /// Labels, `key=value`.
+    pub labels: Vec<String>,
+    /// `auto` lets the agent probe.
+    pub accelerator: String,
+    /// Further arguments.
+    pub args: Vec<String>,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self { memory_mib: 2048, vcpus: 8, labels: Vec::new(), accelerator: "tcg".into(), args: Vec::new() }
+    }
+}
+
+/// A host under test.
+pub struct Agent {
+    name: String,
+    dir: PathBuf,
+    process: Process,
+}
+
+impl Agent {
+    /// Starts the agent of host `name` in `root/name`. The shared pool is `root/pool`.
+    ///
+    /// # Errors
+    ///
+    /// Directories cannot be made, or the program is not there.
+    pub fn start(
+        root: &Path,
+        name: &str,
+        controller: &str,
+        netns: Option<String>,
+        options: &HostOptions,
+    ) -> anyhow::Result<Self> {
+        let dir = root.join(name);
+        fs::create_dir_all(dir.join("state"))?;
+        fs::create_dir_all(dir.join("pool"))?;
+        let mut args: Vec<String> = vec!["--controller".into(), controller.into(), "--name".into(), name.into()];
+        let mut flag = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
+        flag("--state-dir", dir.join("state").display().to_string());
+        flag("--pool", format!("{}={},shared", specs::SHARED, root.join("pool").display()));
+        flag("--pool", format!("{}={}", specs::LOCAL, dir.join("pool").display()));
+        flag("--image-dir", paths::guest_dir().display().to_string());
+        flag("--image-dir", root.join("images").display().to_string());
+        flag("--memory-mib", options.memory_mib.to_string());
+        flag("--vcpus", options.vcpus.to_string());
+        flag("--accelerator", options.accelerator.clone());
+        for label in &options.labels {
+            flag("--label", label.clone());
+        }
+        args.extend(options.args.iter().cloned());
+        let process = Process::start(Spec {
+            name: name.to_owned(),
+            program: paths::binary("uncloud-agent")?,
+            args: args.into_iter().map(Into::into).collect(),
+            env: vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())],
+            log: dir.join("agent.log"),
+            netns,
+        })?;
+        Ok(Self { name: name.to_owned(), dir, process })
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The directory of all that is its own.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its state directory.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The agent's process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// The namespace that it lives in.
+    ///
+    /// # Errors
+    ///
+    /// It has none.
+    pub fn netns(&self) -> anyhow::Result<&str> {
+        self.process.spec().netns.as_deref().context("this cluster was made without namespaces")
+    }
+
+    /// Its keepers and QEMUs.
+    #[must_use]
+    pub fn processes(&self) -> Vec<Proc> {
+        proc_table::under(&self.dir)
+    }
+
+    /// The keeper or QEMU of one VM.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub fn process_of(&self, vm: &str, kind: Kind) -> anyhow::Result<Proc> {
+        let found = self.processes().into_iter().find(|p| p.vm == vm && p.kind == kind);
+        found.with_context(|| format!("{} has no {kind:?} of VM {vm}", self.name))
+    }
+
+    /// SIGKILL to the agent alone.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Sends the agent alone a signal.
+    ///
+    /// # Errors
+    ///
+    /// It does not run.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// Starts the agent again.
+    ///
+    /// # Errors
+    ///
+    /// It still runs.
+    pub fn start_again(&mut self) -> anyhow::Result<()> {
+        self.process.start_again()
+    }
+
+    /// Cuts the power: agent, keepers and QEMUs are killed at once, and nothing of them is left when this returns.
+    pub fn cut_power(&mut self) {
+        self.process.kill();
+        loop {
+            let left = self.processes();
+            if left.is_empty() {
+                return;
+            }
+            for process in left {
+                process::kill_pid(process.pid);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.cut_power();
+    }
+}

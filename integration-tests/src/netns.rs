@@ -1,0 +1,167 @@
+//! A network for hosts that can be cut: each in a namespace of its own, on one bridge with the controller.
+//!
+//! The cut drops packets (nftables in the namespace), as a dead switch does: nobody gets a reset.
+
+use std::{
+    io::Write as _,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, ensure};
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Which packets of a host are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// All.
+    Both,
+    /// What the host sends; it still hears.
+    Outgoing,
+    /// What the host should hear; it still sends.
+    Incoming,
+}
+
+/// A bridge and the namespaces on it. All of it goes when dropped.
+pub struct Network {
+    id: String,
+    subnet: String,
+    hosts: u32,
+}
+
+impl Network {
+    /// Makes the bridge.
+    ///
+    /// # Errors
+    ///
+    /// Needs root.
+    pub fn new() -> anyhow::Result<Self> {
+        ensure!(rustix::process::geteuid().is_root(), "network namespaces need root: run the tests as root");
+        let pid = std::process::id();
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        // 14 characters at the most, with the `h9` of a host behind it. Process id and count make it unique on the machine.
+        let id = format!("uc{:x}{n:x}", pid & 0xff_ffff);
+        let subnet = format!("10.{}.{}", 64 + pid % 128, (pid / 128 + n * 31) % 256);
+        let network = Self { id, subnet, hosts: 0 };
+        run(&["ip", "link", "add", &network.id, "type", "bridge"])?;
+        run(&["ip", "address", "add", &format!("{}.1/24", network.subnet), "dev", &network.id])?;
+        run(&["ip", "link", "set", &network.id, "up"])?;
+        Ok(network)
+    }
+
+    /// The address of the side that has the controller.
+    #[must_use]
+    pub fn address(&self) -> String {
+        format!("{}.1", self.subnet)
+    }
+
+    /// Adds a host; gives the name of its namespace.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub fn add_host(&mut self) -> anyhow::Result<String> {
+        self.hosts += 1;
+        let (name, port) = (self.namespace(self.hosts), format!("{}p{}", self.id, self.hosts));
+        let address = format!("{}.{}/24", self.subnet, self.hosts + 1);
+        run(&["ip", "netns", "add", &name])?;
+        run(&["ip", "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &name])?;
+        run(&["ip", "link", "set", &port, "master", &self.id, "up"])?;
+        run(&["ip", "-n", &name, "address", "add", &address, "dev", "eth0"])?;
+        run(&["ip", "-n", &name, "link", "set", "lo", "up"])?;
+        run(&["ip", "-n", &name, "link", "set", "eth0", "up"])?;
+        Ok(name)
+    }
+
+    fn namespace(&self, host: u32) -> String {
+        format!("{}h{host}", self.id)
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for host in 1..=self.hosts {
+            let _ = run(&["ip", "netns", "delete", &self.namespace(host)]);
+        }
+        let _ = run(&["ip", "link", "delete", &self.id]);
+    }
+}
+
+/// Cuts a namespace off.
+///
+/// # Errors
+///
+/// What nft says.
+pub fn cut(namespace: &str, cut: Cut) -> anyhow::Result<()> {
+    let chain = |hook: &str, interface: &str| {
+        format!("chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{interface} != \"lo\" drop\n}}\n")
+    };
+    let incoming = chain("input", "iifname");
+    let outgoing = chain("output", "oifname");
+    let chains = match cut {
+        Cut::Both => incoming + &outgoing,
+        Cut::Outgoing => outgoing,
+        Cut::Incoming => incoming,
+    };
+    nft(namespace, &format!("table inet cut {{\n{chains}}}\n"))
+}
+
+/// Makes it whole again.
+///
+/// # Errors
+///
+/// What nft says.
+pub fn heal(namespace: &str) -> anyhow::Result<()> {
+    nft(namespace, "delete table inet cut\n")
+}
+
+fn nft(namespace: &str, rules: &str) -> anyhow::Result<()> {
+    let mut child = Command::new("nsenter")
+        .args([&format!("--net=/run/netns/{namespace}"), "--", "nft", "-f", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("run nft (`make setup` installs it)")?;
+    child.stdin.take().context("stdin of nft")?.write_all(rules.as_bytes())?;
+    let output = child.wait_with_output()?;
+    ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+fn run(argv: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new(argv[0]).args(&argv[1..]).output().with_context(|| format!("run {}", argv[0]))?;
+    ensure!(output.status.success(), "{}: {}", argv.join(" "), String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the host can connect to the controller's side.
+    fn reaches(network: &Network, namespace: &str, port: u16) -> bool {
+        let connect = format!("exec 3<>/dev/tcp/{}/{port}", network.address());
+        let status = Command::new("nsenter")
+            .args([&format!("--net=/run/netns/{namespace}"), "--", "timeout", "1", "bash", "-c", &connect])
+            .stderr(Stdio::null())
+            .status();
+        status.is_ok_and(|s| s.success())
+    }
+
+    #[test]
+    fn a_host_can_be_cut_off_and_healed() -> anyhow::Result<()> {
+        let mut network = Network::new()?;
+        let host = network.add_host()?;
+        let listener = std::net::TcpListener::bind((network.address(), 0))?;
+        let port = listener.local_addr()?.port();
+        assert!(reaches(&network, &host, port));
+        for way in [Cut::Both, Cut::Outgoing, Cut::Incoming] {
+            cut(&host, way)?;
+            assert!(!reaches(&network, &host, port), "{way:?}");
+            heal(&host)?;
+            assert!(reaches(&network, &host, port), "{way:?}");
+        }
+        Ok(())
+    }
+}
