@@ -1,1 +1,134 @@
-//! To be written.
+//! Chooses a host for a VM, and says why every other host lost.
+//!
+//! Pure functions of their arguments: the same [`ClusterView`], [`Request`] and [`Limits`] give the same answer on
+//! every controller, at any time. No clock, no randomness, no logging: whoever calls (`state/`, `api/`) stores and
+//! shows what comes out. It knows nothing of etcd or of agents. "What if this host died now" is the same function
+//! on a changed copy of the view.
+//!
+//! Two kinds of rule, always in this order:
+//!
+//! 1. *Filters* (`filter.rs`) must hold. A host is refused for the first one that it fails, so each host is counted
+//!    under exactly one [`Rejection`].
+//! 2. *Scores* (`score.rs`) are preferences, compared field by field; the order of the fields is the policy. The host
+//!    id comes last, so a tie never depends on the order of a map.
+//!
+//! # Invariants
+//!
+//! * A choice never promises more memory than a host has, nor more vCPUs than `capacity × overcommit`.
+//! * What a VM is already promised on a host does not count against the VM itself.
+//! * The view that was kept up to date change by change equals the one that is built anew.
+
+mod explain;
+mod filter;
+mod score;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uncloud_proto::ids::{HostId, VmId};
+use uuid::Uuid;
+
+pub use explain::{Explanation, Group, Unplaceable};
+pub use filter::Rejection;
+pub use view::{ClusterView, HostView, Needs, Resources};
+
+/// A VM that wants a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// The VM.
+    pub vm: VmId,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// The pools that its disks lie in, or will.
+    pub pools: BTreeSet<String>,
+    /// Labels that the host must have, each with exactly this value.
+    pub host_labels: BTreeMap<String, String>,
+    /// Its anti-affinity group: no host takes two VMs of one group.
+    pub group: Option<String>,
+    /// Where its disks already are.
+    pub home: Home,
+    /// Taken if it passes every filter, however the scores stand.
+    pub prefer: Option<HostId>,
+}
+
+impl Request {
+    /// What the VM will be promised on its host.
+    #[must_use]
+    pub fn needs(&self) -> Needs {
+        Needs { resources: Resources { vcpus: self.vcpus, memory_mib: self.memory_mib }, group: self.group.clone() }
+    }
+}
+
+/// Where a VM's disks already are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// Nowhere yet, or it has none.
+    Anywhere,
+    /// In shared pools: any host that has these very pools can open them.
+    SharedPools {
+        /// The id of the directory behind each pool's name.
+        ids: BTreeMap<String, Uuid>,
+    },
+    /// On this host and nowhere else.
+    OnlyHost(HostId),
+}
+
+/// What the view does not know: settings, and what has been heard.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits<'a> {
+    /// vCPUs promised per CPU thread, in percent (400: four).
+    pub cpu_overcommit_percent: u32,
+    /// Hosts whose heartbeats are late. Nothing is moved away from them, and nothing is placed there.
+    pub silent: &'a BTreeSet<HostId>,
+}
+
+/// The host that was chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The host.
+    pub host: HostId,
+    /// Why this one, in words.
+    pub why: String,
+}
+
+/// Chooses a host.
+///
+/// # Errors
+///
+/// When every host fails a filter: which, and why.
+pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Result<Choice, Unplaceable> {
+    let mut best: Option<score::Score> = None;
+    let mut candidates = 0_usize;
+    for (id, host) in view.hosts() {
+        if filter::check(id, host, request, limits).is_ok() {
+            let score = score::score(id, host, request);
+            best = Some(best.map_or(score, |b| b.min(score)));
+            candidates += 1;
+        }
+    }
+    match best {
+        Some(best) => Ok(Choice { host: best.host, why: best.why(candidates) }),
+        // Only now, when there is nothing to choose, is it worth while to gather the reasons.
+        None => Err(Unplaceable { groups: explain(view, request, limits).groups }),
+    }
+}
+
+/// Says of every host whether it could take the VM now, and if not, why.
+#[must_use]
+pub fn explain(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Explanation {
+    let mut candidates = Vec::new();
+    let mut refused: BTreeMap<Rejection, Vec<HostId>> = BTreeMap::new();
+    for (id, host) in view.hosts() {
+        match filter::check(id, host, request, limits) {
+            Ok(()) => candidates.push(score::score(id, host, request)),
+            Err(why) => refused.entry(why).or_default().push(id),
+        }
+    }
+    candidates.sort_unstable();
+    Explanation { candidates: candidates.into_iter().map(|s| s.host).collect(), groups: explain::grouped(refused) }
+}

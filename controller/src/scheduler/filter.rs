@@ -1,0 +1,158 @@
+//! What a host must fulfil to be given a VM.
+
+use std::fmt;
+
+use uncloud_proto::ids::HostId;
+
+use super::{Home, HostView, Limits, Request};
+use crate::model::{HostMode, Liveness};
+
+/// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
+///
+/// The order of the variants is the order in which the filters are asked: first what concerns the host, then whether
+/// it fits at all, then whether there is room.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rejection {
+    /// Its lease has run out.
+    Down,
+    /// Its heartbeats are late.
+    Silent,
+    /// An operator said that it takes no VMs.
+    Cordoned,
+    /// It is being emptied.
+    Draining,
+    /// It does not have a label that the VM asks for.
+    Label {
+        /// The label.
+        key: String,
+        /// The value it should have.
+        value: String,
+    },
+    /// It has no pool of this name.
+    NoPool(String),
+    /// Its pool of this name has a problem.
+    PoolProblem(String),
+    /// Its pool of this name is not the one that has the VM's disks.
+    OtherPool(String),
+    /// The VM's disks are on another host and only there.
+    NotHome,
+    /// It has a VM of the same anti-affinity group.
+    Group(String),
+    /// It has not enough vCPUs left.
+    Vcpus {
+        /// How many are needed.
+        needed: u32,
+    },
+    /// It has not enough memory left.
+    Memory {
+        /// How much is needed.
+        needed_mib: u64,
+    },
+}
+
+impl Rejection {
+    /// The reason as it is said of `count` hosts: "2 lack 4 vCPUs".
+    #[must_use]
+    pub fn of(&self, count: usize) -> String {
+        if count == 1 { format!("1 {self}") } else { format!("{count} {}", self.words(&PLURAL)) }
+    }
+
+    fn words(&self, verbs: &Verbs) -> String {
+        let Verbs { is, has, lacks, does } = verbs;
+        match self {
+            Self::Down => format!("{is} down"),
+            Self::Silent => format!("{is} silent"),
+            Self::Cordoned => format!("{is} cordoned"),
+            Self::Draining => format!("{is} being drained"),
+            Self::Label { key, value } => format!("{lacks} label {key}={value}"),
+            Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
+            Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
+            Self::OtherPool(pool) => format!("{has} another pool `{pool}` than the one with its disks"),
+            Self::NotHome => format!("{does} not have its disks"),
+            Self::Group(group) => format!("{has} a VM of group `{group}`"),
+            Self::Vcpus { needed: 1 } => format!("{lacks} 1 vCPU"),
+            Self::Vcpus { needed } => format!("{lacks} {needed} vCPUs"),
+            Self::Memory { needed_mib } => format!("{lacks} {needed_mib} MiB of memory"),
+        }
+    }
+}
+
+impl fmt::Display for Rejection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words(&SINGULAR))
+    }
+}
+
+struct Verbs {
+    is: &'static str,
+    has: &'static str,
+    lacks: &'static str,
+    does: &'static str,
+}
+
+const SINGULAR: Verbs = Verbs { is: "is", has: "has", lacks: "lacks", does: "does" };
+const PLURAL: Verbs = Verbs { is: "are", has: "have", lacks: "lack", does: "do" };
+
+/// The first reason why `host` cannot take the VM.
+pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &Limits<'_>) -> Result<(), Rejection> {
+    match host.record.liveness {
+        Liveness::Up => {}
+        Liveness::FastLapsed | Liveness::Dead => return Err(Rejection::Down),
+    }
+    if limits.silent.contains(&id) {
+        return Err(Rejection::Silent);
+    }
+    match host.record.mode {
+        HostMode::Active => {}
+        HostMode::Cordoned => return Err(Rejection::Cordoned),
+        HostMode::Draining => return Err(Rejection::Draining),
+    }
+    for (key, value) in &request.host_labels {
+        if host.record.labels.get(key) != Some(value) {
+            return Err(Rejection::Label { key: key.clone(), value: value.clone() });
+        }
+    }
+    check_storage(id, host, request)?;
+    if let Some(group) = &request.group
+        && host.others_in_group(request.vm, group) > 0
+    {
+        return Err(Rejection::Group(group.clone()));
+    }
+
+    let promised = host.promised_to_others(request.vm);
+    // 64 bits: the product of two u32 fits.
+    let vcpus = u64::from(host.record.vcpus) * u64::from(limits.cpu_overcommit_percent) / 100;
+    if vcpus < u64::from(promised.vcpus) + u64::from(request.vcpus) {
+        return Err(Rejection::Vcpus { needed: request.vcpus });
+    }
+    // Never overcommitted: a host that runs out of memory kills guests.
+    if host.record.memory_mib < promised.memory_mib.saturating_add(request.memory_mib) {
+        return Err(Rejection::Memory { needed_mib: request.memory_mib });
+    }
+    Ok(())
+}
+
+fn check_storage(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
+    for name in &request.pools {
+        let Some(pool) = host.record.pools.iter().find(|p| p.name == *name) else {
+            return Err(Rejection::NoPool(name.clone()));
+        };
+        if !pool.problem.is_empty() {
+            return Err(Rejection::PoolProblem(name.clone()));
+        }
+        match &request.home {
+            Home::Anywhere | Home::OnlyHost(_) => {}
+            // The same name does not make it the same directory: the id in the marker does.
+            Home::SharedPools { ids } => {
+                if ids.get(name).is_some_and(|&expected| pool.shared_id != Some(expected)) {
+                    return Err(Rejection::OtherPool(name.clone()));
+                }
+            }
+        }
+    }
+    match request.home {
+        Home::Anywhere | Home::SharedPools { .. } => Ok(()),
+        Home::OnlyHost(home) if home == id => Ok(()),
+        Home::OnlyHost(_) => Err(Rejection::NotHome),
+    }
+}

@@ -1,0 +1,167 @@
+//! What the scheduler may know of the cluster: the hosts, and what is promised on each.
+//!
+//! `state/` keeps it up to date with each change. The order of the changes does not matter, not even whether a host
+//! or the VMs on it come first: what is promised on a host that is not known (yet, or any more) is kept, too.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use uncloud_proto::ids::{HostId, VmId};
+
+use crate::model::HostRecord;
+
+/// CPU and memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// What a VM is promised on its host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// CPU and memory.
+    pub resources: Resources,
+    /// Its anti-affinity group.
+    pub group: Option<String>,
+}
+
+/// The hosts, and what is promised on each. Cheap to clone: hosts are shared until they change.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterView {
+    hosts: BTreeMap<HostId, Arc<Entry>>,
+}
+
+/// A host as it is known so far. It goes when neither a record nor a VM is left.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Entry {
+    record: Option<Arc<HostRecord>>,
+    promises: Promises,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Promises {
+    vms: BTreeMap<VmId, Needs>,
+    /// The sum over `vms`.
+    total: Resources,
+    /// How many of `vms` are in each group; no zeros.
+    groups: BTreeMap<String, u32>,
+}
+
+impl ClusterView {
+    /// A host is there, or is now as this record says.
+    pub fn upsert_host(&mut self, record: Arc<HostRecord>) {
+        let entry = Arc::make_mut(self.hosts.entry(record.id).or_default());
+        entry.record = Some(record);
+    }
+
+    /// A host is gone. What is promised on it stays, until it is released.
+    pub fn remove_host(&mut self, host: HostId) {
+        self.change(host, |entry| entry.record = None);
+    }
+
+    /// A VM is promised this on this host; a promise that it already has there is replaced.
+    pub fn assign(&mut self, host: HostId, vm: VmId, needs: Needs) {
+        self.change(host, |entry| {
+            entry.promises.release(vm);
+            entry.promises.assign(vm, needs);
+        });
+    }
+
+    /// A VM is promised nothing on this host any more. Nothing happens if it was not.
+    pub fn release(&mut self, host: HostId, vm: VmId) {
+        if self.hosts.contains_key(&host) {
+            self.change(host, |entry| entry.promises.release(vm));
+        }
+    }
+
+    /// Hosts that have a record, in the order of their ids.
+    pub fn hosts(&self) -> impl Iterator<Item = (HostId, HostView<'_>)> {
+        self.hosts.iter().filter_map(|(&id, entry)| {
+            let record = entry.record.as_deref()?;
+            Some((id, HostView { record, promises: &entry.promises }))
+        })
+    }
+
+    /// One host. `None`: no record of it.
+    #[must_use]
+    pub fn host(&self, host: HostId) -> Option<HostView<'_>> {
+        let entry = self.hosts.get(&host)?;
+        Some(HostView { record: entry.record.as_deref()?, promises: &entry.promises })
+    }
+
+    /// What is promised on a host in all.
+    #[must_use]
+    pub fn promised(&self, host: HostId) -> Resources {
+        self.hosts.get(&host).map(|entry| entry.promises.total).unwrap_or_default()
+    }
+
+    fn change(&mut self, host: HostId, change: impl FnOnce(&mut Entry)) {
+        let entry = Arc::make_mut(self.hosts.entry(host).or_default());
+        change(entry);
+        if entry.record.is_none() && entry.promises.vms.is_empty() {
+            self.hosts.remove(&host);
+        }
+    }
+}
+
+impl Promises {
+    fn assign(&mut self, vm: VmId, needs: Needs) {
+        self.total.vcpus = self.total.vcpus.saturating_add(needs.resources.vcpus);
+        self.total.memory_mib = self.total.memory_mib.saturating_add(needs.resources.memory_mib);
+        if let Some(group) = &needs.group {
+            *self.groups.entry(group.clone()).or_default() += 1;
+        }
+        self.vms.insert(vm, needs);
+    }
+
+    fn release(&mut self, vm: VmId) {
+        let Some(needs) = self.vms.remove(&vm) else { return };
+        self.total.vcpus = self.total.vcpus.saturating_sub(needs.resources.vcpus);
+        self.total.memory_mib = self.total.memory_mib.saturating_sub(needs.resources.memory_mib);
+        if let Some(group) = needs.group
+            && let Some(count) = self.groups.get_mut(&group)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.groups.remove(&group);
+            }
+        }
+    }
+}
+
+/// One host, for reading.
+#[derive(Clone, Copy, Debug)]
+pub struct HostView<'a> {
+    /// Its record.
+    pub record: &'a HostRecord,
+    promises: &'a Promises,
+}
+
+impl HostView<'_> {
+    /// How many VMs are promised something here, `vm` not counted.
+    #[must_use]
+    pub fn others(&self, vm: VmId) -> usize {
+        self.promises.vms.len() - usize::from(self.promises.vms.contains_key(&vm))
+    }
+
+    /// What is promised here to other VMs than `vm`.
+    #[must_use]
+    pub fn promised_to_others(&self, vm: VmId) -> Resources {
+        let total = self.promises.total;
+        let own = self.promises.vms.get(&vm).map(|n| n.resources).unwrap_or_default();
+        Resources {
+            vcpus: total.vcpus.saturating_sub(own.vcpus),
+            memory_mib: total.memory_mib.saturating_sub(own.memory_mib),
+        }
+    }
+
+    /// How many VMs of `group` are here, `vm` not counted.
+    #[must_use]
+    pub fn others_in_group(&self, vm: VmId, group: &str) -> u32 {
+        let all = self.promises.groups.get(group).copied().unwrap_or(0);
+        let own = self.promises.vms.get(&vm).is_some_and(|n| n.group.as_deref() == Some(group));
+        all - u32::from(own)
+    }
+}
