@@ -202,6 +202,25 @@ fn what_a_vm_holds_itself_does_not_count_against_it() {
     assert_eq!(place(&view, &again, &limits(100)).unwrap().host, host_id(1));
 }
 
+#[test]
+fn openings_grow_when_room_may_have_appeared_and_only_then() {
+    let mut view = view([host(1, 8, 8192)]);
+    let mut last = view.openings();
+    let mut grew = |view: &ClusterView| std::mem::replace(&mut last, view.openings()) < view.openings();
+
+    view.upsert_host(Arc::new(host(1, 8, 8192)));
+    view.assign(host_id(1), vm_id(1), needs(1, 512, None));
+    view.assign(host_id(1), vm_id(1), needs(1, 512, None));
+    view.release(host_id(1), vm_id(2));
+    assert!(!grew(&view));
+    view.upsert_host(Arc::new(host(1, 8, 16384)));
+    assert!(grew(&view));
+    view.assign(host_id(1), vm_id(1), needs(1, 256, None));
+    assert!(grew(&view));
+    view.release(host_id(1), vm_id(1));
+    assert!(grew(&view));
+}
+
 /// A change of the view, as `state/` would make it.
 #[derive(Clone, Debug)]
 enum Step {

@@ -28,9 +28,17 @@ pub struct Needs {
 }
 
 /// The hosts, and what is promised on each. Cheap to clone: hosts are shared until they change.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct ClusterView {
     hosts: BTreeMap<HostId, Arc<Entry>>,
+    openings: u64,
+}
+
+/// Views that say the same are equal, however they came about.
+impl PartialEq for ClusterView {
+    fn eq(&self, other: &Self) -> bool {
+        self.hosts == other.hosts
+    }
 }
 
 /// A host as it is known so far. It goes when neither a record nor a VM is left.
@@ -53,7 +61,10 @@ impl ClusterView {
     /// A host is there, or is now as this record says.
     pub fn upsert_host(&mut self, record: Arc<HostRecord>) {
         let entry = Arc::make_mut(self.hosts.entry(record.id).or_default());
-        entry.record = Some(record);
+        if entry.record.as_ref() != Some(&record) {
+            entry.record = Some(record);
+            self.openings += 1;
+        }
     }
 
     /// A host is gone. What is promised on it stays, until it is released.
@@ -63,17 +74,29 @@ impl ClusterView {
 
     /// A VM is promised this on this host; a promise that it already has there is replaced.
     pub fn assign(&mut self, host: HostId, vm: VmId, needs: Needs) {
+        let mut shrinks = false;
         self.change(host, |entry| {
-            entry.promises.release(vm);
-            entry.promises.assign(vm, needs);
+            if entry.promises.vms.get(&vm) != Some(&needs) {
+                shrinks = entry.promises.release(vm);
+                entry.promises.assign(vm, needs);
+            }
         });
+        self.openings += u64::from(shrinks);
     }
 
     /// A VM is promised nothing on this host any more. Nothing happens if it was not.
     pub fn release(&mut self, host: HostId, vm: VmId) {
+        let mut released = false;
         if self.hosts.contains_key(&host) {
-            self.change(host, |entry| entry.promises.release(vm));
+            self.change(host, |entry| released = entry.promises.release(vm));
         }
+        self.openings += u64::from(released);
+    }
+
+    /// Grows whenever a VM that no host could take might find one: a host came or changed, or a promise was given back.
+    #[must_use]
+    pub const fn openings(&self) -> u64 {
+        self.openings
     }
 
     /// Hosts that have a record, in the order of their ids.
@@ -116,8 +139,9 @@ impl Promises {
         self.vms.insert(vm, needs);
     }
 
-    fn release(&mut self, vm: VmId) {
-        let Some(needs) = self.vms.remove(&vm) else { return };
+    /// Whether there was anything to release.
+    fn release(&mut self, vm: VmId) -> bool {
+        let Some(needs) = self.vms.remove(&vm) else { return false };
         self.total.vcpus = self.total.vcpus.saturating_sub(needs.resources.vcpus);
         self.total.memory_mib = self.total.memory_mib.saturating_sub(needs.resources.memory_mib);
         if let Some(group) = needs.group
@@ -128,6 +152,7 @@ impl Promises {
                 self.groups.remove(&group);
             }
         }
+        true
     }
 }
 
