@@ -1,0 +1,555 @@
+//! What a VM should be, as the leader said it, checked and in our own types. Pure.
+//!
+//! The same types are what `record.json` holds, so their JSON form is a file format: fields are added with
+//! `#[serde(default)]`, never renamed.
+//!
+//! Everything is checked again although the controller has checked it: names end up in paths and on QEMU's command
+//! line, and a root process must not trust a peer that far.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use uncloud_proto::{
+    ids::{ImageId, Incarnation, VmId},
+    names, v1,
+};
+
+use crate::lease::LeaseClass;
+
+/// What one VM should be on this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// The incarnation.
+    pub incarnation: Incarnation,
+    /// What to do with it.
+    pub disposition: Disposition,
+    /// Its name.
+    pub name: String,
+    /// Its owner.
+    pub owner: String,
+    /// What it is made of. Absent only when it is to be forgotten.
+    #[serde(default)]
+    pub spec: Option<Spec>,
+    /// The images that the spec names.
+    #[serde(default)]
+    pub images: Vec<Image>,
+    /// Grows by one with each restart that a user asked for.
+    #[serde(default)]
+    pub restarts: u64,
+    /// How the newest restart is done.
+    #[serde(default)]
+    pub restart_mode: RestartMode,
+    /// How it is stopped.
+    #[serde(default)]
+    pub stop_mode: StopMode,
+    /// Whether a disk that is missing is an error.
+    #[serde(default)]
+    pub disks: DisksExpected,
+    /// Part of the disks' file names.
+    #[serde(default)]
+    pub disk_generation: u32,
+}
+
+/// What to do with a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Disposition {
+    /// It should run here.
+    Run,
+    /// It belongs here and should not run.
+    Stop,
+    /// It should not run, and its disks should go.
+    Delete,
+    /// It belongs elsewhere: no process, no record, and hands off its disks.
+    Forget,
+}
+
+/// How a restart is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RestartMode {
+    /// The guest is asked to power down, then started again.
+    #[default]
+    Graceful,
+    /// The machine is reset.
+    Reset,
+}
+
+/// How a VM is stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StopMode {
+    /// The guest is asked, and killed when the grace is over.
+    #[default]
+    Graceful,
+    /// It is killed at once.
+    Kill,
+}
+
+/// Whether a VM's disks have been made before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DisksExpected {
+    /// Not as far as the leader knows: those that are missing are made.
+    #[default]
+    New,
+    /// They have: one that is missing is an error, and is never replaced by an empty one (P5).
+    Exist,
+}
+
+/// What a VM is made of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spec {
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// QEMU's machine type.
+    pub machine: Machine,
+    /// The kernel that QEMU loads; absent, the firmware boots the first disk.
+    #[serde(default)]
+    pub kernel: Option<Kernel>,
+    /// Disks in the guest's order.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// Network interfaces in the guest's order.
+    #[serde(default)]
+    pub nics: Vec<Nic>,
+    /// What happens when it ends by itself.
+    pub restart: RestartPolicy,
+    /// Which of the host's leases it lives under.
+    pub class: Class,
+    /// Higher starts first.
+    #[serde(default)]
+    pub priority: u32,
+    /// How long the guest may take to power down, in seconds.
+    pub stop_grace_seconds: u32,
+}
+
+/// QEMU's machine type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// PCI Express.
+    Q35,
+    /// The older one.
+    Pc,
+}
+
+/// A kernel that QEMU loads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kernel {
+    /// The image that has it.
+    pub image: ImageId,
+    /// Its command line; empty means the image's.
+    #[serde(default)]
+    pub command_line: String,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Disk {
+    /// Unique within the VM.
+    pub name: String,
+    /// The pool it lies in.
+    pub pool: String,
+    /// Virtual size in bytes; 0 means the image's.
+    pub size_bytes: u64,
+    /// The image that it starts as; absent, it starts empty.
+    #[serde(default)]
+    pub image: Option<ImageId>,
+}
+
+/// A network interface in QEMU's user network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// Its MAC address.
+    pub mac: String,
+}
+
+/// What happens when a VM ends by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Started again after a failure, not when the guest powered itself off.
+    OnFailure,
+    /// Started again whenever it ends.
+    Always,
+    /// Left as it is.
+    Never,
+}
+
+/// [`LeaseClass`] as it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// The short lease.
+    Fast,
+    /// The long lease.
+    Patient,
+    /// No lease: pinned to this host.
+    Hold,
+}
+
+impl Class {
+    /// As the lease has it.
+    #[must_use]
+    pub const fn lease(self) -> LeaseClass {
+        match self {
+            Self::Fast => LeaseClass::Fast,
+            Self::Patient => LeaseClass::Patient,
+            Self::Hold => LeaseClass::Hold,
+        }
+    }
+}
+
+/// An image that a spec names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Its id.
+    pub id: ImageId,
+    /// Its name.
+    pub name: String,
+    /// Its files.
+    pub files: Vec<ImageFile>,
+    /// For a kernel, the command line of VMs that name none.
+    #[serde(default)]
+    pub command_line: String,
+}
+
+/// A file of an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageFile {
+    /// What it is to the image.
+    pub role: Role,
+    /// An absolute path, or `pool:NAME/path`.
+    pub source: String,
+    /// sha256, 64 lower-case hexadecimal digits.
+    pub sha256: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Format, for a disk.
+    #[serde(default)]
+    pub format: Option<Format>,
+}
+
+/// What a file is to its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The disk.
+    Disk,
+    /// The kernel.
+    Kernel,
+    /// The initial RAM disk.
+    Initrd,
+}
+
+impl Role {
+    /// Name of the file in the pool.
+    #[must_use]
+    pub const fn file_name(self) -> &'static str {
+        match self {
+            Self::Disk => "disk",
+            Self::Kernel => "kernel",
+            Self::Initrd => "initrd",
+        }
+    }
+}
+
+/// Format of a disk image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The plain bytes.
+    Raw,
+    /// QEMU's.
+    Qcow2,
+}
+
+impl Format {
+    /// As qemu-img calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+/// Why a desired state cannot be used: which field, and what is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field} {problem}")]
+pub struct Unusable {
+    /// Name of the field.
+    pub field: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+fn unusable(field: impl Into<String>, problem: impl Into<String>) -> Unusable {
+    Unusable { field: field.into(), problem: problem.into() }
+}
+
+/// Most bytes of a kernel command line.
+const MAX_COMMAND_LINE: usize = 2048;
+/// Most disks, and most network interfaces.
+const MAX_DISKS: usize = 16;
+const MAX_NICS: usize = 8;
+
+impl Desired {
+    /// The lease class that the VM lives under. A VM to be forgotten is started by nobody, so its class says nothing.
+    #[must_use]
+    pub fn class(&self) -> LeaseClass {
+        self.spec.as_ref().map_or(LeaseClass::Fast, |s| s.class.lease())
+    }
+
+    /// Checks a message of the leader.
+    ///
+    /// # Errors
+    ///
+    /// Names the field. The id and the incarnation are checked by the caller, who needs them to report the rest.
+    pub fn from_proto(incarnation: Incarnation, m: &v1::DesiredVm) -> Result<Self, Unusable> {
+        let disposition = match m.disposition() {
+            v1::Disposition::Run => Disposition::Run,
+            v1::Disposition::Stop => Disposition::Stop,
+            v1::Disposition::Delete => Disposition::Delete,
+            v1::Disposition::Forget => Disposition::Forget,
+            v1::Disposition::Unspecified => return Err(unusable("disposition", "is not one that this agent knows")),
+        };
+        let spec = match (disposition, &m.spec) {
+            (Disposition::Forget, _) => None,
+            (_, Some(spec)) => Some(parse_spec(spec)?),
+            (_, None) => return Err(unusable("spec", "is missing")),
+        };
+        let images = match disposition {
+            Disposition::Run => m.images.iter().map(parse_image).collect::<Result<Vec<_>, _>>()?,
+            Disposition::Stop | Disposition::Delete | Disposition::Forget => Vec::new(),
+        };
+        if disposition == Disposition::Run {
+            names::check(&m.name).map_err(|e| unusable("name", e.to_string()))?;
+        }
+        Ok(Self {
+            incarnation,
+            disposition,
+            name: m.name.clone(),
+            owner: m.owner.clone(),
+            spec,
+            images,
+            restarts: m.restarts,
+            restart_mode: if m.restart_force { RestartMode::Reset } else { RestartMode::Graceful },
+            stop_mode: if m.stop_force { StopMode::Kill } else { StopMode::Graceful },
+            disks: if m.disks_exist { DisksExpected::Exist } else { DisksExpected::New },
+            disk_generation: m.disk_generation,
+        })
+    }
+}
+
+/// Which VM and which incarnation a message is about.
+///
+/// # Errors
+///
+/// The id is not a UUID, or the incarnation is 0.
+pub fn identify(m: &v1::DesiredVm) -> Result<(VmId, Incarnation), Unusable> {
+    let vm = m.vm_id.parse().map_err(|e| unusable("vm_id", format!("{e}")))?;
+    if m.incarnation == 0 && m.disposition() != v1::Disposition::Forget {
+        return Err(unusable("incarnation", "is 0"));
+    }
+    Ok((vm, Incarnation(m.incarnation)))
+}
+
+fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
+    if !(1..=256).contains(&s.vcpus) {
+        return Err(unusable("spec.vcpus", format!("is {}, not 1 to 256", s.vcpus)));
+    }
+    if !(1..=4_194_304).contains(&s.memory_mib) {
+        return Err(unusable("spec.memory_mib", format!("is {}, not 1 to 4194304", s.memory_mib)));
+    }
+    let machine = match s.machine.as_str() {
+        "q35" => Machine::Q35,
+        "pc" => Machine::Pc,
+        other => return Err(unusable("spec.machine", format!("is `{}`, not q35 or pc", other.escape_debug()))),
+    };
+    let restart = match s.restart() {
+        v1::RestartPolicy::OnFailure => RestartPolicy::OnFailure,
+        v1::RestartPolicy::Always => RestartPolicy::Always,
+        v1::RestartPolicy::Never => RestartPolicy::Never,
+        v1::RestartPolicy::Unspecified => return Err(unusable("spec.restart", "is not one that this agent knows")),
+    };
+    let class = match s.failover() {
+        v1::FailoverPolicy::Fast => Class::Fast,
+        v1::FailoverPolicy::Patient => Class::Patient,
+        v1::FailoverPolicy::Hold => Class::Hold,
+        v1::FailoverPolicy::Unspecified => return Err(unusable("spec.failover", "is not one that this agent knows")),
+    };
+    if !(1..=3600).contains(&s.stop_grace_seconds) {
+        return Err(unusable("spec.stop_grace_seconds", format!("is {}, not 1 to 3600", s.stop_grace_seconds)));
+    }
+    let kernel = s.kernel.as_ref().map(parse_kernel).transpose()?;
+    if s.disks.len() > MAX_DISKS {
+        return Err(unusable("spec.disks", format!("has more than {MAX_DISKS} entries")));
+    }
+    let disks = s.disks.iter().enumerate().map(|(i, d)| parse_disk(i, d)).collect::<Result<Vec<_>, _>>()?;
+    let mut seen = BTreeSet::new();
+    for (i, disk) in disks.iter().enumerate() {
+        if !seen.insert(disk.name.as_str()) {
+            return Err(unusable(format!("spec.disks[{i}].name"), "is there twice"));
+        }
+    }
+    if s.nics.len() > MAX_NICS {
+        return Err(unusable("spec.nics", format!("has more than {MAX_NICS} entries")));
+    }
+    let nics = s.nics.iter().enumerate().map(|(i, n)| parse_nic(i, n)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Spec {
+        vcpus: s.vcpus,
+        memory_mib: s.memory_mib,
+        machine,
+        kernel,
+        disks,
+        nics,
+        restart,
+        class,
+        priority: s.priority,
+        stop_grace_seconds: s.stop_grace_seconds,
+    })
+}
+
+fn parse_kernel(k: &v1::KernelBoot) -> Result<Kernel, Unusable> {
+    let image = k.image.parse().map_err(|e| unusable("spec.kernel.image", format!("{e}")))?;
+    Ok(Kernel { image, command_line: command_line("spec.kernel.command_line", &k.command_line)? })
+}
+
+fn command_line(field: &str, text: &str) -> Result<String, Unusable> {
+    if text.len() > MAX_COMMAND_LINE {
+        return Err(unusable(field, format!("is longer than {MAX_COMMAND_LINE} bytes")));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(unusable(field, "has control characters"));
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
+    let field = |name: &str| format!("spec.disks[{i}].{name}");
+    names::check(&d.name).map_err(|e| unusable(field("name"), e.to_string()))?;
+    names::check(&d.pool).map_err(|e| unusable(field("pool"), e.to_string()))?;
+    let image = match d.image.as_str() {
+        "" => None,
+        id => Some(id.parse().map_err(|e| unusable(field("image"), format!("{e}")))?),
+    };
+    if d.size_bytes % 512 != 0 || d.size_bytes > 64 << 40 {
+        return Err(unusable(field("size_bytes"), "is not a multiple of 512 up to 64 TiB"));
+    }
+    if d.size_bytes == 0 && image.is_none() {
+        return Err(unusable(field("size_bytes"), "is 0, and there is no image to take it from"));
+    }
+    Ok(Disk { name: d.name.clone(), pool: d.pool.clone(), size_bytes: d.size_bytes, image })
+}
+
+fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {
+    if n.r#type() != v1::NicType::User {
+        return Err(unusable(format!("spec.nics[{i}].type"), "is not one that this agent knows"));
+    }
+    let bytes: Vec<&str> = n.mac.split(':').collect();
+    let hex = |b: &&str| b.len() == 2 && b.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
+    if bytes.len() != 6 || !bytes.iter().all(hex) {
+        return Err(unusable(format!("spec.nics[{i}].mac"), "is not of the form 42:00:00:00:00:01 in lower case"));
+    }
+    Ok(Nic { mac: n.mac.clone() })
+}
+
+fn parse_image(m: &v1::Image) -> Result<Image, Unusable> {
+    let id: ImageId = m.id.parse().map_err(|e| unusable("images.id", format!("{e}")))?;
+    let files = m.files.iter().map(parse_image_file).collect::<Result<Vec<_>, _>>()?;
+    Ok(Image { id, name: m.name.clone(), files, command_line: command_line("images.command_line", &m.command_line)? })
+}
+
+fn parse_image_file(f: &v1::ImageFile) -> Result<ImageFile, Unusable> {
+    let role = match f.role() {
+        v1::ImageFileRole::Disk => Role::Disk,
+        v1::ImageFileRole::Kernel => Role::Kernel,
+        v1::ImageFileRole::Initrd => Role::Initrd,
+        v1::ImageFileRole::Unspecified => return Err(unusable("images.files.role", "is not one that this agent knows")),
+    };
+    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    if f.sha256.len() != 64 || !f.sha256.bytes().all(hex) {
+        return Err(unusable("images.files.sha256", "is not 64 lower-case hexadecimal digits"));
+    }
+    let format = match (role, f.format()) {
+        (Role::Disk, v1::ImageFormat::Raw) => Some(Format::Raw),
+        (Role::Disk, v1::ImageFormat::Qcow2) => Some(Format::Qcow2),
+        (Role::Disk, v1::ImageFormat::Unspecified) => return Err(unusable("images.files.format", "is missing")),
+        (Role::Kernel | Role::Initrd, _) => None,
+    };
+    Ok(ImageFile { role, source: f.source.clone(), sha256: f.sha256.clone(), size_bytes: f.size_bytes, format })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> v1::DesiredVm {
+        v1::DesiredVm {
+            vm_id: "00000000-0000-4000-8000-000000000001".into(),
+            incarnation: 1,
+            disposition: v1::Disposition::Run.into(),
+            name: "web".into(),
+            owner: "default".into(),
+            spec: Some(v1::VmSpec {
+                vcpus: 1,
+                memory_mib: 64,
+                machine: "q35".into(),
+                disks: vec![v1::Disk { name: "disk0".into(), pool: "p".into(), size_bytes: 512, image: String::new() }],
+                nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:0a".into() }],
+                restart: v1::RestartPolicy::OnFailure.into(),
+                failover: v1::FailoverPolicy::Fast.into(),
+                stop_grace_seconds: 60,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn field_of(m: &v1::DesiredVm) -> String {
+        Desired::from_proto(Incarnation(1), m).unwrap_err().field
+    }
+
+    #[test]
+    fn a_good_message_round_trips_through_json() {
+        let desired = Desired::from_proto(Incarnation(1), &good()).unwrap();
+        let json = serde_json::to_string(&desired).unwrap();
+        assert_eq!(serde_json::from_str::<Desired>(&json).unwrap(), desired);
+    }
+
+    #[test]
+    fn what_could_climb_or_inject_is_refused_and_the_field_is_named() {
+        let change = |f: &dyn Fn(&mut v1::VmSpec)| {
+            let mut m = good();
+            f(m.spec.as_mut().unwrap());
+            field_of(&m)
+        };
+        assert_eq!(change(&|s| s.disks[0].name = "../../etc/passwd".into()), "spec.disks[0].name");
+        assert_eq!(change(&|s| s.disks[0].pool = "a/b".into()), "spec.disks[0].pool");
+        assert_eq!(change(&|s| s.disks[0].image = "x".into()), "spec.disks[0].image");
+        assert_eq!(change(&|s| s.disks[0].size_bytes = 513), "spec.disks[0].size_bytes");
+        assert_eq!(change(&|s| s.disks.push(s.disks[0].clone())), "spec.disks[1].name");
+        assert_eq!(change(&|s| s.nics[0].mac = "42:00:00:00:00:0a,netdev=x".into()), "spec.nics[0].mac");
+        assert_eq!(change(&|s| s.machine = "q35,accel=kvm".into()), "spec.machine");
+        assert_eq!(change(&|s| s.vcpus = 0), "spec.vcpus");
+        assert_eq!(change(&|s| s.memory_mib = u64::MAX), "spec.memory_mib");
+        assert_eq!(change(&|s| s.restart = 99), "spec.restart");
+        let kernel = v1::KernelBoot { image: "00000000-0000-4000-8000-000000000001".into(), command_line: "a\nb".into() };
+        assert_eq!(change(&|s| s.kernel = Some(kernel.clone())), "spec.kernel.command_line");
+        assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
+        assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");
+        assert_eq!(field_of(&v1::DesiredVm { spec: None, ..good() }), "spec");
+    }
+
+    #[test]
+    fn a_message_that_names_no_vm_is_refused() {
+        assert!(identify(&v1::DesiredVm { vm_id: "../x".into(), ..good() }).is_err());
+        assert!(identify(&v1::DesiredVm { incarnation: 0, ..good() }).is_err());
+        assert!(identify(&good()).is_ok());
+    }
+}

@@ -1,0 +1,136 @@
+//! What a VM needs of its host: disks, and a process that executes it.
+//!
+//! The one real implementation is in [`super::qemu`]. Tests, and a simulation, put their own below this trait; the
+//! runner and everything above it do not know the difference.
+
+use std::{fmt, future::Future};
+
+use uncloud_proto::{
+    clock::WallTime,
+    ids::{Incarnation, VmId},
+};
+
+use super::desired::Desired;
+
+/// What VMs need of their host.
+pub trait Hypervisor: Send + Sync + 'static {
+    /// A VM that executes.
+    type Instance: Instance;
+    /// What a start needs besides the desired state: paths, and the turn in the queue of starts.
+    type Prepared: Send + 'static;
+
+    /// Fetches images, waits for a turn and makes the disks that are missing. Idempotent; may be dropped at any time.
+    /// The error is a reason for people.
+    fn prepare(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<Self::Prepared, String>> + Send;
+
+    /// Starts QEMU under a keeper that is bound to `lease_generation`.
+    fn launch(
+        &self,
+        vm: VmId,
+        desired: &Desired,
+        prepared: Self::Prepared,
+        lease_generation: u16,
+    ) -> impl Future<Output = Result<Self::Instance, LaunchError>> + Send;
+
+    /// Looks for what executes. Bounded in time.
+    fn adopt(&self, vm: VmId) -> impl Future<Output = Adoption<Self::Instance>> + Send;
+
+    /// Deletes the disks of this VM that its spec names, and nothing else. Idempotent. The error is a reason for people.
+    fn delete_disks(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<(), String>> + Send;
+}
+
+/// A VM that executes. Dropping it leaves it executing.
+pub trait Instance: Send + Sync + 'static {
+    /// Its incarnation.
+    fn incarnation(&self) -> Incarnation;
+    /// The lease generation that its keeper watches.
+    fn lease_generation(&self) -> u16;
+    /// Process id of QEMU, for people.
+    fn pid(&self) -> u32;
+    /// Asks the guest to power down.
+    fn power_down(&self) -> impl Future<Output = Result<(), String>> + Send;
+    /// Resets the machine.
+    fn reset(&self) -> impl Future<Output = Result<(), String>> + Send;
+    /// Tells QEMU to end.
+    fn quit(&self) -> impl Future<Output = Result<(), String>> + Send;
+    /// SIGKILL.
+    fn kill(&self);
+    /// The next thing that happens to it. Cancel safe. After `Ended` it pends for ever.
+    fn next_event(&mut self) -> impl Future<Output = InstanceEvent> + Send;
+}
+
+/// What happens to a VM that executes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InstanceEvent {
+    /// The guest powered itself off; QEMU waits.
+    GuestShutdown,
+    /// The guest panicked; QEMU waits.
+    GuestPanicked,
+    /// The machine was reset.
+    GuestReset,
+    /// QEMU and its keeper are gone.
+    Ended(Exit),
+}
+
+/// What was found when looking for a VM that executes.
+#[derive(Debug)]
+pub enum Adoption<I> {
+    /// It executes.
+    Running(I),
+    /// It does not; this is how it ended.
+    Ended(Exit),
+    /// It does not, and nothing says that it ever did.
+    Never,
+}
+
+/// How QEMU ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// The incarnation that ended.
+    pub incarnation: Incarnation,
+    /// How.
+    pub kind: ExitKind,
+    /// When it was noticed.
+    pub at: WallTime,
+    /// The end of what QEMU wrote.
+    pub last_words: String,
+}
+
+/// How QEMU ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitKind {
+    /// By itself, with this status.
+    Exited(i32),
+    /// By this signal.
+    Signaled(i32),
+    /// The keeper refused to start it because of the lease.
+    Fenced,
+    /// The keeper or QEMU could not be started.
+    NotStarted,
+    /// The keeper was killed, and took QEMU with it.
+    KeeperKilled,
+}
+
+impl fmt::Display for ExitKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "QEMU ended with exit status {code}"),
+            Self::Signaled(signal) => write!(f, "QEMU was killed by signal {signal}"),
+            Self::Fenced => f.write_str("the start was refused because the host's lease had run out"),
+            Self::NotStarted => f.write_str("QEMU could not be started"),
+            Self::KeeperKilled => f.write_str("QEMU's keeper was killed, and QEMU with it"),
+        }
+    }
+}
+
+/// Why a start did not come about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LaunchError {
+    /// The keeper refused because of the lease.
+    Fenced,
+    /// Another keeper holds this VM.
+    Busy,
+    /// Anything else, in words.
+    Failed(String),
+}
+

@@ -1,0 +1,363 @@
+//! Acts for one VM: takes events to its [`VmState`] and carries out the effects.
+//!
+//! One task per VM, and nobody else changes its state. What takes long (fetching an image, starting QEMU) runs as the
+//! task's one piece of work beside the loop, so that a desired state, or the end of QEMU, is always heard.
+//!
+//! When the agent stops, the task just ends: QEMU and its keeper go on, and the next agent adopts them.
+
+use std::{
+    collections::BTreeMap,
+    future::{Future, pending},
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+use uncloud_proto::{
+    clock::{Clock, Tick},
+    ids::VmId,
+};
+
+use super::{
+    hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
+    mailbox::{Mail, Mailbox},
+    state::{Effect, Event, Lease, Moment, ReportState, VmState},
+};
+use crate::{
+    lease::LeaseFile,
+    records::{Record, VmDirs},
+    session::outbox::SharedOutbox,
+};
+
+/// The mailboxes of the VMs that have a task.
+pub(super) type Directory = Arc<Mutex<BTreeMap<VmId, Mailbox>>>;
+
+/// What all VMs of a host share.
+#[derive(Debug)]
+pub struct Host<H> {
+    /// Disks and processes.
+    pub hypervisor: Arc<H>,
+    /// The host's lease.
+    pub lease: Arc<LeaseFile>,
+    /// The time.
+    pub clock: Clock,
+    /// Where records are.
+    pub dirs: VmDirs,
+    /// Where reports go.
+    pub outbox: SharedOutbox,
+}
+
+impl<H> Clone for Host<H> {
+    fn clone(&self) -> Self {
+        Self {
+            hypervisor: Arc::clone(&self.hypervisor),
+            lease: Arc::clone(&self.lease),
+            clock: self.clock.clone(),
+            dirs: self.dirs.clone(),
+            outbox: self.outbox.clone(),
+        }
+    }
+}
+
+/// What a piece of work came to.
+enum Done<H: Hypervisor> {
+    Prepared(Result<H::Prepared, String>),
+    Launched(Result<H::Instance, LaunchError>),
+    Adopted(Adoption<H::Instance>),
+    Deleted(Result<(), String>),
+}
+
+type Work<H> = Pin<Box<dyn Future<Output = Done<H>> + Send>>;
+
+/// One VM's task.
+pub(super) struct Runner<H: Hypervisor> {
+    vm: VmId,
+    host: Host<H>,
+    state: VmState,
+    mailbox: Mailbox,
+    directory: Directory,
+    work: Option<Work<H>>,
+    prepared: Option<H::Prepared>,
+    instance: Option<H::Instance>,
+    /// The moment of the newest event.
+    now: Tick,
+    shown: Option<ReportState>,
+}
+
+impl<H: Hypervisor> Runner<H> {
+    /// A task for a VM that nobody has seen before.
+    pub(super) fn new(vm: VmId, state: VmState, host: Host<H>, mailbox: Mailbox, directory: Directory) -> Self {
+        let now = host.clock.now();
+        Self {
+            vm,
+            host,
+            state,
+            mailbox,
+            directory,
+            work: None,
+            prepared: None,
+            instance: None,
+            now,
+            shown: None,
+        }
+    }
+
+    /// Says that the VM may be executing: looks for it first.
+    pub(super) fn looking(mut self) -> Self {
+        self.perform_one(Effect::Adopt);
+        self.publish();
+        self
+    }
+
+    /// Runs until `cancel` fires or the VM is over.
+    pub(super) async fn run(mut self, cancel: CancellationToken) {
+        loop {
+            let deadline = self.state.deadline(self.now);
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return,
+                done = do_work(&mut self.work) => {
+                    self.work = None;
+                    let event = self.done(done);
+                    self.handle(event).await;
+                }
+                event = next_event(&mut self.instance) => self.instance_event(event).await,
+                mail = self.mailbox.take() => {
+                    if self.mail(mail).await {
+                        return;
+                    }
+                }
+                () = sleep_until(&self.host.clock, deadline) => self.handle(Event::Wake).await,
+            }
+        }
+    }
+
+    fn done(&mut self, done: Done<H>) -> Event {
+        match done {
+            Done::Prepared(Ok(prepared)) => {
+                self.prepared = Some(prepared);
+                Event::Prepared
+            }
+            Done::Prepared(Err(reason)) => Event::PrepareFailed(reason),
+            Done::Launched(Ok(instance)) | Done::Adopted(Adoption::Running(instance)) => {
+                let event = Event::Started(instance.incarnation(), instance.lease_generation());
+                info!(incarnation = %instance.incarnation(), pid = instance.pid(), "QEMU runs");
+                self.instance = Some(instance);
+                event
+            }
+            Done::Launched(Err(LaunchError::Fenced)) => Event::StartFenced,
+            Done::Launched(Err(LaunchError::Busy)) => Event::StartBusy,
+            Done::Launched(Err(LaunchError::Failed(reason))) => Event::StartFailed(reason),
+            Done::Adopted(Adoption::Ended(exit)) => Event::NotFound(Some(exit)),
+            Done::Adopted(Adoption::Never) => Event::NotFound(None),
+            Done::Deleted(Ok(())) => Event::DisksDeleted,
+            Done::Deleted(Err(reason)) => Event::DeleteFailed(reason),
+        }
+    }
+
+    async fn instance_event(&mut self, event: InstanceEvent) {
+        match event {
+            InstanceEvent::GuestShutdown => self.handle(Event::GuestShutdown).await,
+            InstanceEvent::GuestPanicked => self.handle(Event::GuestPanicked).await,
+            InstanceEvent::GuestReset => debug!("the machine was reset"),
+            InstanceEvent::Ended(exit) => {
+                info!(incarnation = %exit.incarnation, "{}", exit.kind);
+                self.instance = None;
+                self.handle(Event::Ended(exit)).await;
+            }
+        }
+    }
+
+    /// Returns whether the VM is over.
+    async fn mail(&mut self, mail: Mail) -> bool {
+        if let Some(generations) = mail.session_ended {
+            let generation = generations.of(self.state.record().desired.class());
+            self.handle(Event::SessionEnded(generation)).await;
+        }
+        if let Some((desired, acceptance)) = mail.desired {
+            info!(incarnation = %desired.incarnation, disposition = ?desired.disposition, ?acceptance, "desired");
+            self.handle(Event::Desired(desired, acceptance)).await;
+        }
+        if mail.lease_changed {
+            self.handle(Event::Wake).await;
+        }
+        mail.over && self.leave().await
+    }
+
+    /// Drops the record. Returns whether the task may end: not when the leader has named the VM again meanwhile.
+    async fn leave(&mut self) -> bool {
+        if !self.state.is_over() || self.state.is_frozen() {
+            return false;
+        }
+        let (dirs, vm) = (self.host.dirs.clone(), self.vm);
+        if let Err(error) = blocking(move || dirs.remove(vm)).await {
+            error!("the record of a VM that is over cannot be removed: {}", chain(&error));
+        }
+        let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = self.mailbox.close();
+        if closed {
+            directory.remove(&self.vm);
+            info!("over");
+        }
+        closed
+    }
+
+    async fn handle(&mut self, event: Event) {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
+            let at = self.moment();
+            self.now = at.now;
+            let effects = self.state.on(event, at);
+            next = self.perform(&effects).await;
+        }
+        // What was prepared and not used is of no use: the next start prepares anew.
+        self.prepared = None;
+    }
+
+    fn moment(&self) -> Moment {
+        let now = self.host.clock.now();
+        let word = self.host.lease.word(self.state.record().desired.class());
+        let lease = Lease { generation: word.generation, valid: word.valid_at(now) };
+        Moment { now, wall: self.host.clock.wall(), lease }
+    }
+
+    /// Carries out effects in their order: the record first, then the report, then the rest.
+    async fn perform(&mut self, effects: &[Effect]) -> Option<Event> {
+        let mut failed = None;
+        if effects.contains(&Effect::Persist) {
+            let (dirs, record) = (self.host.dirs.clone(), self.state.record().clone());
+            if let Err(error) = blocking(move || write(&dirs, &record)).await {
+                let reason = chain(&error);
+                error!("the record of a VM cannot be written: {reason}");
+                failed = Some(Event::PersistFailed(reason));
+            }
+        }
+        self.publish();
+        for effect in effects {
+            if failed.is_some() && effect.needs_record() {
+                continue;
+            }
+            match effect {
+                Effect::Persist => {}
+                Effect::PowerDown | Effect::Reset | Effect::Quit => {
+                    if let Some(instance) = &self.instance {
+                        command(instance, *effect).await;
+                    }
+                }
+                Effect::Prepare
+                | Effect::CancelPrepare
+                | Effect::Launch { .. }
+                | Effect::Adopt
+                | Effect::Kill
+                | Effect::DeleteDisks => self.perform_one(*effect),
+            }
+        }
+        failed
+    }
+
+    /// Those that take no time here.
+    fn perform_one(&mut self, effect: Effect) {
+        let (hypervisor, vm) = (Arc::clone(&self.host.hypervisor), self.vm);
+        let desired = self.state.record().desired.clone();
+        match effect {
+            Effect::Prepare => {
+                self.work = Some(Box::pin(async move { Done::Prepared(hypervisor.prepare(vm, &desired).await) }));
+            }
+            Effect::CancelPrepare => self.work = None,
+            Effect::Launch { incarnation, lease_generation } => {
+                let Some(prepared) = self.prepared.take() else {
+                    unreachable!("the state machine launches only when it hears that all is prepared")
+                };
+                info!(%incarnation, lease_generation, "starting");
+                self.work = Some(Box::pin(async move {
+                    Done::Launched(hypervisor.launch(vm, &desired, prepared, lease_generation).await)
+                }));
+            }
+            Effect::Adopt => self.work = Some(Box::pin(async move { Done::Adopted(hypervisor.adopt(vm).await) })),
+            Effect::DeleteDisks => {
+                self.work =
+                    Some(Box::pin(async move { Done::Deleted(hypervisor.delete_disks(vm, &desired).await) }));
+            }
+            Effect::Kill => {
+                if let Some(instance) = &self.instance {
+                    info!(incarnation = %instance.incarnation(), "killing");
+                    instance.kill();
+                }
+            }
+            Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit => {}
+        }
+    }
+
+    fn publish(&mut self) {
+        let report = self.state.report();
+        let (state, incarnation, reason) = (report.state, report.incarnation, report.reason.clone());
+        if self.host.outbox.put(self.vm, report) && self.shown != Some(state) {
+            info!(%incarnation, ?state, "{reason}");
+        }
+        self.shown = Some(state);
+    }
+}
+
+async fn command(instance: &impl Instance, effect: Effect) {
+    info!(incarnation = %instance.incarnation(), "telling QEMU: {effect:?}");
+    let answer = match effect {
+        Effect::PowerDown => instance.power_down().await,
+        Effect::Reset => instance.reset().await,
+        Effect::Quit => instance.quit().await,
+        Effect::Persist
+        | Effect::Prepare
+        | Effect::CancelPrepare
+        | Effect::Launch { .. }
+        | Effect::Adopt
+        | Effect::Kill
+        | Effect::DeleteDisks => Ok(()),
+    };
+    // What does not obey is killed when its grace is over.
+    if let Err(reason) = answer {
+        warn!("QEMU does not obey {effect:?}: {reason}");
+    }
+}
+
+async fn do_work<H: Hypervisor>(work: &mut Option<Work<H>>) -> Done<H> {
+    match work {
+        Some(work) => work.await,
+        None => pending().await,
+    }
+}
+
+async fn next_event<I: Instance>(instance: &mut Option<I>) -> InstanceEvent {
+    match instance {
+        Some(instance) => instance.next_event().await,
+        None => pending().await,
+    }
+}
+
+async fn sleep_until(clock: &Clock, deadline: Option<Tick>) {
+    match deadline {
+        Some(deadline) => time::sleep(deadline.since(clock.now())).await,
+        None => pending().await,
+    }
+}
+
+fn write(dirs: &VmDirs, record: &Record) -> Result<(), crate::records::Error> {
+    dirs.write(record)
+}
+
+/// Runs what may wait for a disk beside the tasks.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("it does not panic, and the runtime ends after the tasks")
+}
+
+/// An error with what caused it.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,717 @@
+//! The life of one VM, as the agent sees it. Pure: events and the time come in, effects go out.
+//!
+//! ```text
+//!              desired, lease, retry                     launched
+//!   (waits) ─────────────────────────▶ Preparing ─▶ Launching ─▶ executes ──▶ ended
+//!      ▲                                   │            │            │          │
+//!      └───────────── failed, tried again ─┴────────────┴────────────┴──────────┤
+//!                                                                               ▼
+//!                 settled for this incarnation: stopped, powered off, failed, fenced, deleted, forgotten
+//! ```
+//!
+//! After every event [`VmState::on`] compares what should be (the record's desired state) with what is, and takes
+//! the one next step. So it does not matter which events were lost or came twice.
+//!
+//! # Invariants
+//!
+//! * **P1** [`Effect::Launch`] comes only while the lease of the VM's class is valid, under the generation that the
+//!   leader's word for this incarnation was accepted under, and only while nothing executes and no launch is under way.
+//! * **V1** A settled incarnation is never launched again, unless a user asked for a restart after it stopped or failed
+//!   by itself. *Fenced* is left by a new incarnation only.
+//! * **P5** [`Effect::DeleteDisks`] comes only while the leader says *delete* and nothing executes.
+//! * **V2** Whatever changes the record puts [`Effect::Persist`] before every other effect.
+//! * **V3** A record that could not be read freezes its VM: nothing is started, deleted or written. What executes can
+//!   still be stopped, because a VM that belongs elsewhere must not go on.
+//! * **V4** An event that makes no sense is ignored: QEMU's events race with ours.
+
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use uncloud_proto::{
+    clock::{Tick, WallTime},
+    ids::{Incarnation, VmId},
+};
+
+pub use self::report::{Report, ReportState};
+use super::{
+    backoff,
+    desired::{Desired, DisksExpected, Disposition, RestartMode, RestartPolicy, StopMode},
+    hypervisor::{Exit, ExitKind},
+};
+use crate::records::{LastExit, Launched, Record, Settled};
+
+/// How long QEMU may take to end after it was told to, before it is killed (again).
+const QUIT_GRACE: Duration = Duration::from_secs(5);
+
+/// What the machine may know about the moment at which something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// For everything that waits.
+    pub now: Tick,
+    /// For people.
+    pub wall: WallTime,
+    /// The host's lease of this VM's class.
+    pub lease: Lease,
+}
+
+/// A host's lease of one class, as it is at some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Grows each time that a lease ran out and was granted again.
+    pub generation: u16,
+    /// It has not run out.
+    pub valid: bool,
+}
+
+/// Under which generation of the lease the leader's newest word was accepted. A start is bound to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acceptance {
+    /// Under none that may be used: the session ended before the lease was granted, or the agent was restarted.
+    Void,
+    /// The lease had run out when the word came. It counts for the generation that the next renewal *of the same
+    /// session* begins: the leader sends both in order, so by renewing it stands by its word.
+    Expected(u16),
+    /// The lease was valid, with this generation.
+    Firm(u16),
+}
+
+/// Something happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// What it should be, by the leader. The gate has let it pass.
+    Desired(Box<Desired>, Acceptance),
+    /// The session ended; the lease of this VM's class had this generation then.
+    SessionEnded(u16),
+    /// The lease began a new generation, or some time passed.
+    Wake,
+    /// Its image and disks are there.
+    Prepared,
+    /// They are not. In words.
+    PrepareFailed(String),
+    /// QEMU runs. Its incarnation and the lease generation that its keeper watches.
+    Started(Incarnation, u16),
+    /// QEMU could not be started. In words.
+    StartFailed(String),
+    /// The keeper refused the start, because the lease had run out or had a new generation.
+    StartFenced,
+    /// Another keeper holds this VM: look at what executes.
+    StartBusy,
+    /// Nothing executes; what is known about how it ended.
+    NotFound(Option<Exit>),
+    /// The guest powered itself off; QEMU waits.
+    GuestShutdown,
+    /// The guest panicked; QEMU waits.
+    GuestPanicked,
+    /// QEMU and its keeper are gone.
+    Ended(Exit),
+    /// Its disks are gone.
+    DisksDeleted,
+    /// They could not be deleted. In words.
+    DeleteFailed(String),
+    /// The record could not be written, so nothing that was to follow has been done.
+    PersistFailed(String),
+}
+
+/// What the runner must do, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Write the record to disk.
+    Persist,
+    /// Fetch images, wait for a turn, make disks. Answer: `Prepared` or `PrepareFailed`.
+    Prepare,
+    /// Give up preparing. No answer.
+    CancelPrepare,
+    /// Start QEMU, bound to this lease generation. Answer: `Started`, `StartFailed`, `StartFenced` or `StartBusy`.
+    Launch {
+        /// The incarnation.
+        incarnation: Incarnation,
+        /// The lease generation.
+        lease_generation: u16,
+    },
+    /// Look for what executes. Answer: `Started` or `NotFound`.
+    Adopt,
+    /// Ask the guest to power down.
+    PowerDown,
+    /// Reset the machine.
+    Reset,
+    /// Tell QEMU to end.
+    Quit,
+    /// SIGKILL.
+    Kill,
+    /// Delete this VM's disks. Answer: `DisksDeleted` or `DeleteFailed`.
+    DeleteDisks,
+}
+
+impl Effect {
+    /// Whether it may be carried out only when the record is on disk. The others end something, which is always safe.
+    #[must_use]
+    pub const fn needs_record(self) -> bool {
+        match self {
+            Self::Prepare | Self::Launch { .. } | Self::DeleteDisks => true,
+            Self::Persist | Self::CancelPrepare | Self::Adopt => false,
+            Self::PowerDown | Self::Reset | Self::Quit | Self::Kill => false,
+        }
+    }
+}
+
+/// What executes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Execution {
+    incarnation: Incarnation,
+    lease_generation: u16,
+    since: Tick,
+    ending: Option<Ending>,
+    push: Push,
+}
+
+/// Why it is ending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// It should not run.
+    Stop,
+    /// It is restarted.
+    Restart,
+    /// The guest powered itself off.
+    PoweredOff,
+    /// The guest panicked.
+    Panicked,
+    /// It must not run: it belongs elsewhere, or the lease is gone.
+    Killed,
+}
+
+/// What has been done to end it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Push {
+    None,
+    Asked { kill_at: Tick },
+    Killed { again_at: Tick },
+}
+
+/// What the runner is doing for this VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    None,
+    Looking,
+    Preparing,
+    Launching,
+    Deleting,
+}
+
+/// When it is tried again, and why it is not running.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Retry {
+    at: Tick,
+    wall: WallTime,
+    reason: String,
+}
+
+/// One VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmState {
+    record: Record,
+    /// Why the record may not be touched.
+    frozen: Option<String>,
+    acceptance: Acceptance,
+    execution: Option<Execution>,
+    work: Work,
+    failures: u32,
+    retry: Option<Retry>,
+    /// The record on disk is older than this one, because writing it failed.
+    unsaved: bool,
+    /// What it was reported to be, and since when.
+    shown: (ReportState, Incarnation, WallTime),
+}
+
+/// Whether it may be started now.
+enum Verdict {
+    Start { lease_generation: u16 },
+    Wait,
+    Fenced,
+}
+
+impl VmState {
+    /// A VM that the leader has just named for the first time. Follow with [`Event::Desired`].
+    #[must_use]
+    pub fn new(vm: VmId) -> Self {
+        Self::with(Record::new(vm, Desired::unknown()), None, Work::None)
+    }
+
+    /// A VM from its record. The runner looks for what executes and tells by `Started` or `NotFound`.
+    #[must_use]
+    pub fn from_record(record: Record) -> Self {
+        Self::with(record, None, Work::Looking)
+    }
+
+    /// A VM that has a directory and no record. It is not started before the leader has named it.
+    #[must_use]
+    pub fn without_record(vm: VmId) -> Self {
+        Self::with(Record::new(vm, Desired::unknown()), None, Work::Looking)
+    }
+
+    /// A VM whose record cannot be read: `problem` says why and what an operator can do.
+    #[must_use]
+    pub fn unreadable(vm: VmId, problem: String) -> Self {
+        Self::with(Record::new(vm, Desired::unknown()), Some(problem), Work::Looking)
+    }
+
+    fn with(record: Record, frozen: Option<String>, work: Work) -> Self {
+        let shown = (ReportState::Preparing, Incarnation::NONE, WallTime::default());
+        Self {
+            record,
+            frozen,
+            acceptance: Acceptance::Void,
+            execution: None,
+            work,
+            failures: 0,
+            retry: None,
+            unsaved: false,
+            shown,
+        }
+    }
+
+    /// What is to be written to disk.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Whether the leader has only to acknowledge the report, and the record can go.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let over = matches!(self.record.settled, Some(Settled::Deleted | Settled::Forgotten));
+        over && self.execution.is_none() && self.work == Work::None
+    }
+
+    /// Whether the record may be written and removed.
+    #[must_use]
+    pub fn is_frozen(&self) -> bool {
+        self.frozen.is_some()
+    }
+
+    /// When [`Event::Wake`] is needed, seen from `now`: the moment of the newest event.
+    #[must_use]
+    pub fn deadline(&self, now: Tick) -> Option<Tick> {
+        let at = match &self.execution {
+            Some(x) => match x.push {
+                Push::None => None,
+                Push::Asked { kill_at: at } | Push::Killed { again_at: at } => Some(at),
+            },
+            None if self.work != Work::None => None,
+            None => self.retry.as_ref().map(|r| r.at),
+        };
+        // What was due and has not been done waits for something else: the lease, or the leader's word.
+        at.filter(|at| *at > now)
+    }
+
+    /// Applies `event`. Returns what to do about it, in order.
+    pub fn on(&mut self, event: Event, at: Moment) -> Vec<Effect> {
+        let before = self.record.clone();
+        let mut effects = Vec::new();
+        self.unsaved |= matches!(event, Event::PersistFailed(_));
+        self.apply(event, at, &mut effects);
+        self.settle(at, &mut effects);
+        if self.record.settled != before.settled {
+            self.record.settled_at = at.wall;
+        }
+        self.note_since(at.wall);
+        let overdue = self.unsaved && effects.iter().any(|e| e.needs_record());
+        if (self.record != before || overdue) && self.frozen.is_none() {
+            effects.insert(0, Effect::Persist);
+            self.unsaved = false;
+        }
+        effects
+    }
+
+    fn apply(&mut self, event: Event, at: Moment, effects: &mut Vec<Effect>) {
+        match event {
+            Event::Desired(desired, acceptance) => self.desired(*desired, acceptance, effects),
+            Event::SessionEnded(generation) => {
+                if let Acceptance::Expected(g) = self.acceptance {
+                    self.acceptance = if g == generation { Acceptance::Firm(g) } else { Acceptance::Void };
+                }
+            }
+            Event::Wake => {}
+            Event::Prepared if self.work == Work::Preparing => {
+                self.work = Work::None;
+                self.record.disks_ready = true;
+                self.launch(at, effects);
+            }
+            Event::PrepareFailed(reason) if self.work == Work::Preparing => {
+                self.work = Work::None;
+                self.failed(reason, at);
+            }
+            Event::Started(incarnation, lease_generation) => self.started(incarnation, lease_generation, at),
+            Event::StartFailed(reason) if self.work == Work::Launching => {
+                self.work = Work::None;
+                self.not_launched(|s| s.failed(reason, at));
+            }
+            Event::StartFenced if self.work == Work::Launching => {
+                self.work = Work::None;
+                self.not_launched(|s| s.record.settled = Some(Settled::Fenced));
+            }
+            Event::StartBusy if self.work == Work::Launching => {
+                self.work = Work::Looking;
+                effects.push(Effect::Adopt);
+            }
+            Event::NotFound(exit) if self.work == Work::Looking => {
+                self.work = Work::None;
+                self.not_found(exit, at);
+            }
+            Event::GuestShutdown => self.guest_down(Ending::PoweredOff, at, effects),
+            Event::GuestPanicked => self.guest_down(Ending::Panicked, at, effects),
+            Event::Ended(exit) => self.ended(&exit, at),
+            Event::DisksDeleted if self.work == Work::Deleting => {
+                self.work = Work::None;
+                self.record.disks_ready = false;
+                if self.record.desired.disposition == Disposition::Delete {
+                    self.record.settled = Some(Settled::Deleted);
+                }
+            }
+            Event::DeleteFailed(reason) if self.work == Work::Deleting => {
+                self.work = Work::None;
+                self.failed(reason, at);
+            }
+            Event::PersistFailed(reason) => {
+                // Whatever was to follow has not been begun.
+                if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting) {
+                    self.work = Work::None;
+                    self.not_launched(|s| s.failed(reason, at));
+                }
+            }
+            // V4: late answers to what is no longer under way.
+            Event::Prepared
+            | Event::PrepareFailed(_)
+            | Event::StartFailed(_)
+            | Event::StartFenced
+            | Event::StartBusy
+            | Event::NotFound(_)
+            | Event::DisksDeleted
+            | Event::DeleteFailed(_) => {}
+        }
+    }
+
+    fn desired(&mut self, desired: Desired, acceptance: Acceptance, effects: &mut Vec<Effect>) {
+        if desired.incarnation < self.record.desired.incarnation {
+            return; // The gate lets none of these through; here it costs nothing to be sure.
+        }
+        let fresh = desired.incarnation > self.record.desired.incarnation;
+        if fresh {
+            self.record.settled = None;
+            self.retry = None;
+            self.failures = 0;
+        }
+        if desired.disk_generation != self.record.desired.disk_generation {
+            self.record.disks_ready = false;
+        }
+        // What is being prepared may no longer be what is wanted. Doing it again costs milliseconds.
+        if self.work == Work::Preparing && (fresh || desired.disposition != Disposition::Run) {
+            self.work = Work::None;
+            effects.push(Effect::CancelPrepare);
+        }
+        if desired.disposition != self.record.desired.disposition {
+            self.retry = None;
+        }
+        self.record.desired = desired;
+        self.acceptance = acceptance;
+    }
+
+    fn started(&mut self, incarnation: Incarnation, lease_generation: u16, at: Moment) {
+        if !matches!(self.work, Work::Launching | Work::Looking) || self.execution.is_some() {
+            return;
+        }
+        self.work = Work::None;
+        self.retry = None;
+        // A launch that is in the record stays as it is, so that a restart of the agent changes nothing.
+        let known = self.record.launched.filter(|l| l.incarnation == incarnation);
+        self.record.launched = Some(Launched { incarnation, lease_generation, at: known.map_or(at.wall, |l| l.at) });
+        self.execution =
+            Some(Execution { incarnation, lease_generation, since: at.now, ending: None, push: Push::None });
+    }
+
+    /// A launch came to nothing. What follows counts only for the incarnation that it was for.
+    fn not_launched(&mut self, then: impl FnOnce(&mut Self)) {
+        let launched = self.record.launched.take();
+        if launched.is_none_or(|l| l.incarnation == self.record.desired.incarnation) {
+            then(self);
+        }
+    }
+
+    /// Nothing executes, and a keeper may have left word how that came about.
+    fn not_found(&mut self, exit: Option<Exit>, at: Moment) {
+        if self.record.desired.incarnation == Incarnation::NONE && self.frozen.is_none() {
+            self.record.settled = Some(Settled::Forgotten);
+        }
+        let Some(launched) = self.record.launched else { return };
+        // No word about this incarnation: the agent, or the whole host, went down while it was being started.
+        let unseen = || Exit {
+            incarnation: launched.incarnation,
+            kind: ExitKind::NotStarted,
+            at: at.wall,
+            last_words: String::new(),
+        };
+        let exit = exit.filter(|e| e.incarnation == launched.incarnation).unwrap_or_else(unseen);
+        self.gone(launched, None, &exit, at);
+    }
+
+    fn ended(&mut self, exit: &Exit, at: Moment) {
+        let Some(x) = self.execution.take() else { return };
+        if at.now.since(x.since) >= backoff::HEALTHY_AFTER {
+            self.failures = 0;
+        }
+        let launched = Launched { incarnation: x.incarnation, lease_generation: x.lease_generation, at: at.wall };
+        self.gone(launched, x.ending, exit, at);
+    }
+
+    /// QEMU is gone. Decides what that means for the incarnation that it was.
+    fn gone(&mut self, was: Launched, ending: Option<Ending>, exit: &Exit, at: Moment) {
+        self.record.launched = None;
+        let lost = !at.lease.valid || at.lease.generation != was.lease_generation || exit.kind == ExitKind::Fenced;
+        let desired = &self.record.desired;
+        self.record.last_exit = Some(LastExit::new(exit, describe(ending, exit, lost)));
+        let current = was.incarnation == desired.incarnation && self.record.settled.is_none();
+        if !current || desired.disposition != Disposition::Run || self.frozen.is_some() {
+            return; // What follows from not executing, `settle` sees for itself.
+        }
+        let policy = desired.spec.as_ref().map_or(RestartPolicy::Never, |s| s.restart);
+        match ending {
+            Some(Ending::PoweredOff) if policy != RestartPolicy::Always => {
+                self.record.settled = Some(Settled::PoweredOff);
+            }
+            Some(Ending::Stop) => self.record.settled = Some(Settled::Stopped),
+            // The leader may have given it to another host: it is no longer ours to start.
+            _ if lost => self.record.settled = Some(Settled::Fenced),
+            Some(Ending::Killed) => self.record.settled = Some(Settled::Stopped),
+            Some(Ending::Restart) => self.record.restarts_done = self.record.desired.restarts,
+            Some(Ending::PoweredOff | Ending::Panicked) | None => {
+                let reason = describe(ending, exit, lost);
+                match policy {
+                    // The policy is about what ran. A start that failed is always tried again.
+                    _ if exit.kind == ExitKind::NotStarted => self.failed(reason, at),
+                    RestartPolicy::OnFailure | RestartPolicy::Always => self.failed(reason, at),
+                    RestartPolicy::Never => self.record.settled = Some(Settled::Failed { reason }),
+                }
+            }
+        }
+    }
+
+    fn failed(&mut self, reason: String, at: Moment) {
+        self.failures = self.failures.saturating_add(1);
+        let wait = backoff::wait_after(self.failures);
+        let wall = WallTime(at.wall.0.saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)));
+        self.retry = Some(Retry { at: at.now.after(wait), wall, reason });
+    }
+
+    fn guest_down(&mut self, ending: Ending, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        x.ending.get_or_insert(ending);
+        if !matches!(x.push, Push::Killed { .. }) {
+            x.push = Push::Asked { kill_at: at.now.after(QUIT_GRACE) };
+            effects.push(Effect::Quit);
+        }
+    }
+
+    /// Compares what should be with what is, and takes the next step.
+    fn settle(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        if self.execution.is_some() {
+            self.settle_executing(at, effects);
+        } else if self.work == Work::None {
+            self.settle_idle(at, effects);
+        }
+    }
+
+    fn settle_executing(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        let desired = &self.record.desired;
+        let grace = desired.spec.as_ref().map_or(60, |s| s.stop_grace_seconds);
+        let kill_at = at.now.after(Duration::from_secs(grace.into()));
+        // The keeper has done this already, or is about to. The second line costs nothing. Without a spec the VM's
+        // class is not known, and only the keeper can tell.
+        let fenced = !at.lease.valid || at.lease.generation != x.lease_generation;
+        if fenced && desired.spec.is_some() {
+            return x.kill(at.now, effects);
+        }
+        match (desired.disposition, desired.stop_mode) {
+            (Disposition::Forget | Disposition::Delete, _) => x.kill(at.now, effects),
+            (Disposition::Stop, StopMode::Kill) => {
+                x.ending.get_or_insert(Ending::Stop);
+                x.kill(at.now, effects);
+            }
+            (Disposition::Stop, StopMode::Graceful) => {
+                x.ask(Ending::Stop, kill_at, effects);
+                x.press_on(at.now, effects);
+            }
+            (Disposition::Run, _) => {
+                let being_stopped = matches!(x.push, Push::Asked { .. });
+                if x.incarnation < desired.incarnation && !being_stopped {
+                    return x.kill(at.now, effects);
+                }
+                if x.incarnation == desired.incarnation && desired.restarts > self.record.restarts_done {
+                    match desired.restart_mode {
+                        RestartMode::Graceful => x.ask(Ending::Restart, kill_at, effects),
+                        RestartMode::Reset => {
+                            // A guest that is on its way out is not saved by a reset; it is started anew.
+                            if x.ending.is_none() {
+                                effects.push(Effect::Reset);
+                                self.record.restarts_done = desired.restarts;
+                            }
+                        }
+                    }
+                }
+                x.press_on(at.now, effects);
+            }
+        }
+    }
+
+    fn settle_idle(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        let desired = &self.record.desired;
+        match desired.disposition {
+            Disposition::Forget => self.record.settled = Some(Settled::Forgotten),
+            Disposition::Stop => {
+                self.record.restarts_done = self.record.restarts_done.max(desired.restarts);
+                // V1: what was fenced stays so until it has a new incarnation.
+                if self.record.settled != Some(Settled::Fenced) {
+                    self.record.settled = Some(Settled::Stopped);
+                }
+            }
+            Disposition::Delete => {
+                let due = self.retry.as_ref().is_none_or(|r| at.now >= r.at);
+                if self.frozen.is_none() && self.record.settled != Some(Settled::Deleted) && due {
+                    self.work = Work::Deleting;
+                    effects.push(Effect::DeleteDisks);
+                }
+            }
+            Disposition::Run => self.settle_idle_run(at, effects),
+        }
+    }
+
+    fn settle_idle_run(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        if self.frozen.is_some() {
+            return;
+        }
+        if self.record.desired.restarts > self.record.restarts_done {
+            self.record.restarts_done = self.record.desired.restarts;
+            self.retry = None;
+            self.failures = 0;
+            // Spelled out, so that a new way to settle makes the compiler ask.
+            match self.record.settled {
+                Some(Settled::Stopped | Settled::PoweredOff | Settled::Failed { .. }) => self.record.settled = None,
+                Some(Settled::Fenced | Settled::Deleted | Settled::Forgotten) | None => {}
+            }
+        }
+        match self.verdict(at) {
+            Verdict::Start { .. } => {
+                self.work = Work::Preparing;
+                effects.push(Effect::Prepare);
+            }
+            Verdict::Fenced => self.record.settled = Some(Settled::Fenced),
+            Verdict::Wait => {}
+        }
+    }
+
+    /// P1: whether the leader's word, the lease and what is known here allow a start.
+    fn verdict(&self, at: Moment) -> Verdict {
+        let current = at.lease.generation;
+        if self.execution.is_some() || self.work != Work::None || self.record.settled.is_some() {
+            return Verdict::Wait;
+        }
+        match self.acceptance {
+            Acceptance::Void => return Verdict::Wait,
+            Acceptance::Expected(g) if g != current => return Verdict::Wait,
+            Acceptance::Firm(g) if g != current => return Verdict::Fenced,
+            Acceptance::Expected(_) | Acceptance::Firm(_) => {}
+        }
+        let due = self.retry.as_ref().is_none_or(|r| at.now >= r.at);
+        if !at.lease.valid || !due {
+            return Verdict::Wait;
+        }
+        Verdict::Start { lease_generation: current }
+    }
+
+    fn launch(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        // Preparing may have taken minutes: everything is looked at again. What else the verdict may be, `settle` sees.
+        self.retry = None;
+        if self.record.desired.disposition != Disposition::Run {
+            return;
+        }
+        if let Verdict::Start { lease_generation } = self.verdict(at) {
+            let incarnation = self.record.desired.incarnation;
+            // From here on the acceptance is known to be good, and bound to this generation.
+            self.acceptance = Acceptance::Firm(lease_generation);
+            self.record.launched = Some(Launched { incarnation, lease_generation, at: at.wall });
+            self.work = Work::Launching;
+            effects.push(Effect::Launch { incarnation, lease_generation });
+        }
+    }
+}
+
+impl Execution {
+    fn kill(&mut self, now: Tick, effects: &mut Vec<Effect>) {
+        self.ending.get_or_insert(Ending::Killed);
+        let due = match self.push {
+            Push::None | Push::Asked { .. } => true,
+            Push::Killed { again_at } => now >= again_at,
+        };
+        if due {
+            self.push = Push::Killed { again_at: now.after(QUIT_GRACE) };
+            effects.push(Effect::Kill);
+        }
+    }
+
+    fn ask(&mut self, ending: Ending, kill_at: Tick, effects: &mut Vec<Effect>) {
+        // A guest that is already on its way out is not asked again, and gets no more time.
+        if self.push == Push::None {
+            self.push = Push::Asked { kill_at };
+            effects.push(Effect::PowerDown);
+        }
+        self.ending.get_or_insert(ending);
+    }
+
+    /// Kills what was asked in vain.
+    fn press_on(&mut self, now: Tick, effects: &mut Vec<Effect>) {
+        match self.push {
+            Push::Asked { kill_at } if now >= kill_at => self.kill(now, effects),
+            Push::Killed { .. } => self.kill(now, effects),
+            Push::None | Push::Asked { .. } => {}
+        }
+    }
+}
+
+/// How it ended, in words.
+fn describe(ending: Option<Ending>, exit: &Exit, lost: bool) -> String {
+    let what = match ending {
+        Some(Ending::Stop) => "stopped".to_owned(),
+        Some(Ending::Restart) => "stopped for a restart".to_owned(),
+        Some(Ending::PoweredOff) => "the guest powered itself off".to_owned(),
+        Some(Ending::Panicked) => "the guest panicked".to_owned(),
+        Some(Ending::Killed) if lost => "killed because the host's lease ran out".to_owned(),
+        Some(Ending::Killed) => "killed because it does not belong here".to_owned(),
+        None if lost => "killed because the host's lease ran out".to_owned(),
+        None => exit.kind.to_string(),
+    };
+    match (ending, exit.last_words.trim()) {
+        (None, words) if !words.is_empty() => format!("{what}: {words}"),
+        (None | Some(_), _) => what,
+    }
+}
+
+impl Desired {
+    /// Stands in for what a missing or unreadable record said. Starts nothing, because the leader's word is not there.
+    fn unknown() -> Self {
+        Self {
+            incarnation: Incarnation::NONE,
+            disposition: Disposition::Run,
+            name: String::new(),
+            owner: String::new(),
+            spec: None,
+            images: Vec::new(),
+            restarts: 0,
+            restart_mode: RestartMode::Graceful,
+            stop_mode: StopMode::Graceful,
+            disks: DisksExpected::Exist,
+            disk_generation: 0,
+        }
+    }
+}
