@@ -1,0 +1,314 @@
+//! QEMU's command line (pure). What a machine looks like is decided here and nowhere else.
+//!
+//! Sockets and the serial log are relative paths: the keeper starts QEMU in the VM's `run` directory, so that their
+//! length never matters (a socket's address has room for 108 bytes).
+//!
+//! A second QEMU with the same arguments must be able to take over a migration, so nothing here may depend on the host.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use serde_json::json;
+use uncloud_proto::ids::{Incarnation, VmId};
+
+/// How many QMP sockets a QEMU has. A socket serves one client at a time, and an agent that hangs holds one: its
+/// successor takes the next, and one is left for a person.
+pub const QMP_SOCKETS: usize = 3;
+/// The serial console's socket.
+pub const CONSOLE_SOCKET: &str = "console.sock";
+/// All that the guest ever wrote to its serial console.
+pub const SERIAL_LOG: &str = "serial.log";
+/// What QEMU may use for translated code, in MiB. Its own default is up to 1 GiB for each VM.
+const TCG_CACHE_MIB: u32 = 32;
+/// The CPU without KVM: x86-64-v2, which every current distribution needs and which migrates anywhere.
+const TCG_CPU: &str = "qemu64,+pni,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes";
+
+/// Name of a QMP socket in the VM's `run` directory.
+#[must_use]
+pub fn qmp_socket(index: usize) -> String {
+    format!("qmp{index}.sock")
+}
+
+/// The board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// PCI Express, ICH9.
+    Q35,
+    /// i440FX: for guests that do not know the other.
+    Pc,
+}
+
+impl Machine {
+    /// The versioned name. It is one for the whole cluster, whatever newer QEMU a host has: the version is part of what
+    /// the guest sees, and a migration needs the same on both sides.
+    #[must_use]
+    pub const fn versioned(self) -> &'static str {
+        match self {
+            Self::Q35 => "pc-q35-7.2",
+            Self::Pc => "pc-i440fx-7.2",
+        }
+    }
+}
+
+/// What executes the guest. Chosen by the host's probe, never by QEMU's own fallback.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AcceleratorChoice {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator.
+    Tcg,
+}
+
+/// A kernel that QEMU loads by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelFiles {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    pub command_line: String,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskFile {
+    /// Its name in the VM's spec; the guest sees it as the serial number.
+    pub name: String,
+    /// A qcow2 file.
+    pub path: PathBuf,
+}
+
+/// A NIC in QEMU's own user network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UserNic {
+    /// Its MAC address, as `42:…`.
+    pub mac: String,
+}
+
+/// Everything that the command line says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineSpec {
+    /// Which VM.
+    pub vm: VmId,
+    /// Which incarnation of it.
+    pub incarnation: Incarnation,
+    /// Its name.
+    pub name: String,
+    /// The board.
+    pub machine: Machine,
+    /// What executes it.
+    pub accelerator: AcceleratorChoice,
+    /// Number of CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// A kernel to boot; otherwise the first disk boots.
+    pub kernel: Option<KernelFiles>,
+    /// The disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskFile>,
+    /// The NICs, likewise.
+    pub nics: Vec<UserNic>,
+}
+
+/// The command line, the program first.
+///
+/// A person finds a VM in the process table by its name and id, and its incarnation as the machine's serial number.
+#[must_use]
+pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
+    let mut argv = Argv(vec![qemu.into()]);
+    argv.identity(spec);
+    argv.machine(spec);
+    argv.control();
+    argv.console();
+    argv.boot(spec);
+    for (index, disk) in spec.disks.iter().enumerate() {
+        argv.disk(index, disk, spec.kernel.is_none());
+    }
+    for (index, nic) in spec.nics.iter().enumerate() {
+        argv.nic(index, nic);
+    }
+    argv.option("-device", "virtio-rng-pci,id=rng0");
+    // Lets the guest say that its kernel panicked.
+    argv.option("-device", "pvpanic-pci,id=pvpanic0");
+    argv.0
+}
+
+struct Argv(Vec<OsString>);
+
+impl Argv {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.into());
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<OsString>) {
+        self.0.push(name.into());
+        self.0.push(value.into());
+    }
+
+    fn identity(&mut self, spec: &MachineSpec) {
+        let id = spec.vm.to_string();
+        // `process` is what `ps` and `top` show as the command; it has room for 15 characters.
+        self.option("-name", format!("guest={},process=uncloud-{}", escaped(&spec.name), &id[..7]));
+        self.option("-uuid", id);
+        self.option("-smbios", format!("type=1,serial={}", spec.incarnation));
+        self.flag("-no-user-config");
+        self.flag("-nodefaults");
+        // Works because the keeper has dropped privileges already; `-runas` and `-daemonize` would be killed by it.
+        self.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        // A guest that powered off or panicked leaves a QEMU that can be asked, so that an agent that was away can
+        // tell it from a crash.
+        self.option("-action", "shutdown=pause,panic=pause");
+    }
+
+    fn machine(&mut self, spec: &MachineSpec) {
+        // A core dump of QEMU must not hold the guest's memory.
+        self.option("-machine", format!("{},dump-guest-core=off", spec.machine.versioned()));
+        match spec.accelerator {
+            AcceleratorChoice::Kvm => {
+                self.option("-accel", "kvm");
+                self.option("-cpu", "host");
+            }
+            AcceleratorChoice::Tcg => {
+                self.option("-accel", format!("tcg,tb-size={TCG_CACHE_MIB}"));
+                self.option("-cpu", TCG_CPU);
+            }
+        }
+        self.option("-smp", spec.vcpus.to_string());
+        self.option("-m", format!("{}M", spec.memory_mib));
+        self.option("-rtc", "base=utc");
+        self.option("-display", "none");
+        self.option("-vga", "none");
+    }
+
+    fn control(&mut self) {
+        for index in 0..QMP_SOCKETS {
+            self.option("-chardev", format!("socket,id=qmp{index},path={},server=on,wait=off", qmp_socket(index)));
+            self.option("-mon", format!("chardev=qmp{index},mode=control"));
+        }
+    }
+
+    fn console(&mut self) {
+        let log = format!("logfile={SERIAL_LOG},logappend=on");
+        self.option("-chardev", format!("socket,id=console0,path={CONSOLE_SOCKET},server=on,wait=off,{log}"));
+        self.option("-serial", "chardev:console0");
+    }
+
+    fn boot(&mut self, spec: &MachineSpec) {
+        if let Some(kernel) = &spec.kernel {
+            self.option("-kernel", &kernel.kernel);
+            if let Some(initrd) = &kernel.initrd {
+                self.option("-initrd", initrd);
+            }
+            self.option("-append", &kernel.command_line);
+        } else {
+            // Only the disk that is meant to; never the network.
+            self.option("-boot", "strict=on");
+        }
+    }
+
+    fn disk(&mut self, index: usize, disk: &DiskFile, bootable: bool) {
+        let node = format!("disk{index}");
+        let blockdev = json!({
+            "driver": "qcow2",
+            "node-name": node,
+            "discard": "unmap",
+            "file": {
+                "driver": "file",
+                "filename": disk.path.to_string_lossy(),
+                // A second writer of the file is refused (the second line behind the lease).
+                "locking": "on",
+                // Past the host's page cache: what the guest has flushed lies in the pool, and a QEMU that was killed
+                // leaves nothing on its way that is written later.
+                "cache": { "direct": true },
+                "discard": "unmap",
+            },
+        });
+        self.option("-blockdev", blockdev.to_string());
+        // A virtio disk's serial number has room for 20 bytes.
+        let serial: String = disk.name.chars().take(20).collect();
+        let boot = if index == 0 && bootable { ",bootindex=0" } else { "" };
+        self.option("-device", format!("virtio-blk-pci,id=vd{index},drive={node},serial={}{boot}", escaped(&serial)));
+    }
+
+    fn nic(&mut self, index: usize, nic: &UserNic) {
+        self.option("-netdev", format!("user,id=net{index}"));
+        // Without its boot ROM: nothing boots from the network, and not every host has the file.
+        self.option("-device", format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=", escaped(&nic.mac)));
+    }
+}
+
+/// In QEMU's option lists a comma ends the value, two stand for one.
+fn escaped(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            vm: "1a2b3c4d-0000-4000-8000-000000000abc".parse().unwrap(),
+            incarnation: Incarnation(7),
+            name: "web-1".into(),
+            machine: Machine::Q35,
+            accelerator: AcceleratorChoice::Kvm,
+            vcpus: 2,
+            memory_mib: 2048,
+            kernel: None,
+            disks: vec![
+                DiskFile { name: "root".into(), path: "/pool/disks/vm/root.1.qcow2".into() },
+                DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
+            ],
+            nics: vec![UserNic { mac: "42:00:00:00:00:01".into() }, UserNic { mac: "42:00:00:00:00:02".into() }],
+        }
+    }
+
+    /// One argument a line. To take over a change that is meant: `UPDATE_GOLDEN=1 cargo test`.
+    fn golden(name: &str, spec: &MachineSpec) {
+        let found: String = command_line(Path::new("/usr/bin/qemu-system-x86_64"), spec)
+            .iter()
+            .map(|a| format!("{}\n", a.to_str().unwrap()))
+            .collect();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/qemu/golden").join(name);
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(&path, &found).unwrap();
+        }
+        assert_eq!(found, std::fs::read_to_string(&path).unwrap(), "{}", path.display());
+    }
+
+    #[test]
+    fn a_disk_boots_on_q35_with_kvm() {
+        golden("disk-q35-kvm.txt", &spec());
+    }
+
+    #[test]
+    fn a_kernel_boots_on_pc_with_tcg() {
+        let kernel = KernelFiles {
+            kernel: "/pool/images/k/kernel".into(),
+            initrd: Some("/pool/images/k/initrd".into()),
+            command_line: "console=ttyS0 panic=-1, \"quoted\"".into(),
+        };
+        golden(
+            "kernel-pc-tcg.txt",
+            &MachineSpec {
+                machine: Machine::Pc,
+                accelerator: AcceleratorChoice::Tcg,
+                kernel: Some(kernel),
+                disks: spec().disks[..1].to_vec(),
+                nics: vec![],
+                ..spec()
+            },
+        );
+    }
+
+    #[test]
+    fn nothing_that_a_person_chose_can_add_an_option() {
+        let name = "x,process=y";
+        let line = command_line(Path::new("q"), &MachineSpec { name: name.into(), ..spec() });
+        assert_eq!(line[2].to_str().unwrap(), "guest=x,,process=y,process=uncloud-1a2b3c4");
+    }
+}
