@@ -1,1 +1,5 @@
-fn main() {}
+//! The `uncloud` command. Everything is in the library, where tests reach it.
+
+fn main() -> std::process::ExitCode {
+    uncloud_client::cli::main()
+}

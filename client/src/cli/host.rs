@@ -1,0 +1,88 @@
+//! `uncloud host`.
+
+use clap::{Args, Subcommand};
+use uncloud_proto::v1::{self, watch_hosts_response::Event};
+
+use super::{Context, Error};
+use crate::{output, watch::Step};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Lists all hosts.
+    List,
+    /// Shows one host and its VMs.
+    Show(Named),
+    /// Lets a host take no new VMs; those it has stay.
+    Cordon(Cordon),
+    /// Lets a host take VMs again.
+    Uncordon(Named),
+    /// Forgets a host that is down and has no VMs.
+    Remove(Named),
+    /// Shows all hosts, then every change, until Ctrl-C.
+    Watch(Watch),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// Name, UUID or unique prefix of one.
+    host: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cordon {
+    /// Name, UUID or unique prefix of one.
+    host: String,
+    /// Why, for those who wonder.
+    #[arg(long, default_value = "", hide_default_value = true)]
+    reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// Only changes after this revision.
+    #[arg(long, default_value = "0", hide_default_value = true, value_name = "REVISION",
+          value_parser = clap::value_parser!(i64).range(0..))]
+    from_revision: i64,
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error> {
+    let client = &context.client;
+    let row = |host: &Option<v1::Host>| output::hosts(host.as_slice(), context.now());
+    match command {
+        Command::List => {
+            let answer = client.list_hosts(v1::ListHostsRequest {}).await?;
+            context.print(&answer, |a| output::hosts(&a.hosts, context.now()))
+        }
+        Command::Show(Named { host }) => {
+            let answer = client.get_host(v1::GetHostRequest { host }).await?;
+            context.print(&answer, |a| output::show_host(a, context.now()))
+        }
+        Command::Cordon(Cordon { host, reason }) => {
+            let answer = client.cordon_host(v1::CordonHostRequest { host, reason }).await?;
+            context.print(&answer, |a| row(&a.host))
+        }
+        Command::Uncordon(Named { host }) => {
+            let answer = client.uncordon_host(v1::UncordonHostRequest { host }).await?;
+            context.print(&answer, |a| row(&a.host))
+        }
+        Command::Remove(Named { host }) => {
+            let answer = client.remove_host(v1::RemoveHostRequest { host: host.clone() }).await?;
+            context.print(&answer, |_| format!("{} is forgotten.", output::clean(&host)))
+        }
+        Command::Watch(Watch { from_revision }) => watch(context, from_revision).await,
+    }
+}
+
+async fn watch(context: &Context, from_revision: i64) -> Result<(), Error> {
+    let mut watch = context.client.watch_hosts(v1::WatchHostsRequest { from_revision });
+    loop {
+        match watch.next().await? {
+            Step::Restarted => output::note("the watch began anew: all hosts follow again"),
+            Step::Answer(answer) => context.print_step(&answer, |a| match &a.event {
+                Some(Event::Host(host)) => Some(output::host_line(host)),
+                Some(Event::DeletedId(id)) => Some(format!("{}  gone", output::clean(id))),
+                Some(Event::Bookmark(_)) | None => None,
+            })?,
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! `uncloud vm`.
+
+mod console;
+mod create;
+mod escape;
+mod list;
+mod logs;
+mod power;
+mod wait;
+
+use clap::{Args, Subcommand};
+use uncloud_proto::v1;
+
+use super::{Context, Error};
+use crate::output;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Creates a VM and starts it.
+    Create(Box<create::Arguments>),
+    /// Lists VMs.
+    List(list::List),
+    /// Shows one VM.
+    Show(Named),
+    /// Starts a VM.
+    Start(power::Start),
+    /// Stops a VM: asks the guest, and kills it when its grace period is over.
+    Stop(power::Stop),
+    /// Restarts a running VM.
+    Restart(power::Restart),
+    /// Deletes a VM and its disks.
+    Delete(power::Delete),
+    /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
+    Console(console::Arguments),
+    /// Prints the serial log.
+    Logs(logs::Arguments),
+    /// Says why a VM is where it is, or why it is nowhere.
+    Explain(Named),
+    /// Shows VMs, then every change, until Ctrl-C.
+    Watch(list::Watch),
+}
+
+/// Names one VM.
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// Name, UUID or unique prefix of one.
+    vm: String,
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error> {
+    let owner = context.owner.clone();
+    match command {
+        Command::Create(arguments) => create::run(context, *arguments).await,
+        Command::List(arguments) => list::list(context, arguments).await,
+        Command::Show(Named { vm }) => {
+            let answer = context.client.get_vm(v1::GetVmRequest { vm, owner }).await?;
+            context.print(&answer, |a| output::show_vm(&a.vm.clone().unwrap_or_default(), context.now()))
+        }
+        Command::Start(arguments) => power::start(context, arguments).await,
+        Command::Stop(arguments) => power::stop(context, arguments).await,
+        Command::Restart(arguments) => power::restart(context, arguments).await,
+        Command::Delete(arguments) => power::delete(context, arguments).await,
+        Command::Console(arguments) => console::run(context, arguments).await,
+        Command::Logs(arguments) => logs::run(context, arguments).await,
+        Command::Explain(Named { vm }) => {
+            let answer = context.client.explain_vm(v1::ExplainVmRequest { vm, owner }).await?;
+            context.print(&answer, output::explain)
+        }
+        Command::Watch(arguments) => list::watch(context, arguments).await,
+    }
+}
+
+/// The table of one VM.
+fn row(context: &Context, vm: Option<&v1::Vm>) -> String {
+    let vms: Vec<v1::Vm> = vm.cloned().into_iter().collect();
+    output::vms(&vms, output::Columns::OneOwner, context.now())
+}

@@ -1,0 +1,373 @@
+//! Calls to a cluster: finds a controller that can answer, and tries again what `retry.rs` allows.
+//!
+//! One method for each call of the API (except the agents' own). Answers and refusals are those of the server;
+//! where no controller could be reached, the status is `UNAVAILABLE` and says which addresses were tried.
+
+use std::{
+    collections::HashMap,
+    error::Error as _,
+    future::Future,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Code, ConnectError, Response, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use uncloud_proto::{
+    LEADER_METADATA_KEY, MAX_MESSAGE_BYTES,
+    v1::{
+        self, cluster_service_client::ClusterServiceClient, host_service_client::HostServiceClient,
+        image_service_client::ImageServiceClient, vm_service_client::VmServiceClient,
+    },
+};
+
+use crate::{
+    endpoints::{BadEndpoint, Endpoints},
+    retry::{self, Decision, Fate, Safety, Target},
+    watch::Watch,
+};
+
+/// How long a call may take in all when the caller says nothing. Longer than a controller's takeover (DESIGN, section 4).
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one attempt to connect may take. Longer means that a host that is off holds up the next endpoint.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a connection with an open call is probed, and how long the answer may take. This finds a controller
+/// that hangs or is cut off well within [`DEFAULT_TIMEOUT`], so that another one can still be asked.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
+const KEEP_ALIVE_ANSWER: Duration = Duration::from_secs(3);
+/// Bytes typed into a console that may wait to be sent, in messages.
+const CONSOLE_INPUT_QUEUE: usize = 64;
+
+/// How to reach a cluster.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Addresses of controllers, `HOST:PORT`.
+    pub endpoints: Vec<String>,
+    /// How long a call may take in all, with everything that is tried again.
+    pub timeout: Duration,
+}
+
+/// A handle on a cluster. Cheap to clone; clones share connections.
+#[derive(Clone, Debug)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    endpoints: Mutex<Endpoints>,
+    channels: Mutex<HashMap<String, Channel>>,
+    timeout: Duration,
+}
+
+/// The user's side of an open console.
+#[derive(Debug)]
+pub struct Console {
+    /// What to send. Ends with [`Console::output`].
+    pub input: mpsc::Sender<v1::ConsoleRequest>,
+    /// What the guest writes.
+    pub output: Streaming<v1::ConsoleResponse>,
+}
+
+/// Declares one method for each unary call.
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident($request:ident) -> $answer:ident, $service:ident, $safety:ident;)*) => {
+        impl Client {
+            $(
+                $(#[$doc])*
+                ///
+                /// # Errors
+                ///
+                /// The server's refusal, or that nobody could be reached.
+                pub async fn $name(&self, request: v1::$request) -> Result<v1::$answer, Status> {
+                    self.call(Safety::$safety, request, |channel, request| async move {
+                        $service(channel).$name(request).await
+                    })
+                    .await
+                }
+            )*
+        }
+    };
+}
+
+calls! {
+    /// Shows one VM.
+    get_vm(GetVmRequest) -> GetVmResponse, vms, Repeatable;
+    /// Lists one page of VMs.
+    list_vms(ListVmsRequest) -> ListVmsResponse, vms, Repeatable;
+    /// Deletes a VM. Not tried again when the answer was lost: the name could belong to another VM by then.
+    delete_vm(DeleteVmRequest) -> DeleteVmResponse, vms, Once;
+    /// Makes running the desired state.
+    start_vm(StartVmRequest) -> StartVmResponse, vms, Repeatable;
+    /// Makes stopped the desired state.
+    stop_vm(StopVmRequest) -> StopVmResponse, vms, Repeatable;
+    /// Restarts a VM. Not tried again when the answer was lost: that could restart it twice.
+    restart_vm(RestartVmRequest) -> RestartVmResponse, vms, Once;
+    /// Says why a VM is where it is.
+    explain_vm(ExplainVmRequest) -> ExplainVmResponse, vms, Repeatable;
+    /// Lists hosts.
+    list_hosts(ListHostsRequest) -> ListHostsResponse, hosts, Repeatable;
+    /// Shows one host.
+    get_host(GetHostRequest) -> GetHostResponse, hosts, Repeatable;
+    /// Lets a host take no new VMs.
+    cordon_host(CordonHostRequest) -> CordonHostResponse, hosts, Repeatable;
+    /// Lets a host take VMs again.
+    uncordon_host(UncordonHostRequest) -> UncordonHostResponse, hosts, Repeatable;
+    /// Forgets a host.
+    remove_host(RemoveHostRequest) -> RemoveHostResponse, hosts, Once;
+    /// Shows one image.
+    get_image(GetImageRequest) -> GetImageResponse, images, Repeatable;
+    /// Lists images.
+    list_images(ListImagesRequest) -> ListImagesResponse, images, Repeatable;
+    /// Forgets an image.
+    delete_image(DeleteImageRequest) -> DeleteImageResponse, images, Once;
+    /// Shows the cluster as a whole.
+    get_status(GetStatusRequest) -> GetStatusResponse, cluster, Repeatable;
+    /// Lists events, newest first.
+    list_events(ListEventsRequest) -> ListEventsResponse, cluster, Repeatable;
+    /// Lets failover go on although the brake is on.
+    release_brake(ReleaseBrakeRequest) -> ReleaseBrakeResponse, cluster, Once;
+}
+
+impl Client {
+    /// Makes a client. Nothing is sent before the first call.
+    ///
+    /// # Errors
+    ///
+    /// An endpoint is not an address.
+    pub fn new(options: Options) -> Result<Self, BadEndpoint> {
+        let shared = Shared {
+            endpoints: Mutex::new(Endpoints::new(&options.endpoints)?),
+            channels: Mutex::default(),
+            timeout: options.timeout,
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Creates a VM. Gives the request an id if it has none, so that it may be tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn create_vm(&self, mut request: v1::CreateVmRequest) -> Result<v1::CreateVmResponse, Status> {
+        identify(&mut request.request_id);
+        self.call(Safety::Repeatable, request, |c, r| async move { vms(c).create_vm(r).await }).await
+    }
+
+    /// Registers an image. Gives the request an id if it has none, so that it may be tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn create_image(&self, mut request: v1::CreateImageRequest) -> Result<v1::CreateImageResponse, Status> {
+        identify(&mut request.request_id);
+        self.call(Safety::Repeatable, request, |c, r| async move { images(c).create_image(r).await }).await
+    }
+
+    /// Lists the VMs of all pages as one answer. Its revision is that of the first page: a watch from there misses
+    /// nothing, though it may repeat something.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn list_all_vms(&self, mut request: v1::ListVmsRequest) -> Result<v1::ListVmsResponse, Status> {
+        let mut all = self.list_vms(request.clone()).await?;
+        while !all.next_page_token.is_empty() {
+            request.page_token = std::mem::take(&mut all.next_page_token);
+            let page = self.list_vms(request.clone()).await?;
+            all.vms.extend(page.vms);
+            all.next_page_token = page.next_page_token;
+        }
+        Ok(all)
+    }
+
+    /// Opens the serial log. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn get_vm_log(&self, request: v1::GetVmLogRequest) -> Result<Streaming<v1::GetVmLogResponse>, Status> {
+        self.call(Safety::Repeatable, request, |c, r| async move { vms(c).get_vm_log(r).await }).await
+    }
+
+    /// Opens a console. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn console(&self, open: v1::ConsoleOpen) -> Result<Console, Status> {
+        self.call(Safety::Repeatable, open, |channel, open| async move {
+            let (input, queue) = mpsc::channel(CONSOLE_INPUT_QUEUE);
+            let first = v1::ConsoleRequest { message: Some(v1::console_request::Message::Open(open)) };
+            input.try_send(first).expect("the queue is empty and its receiver is alive");
+            let output = vms(channel).console(ReceiverStream::new(queue)).await?.into_inner();
+            Ok(Response::new(Console { input, output }))
+        })
+        .await
+    }
+
+    /// Watches VMs; resumes by itself.
+    #[must_use]
+    pub fn watch_vms(&self, request: v1::WatchVmsRequest) -> Watch<v1::WatchVmsRequest> {
+        Watch::new(self.clone(), request)
+    }
+
+    /// Watches hosts; resumes by itself.
+    #[must_use]
+    pub fn watch_hosts(&self, request: v1::WatchHostsRequest) -> Watch<v1::WatchHostsRequest> {
+        Watch::new(self.clone(), request)
+    }
+
+    /// Watches events; resumes by itself.
+    #[must_use]
+    pub fn watch_events(&self, request: v1::WatchEventsRequest) -> Watch<v1::WatchEventsRequest> {
+        Watch::new(self.clone(), request)
+    }
+
+    /// Whether a controller that can be reached now says that it leads and serves. One try, for a second at the most.
+    pub async fn is_serving(&self) -> bool {
+        let Ok(channel) = self.channel(&self.endpoint()) else { return false };
+        let request = HealthCheckRequest { service: String::new() };
+        match timeout(Duration::from_secs(1), HealthClient::new(channel).check(request)).await {
+            Ok(Ok(answer)) => answer.into_inner().status() == ServingStatus::Serving,
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
+
+    /// The address that the next call goes to.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        self.shared.endpoints.lock().unwrap_or_else(PoisonError::into_inner).current().to_owned()
+    }
+
+    /// Makes one call, again and again as far as that is safe and time is left.
+    pub(crate) async fn call<Q, A, F, Fut>(&self, safety: Safety, request: Q, send: F) -> Result<A, Status>
+    where
+        Q: Clone,
+        F: Fn(Channel, Q) -> Fut,
+        Fut: Future<Output = Result<Response<A>, Status>>,
+    {
+        let deadline = Instant::now() + self.shared.timeout;
+        let mut failures = 0;
+        loop {
+            let address = self.endpoint();
+            let status = match timeout_at(deadline, send(self.channel(&address)?, request.clone())).await {
+                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(status)) => status,
+                Err(_) => return Err(self.no_answer(&address)),
+            };
+            failures += 1;
+            let fate = fate_of(&status);
+            let left = deadline.saturating_duration_since(Instant::now());
+            match retry::decide(safety, &fate, failures, left, rand::random()) {
+                Decision::GiveUp => return Err(self.explained(status, &fate)),
+                Decision::Retry { after, at } => {
+                    self.turn_to(&at, &address);
+                    sleep(after).await;
+                }
+            }
+        }
+    }
+
+    /// Lets the next call go elsewhere than to `from`.
+    pub(crate) fn turn_to(&self, at: &Target, from: &str) {
+        let mut endpoints = self.shared.endpoints.lock().unwrap_or_else(PoisonError::into_inner);
+        match at {
+            Target::Leader(leader) => endpoints.follow(leader, from),
+            Target::Next => endpoints.failed(from),
+        }
+    }
+
+    /// The connection to an address; made when it is first used, made again by itself when it broke.
+    fn channel(&self, address: &str) -> Result<Channel, Status> {
+        let mut channels = self.shared.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let channel = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(|e| Status::invalid_argument(format!("`{address}` is not an address: {e}")))?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
+            .keep_alive_timeout(KEEP_ALIVE_ANSWER)
+            .tcp_nodelay(true)
+            .connect_lazy();
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+
+    fn no_answer(&self, address: &str) -> Status {
+        Status::deadline_exceeded(format!(
+            "no answer from {address} within {:?}; whether the request was carried out is not known",
+            self.shared.timeout
+        ))
+    }
+
+    /// Puts what the transport said into words. What the server said stays as it is.
+    fn explained(&self, status: Status, fate: &Fate) -> Status {
+        let Some(cause) = root_cause(&status) else { return status };
+        let tried = self.shared.endpoints.lock().unwrap_or_else(PoisonError::into_inner).to_string();
+        match fate {
+            Fate::NotTaken { .. } => Status::unavailable(format!("no controller can be reached at {tried}: {cause}")),
+            Fate::Lost => Status::unavailable(format!(
+                "the connection was lost ({cause}); whether the request was carried out is not known"
+            )),
+            Fate::Refused => status,
+        }
+    }
+}
+
+/// What is known about a call that ended with this status.
+pub(crate) fn fate_of(status: &Status) -> Fate {
+    if let Some(leader) = status.metadata().get(LEADER_METADATA_KEY) {
+        let leader = leader.to_str().ok().filter(|l| !l.is_empty()).map(ToOwned::to_owned);
+        return Fate::NotTaken { leader };
+    }
+    let mut source = status.source();
+    // Only a status that was made on this side has a source.
+    let is_ours = source.is_some();
+    while let Some(error) = source {
+        if error.is::<ConnectError>() {
+            return Fate::NotTaken { leader: None };
+        }
+        source = error.source();
+    }
+    if is_ours || status.code() == Code::Unavailable { Fate::Lost } else { Fate::Refused }
+}
+
+fn root_cause(status: &Status) -> Option<String> {
+    let mut cause = status.source()?;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    Some(cause.to_string())
+}
+
+fn identify(request_id: &mut String) {
+    if request_id.is_empty() {
+        *request_id = uuid::Uuid::new_v4().to_string();
+    }
+}
+
+pub(crate) fn vms(channel: Channel) -> VmServiceClient<Channel> {
+    VmServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+pub(crate) fn hosts(channel: Channel) -> HostServiceClient<Channel> {
+    HostServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+fn images(channel: Channel) -> ImageServiceClient<Channel> {
+    ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+}
+
+pub(crate) fn cluster(channel: Channel) -> ClusterServiceClient<Channel> {
+    ClusterServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES)
+}

@@ -1,0 +1,178 @@
+//! VMs for people.
+
+use uncloud_proto::{clock::WallTime, v1};
+
+use super::{
+    pairs, table,
+    text::{age, dash, labels, mib, moment_and_age, or_dash, short_id, word},
+};
+use crate::units;
+
+/// Which columns a list of VMs has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Columns {
+    /// All VMs belong to one owner.
+    OneOwner,
+    /// The owner is shown, too.
+    AllOwners,
+}
+
+/// The phase of a VM in a word.
+#[must_use]
+pub fn phase_word(phase: v1::VmPhase) -> String {
+    word(phase.as_str_name(), "VM_PHASE_")
+}
+
+fn phase(vm: &v1::Vm) -> String {
+    vm.status.as_ref().map_or_else(dash, |s| phase_word(s.phase()))
+}
+
+fn host(vm: &v1::Vm) -> String {
+    vm.placement.as_ref().map_or_else(dash, |p| p.host_name.clone())
+}
+
+fn reason(vm: &v1::Vm) -> String {
+    vm.status.as_ref().map(|s| s.reason.clone()).unwrap_or_default()
+}
+
+/// A table of VMs.
+#[must_use]
+pub fn vms(vms: &[v1::Vm], columns: Columns, now: WallTime) -> String {
+    let mut header = vec!["NAME", "ID", "PHASE", "HOST", "INCARNATION", "VCPUS", "MEMORY", "AGE", "REASON"];
+    if columns == Columns::AllOwners {
+        header.insert(0, "OWNER");
+    }
+    let rows: Vec<Vec<String>> = vms
+        .iter()
+        .map(|vm| {
+            let spec = vm.spec.clone().unwrap_or_default();
+            let mut row = vec![
+                vm.name.clone(),
+                short_id(&vm.id),
+                phase(vm),
+                host(vm),
+                vm.placement.as_ref().map_or_else(dash, |p| p.incarnation.to_string()),
+                spec.vcpus.to_string(),
+                mib(spec.memory_mib),
+                age(vm.created.as_ref(), now),
+                reason(vm),
+            ];
+            if columns == Columns::AllOwners {
+                row.insert(0, vm.owner.clone());
+            }
+            row
+        })
+        .collect();
+    table(&header, &rows)
+}
+
+/// One VM in a line, for watches and progress.
+#[must_use]
+pub fn vm_line(vm: &v1::Vm) -> String {
+    let mut line = format!("{}  {}", vm.name, phase(vm));
+    if let Some(placement) = &vm.placement {
+        line.push_str(&format!("  on {} (incarnation {})", placement.host_name, placement.incarnation));
+    }
+    let reason = reason(vm);
+    if !reason.is_empty() {
+        line.push_str(&format!("  {reason}"));
+    }
+    super::clean(&line)
+}
+
+/// Everything about one VM.
+#[must_use]
+pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
+    let spec = vm.spec.clone().unwrap_or_default();
+    let status = vm.status.clone().unwrap_or_default();
+    let mut out = pairs(&[
+        ("Name", vm.name.clone()),
+        ("ID", vm.id.clone()),
+        ("Owner", vm.owner.clone()),
+        ("Labels", labels(&vm.labels)),
+        ("Phase", phase(vm)),
+        ("Reason", status.reason.clone()),
+        ("Since", moment_and_age(status.since.as_ref(), now)),
+        ("Desired", desired(vm)),
+        ("Next attempt", super::text::moment(status.next_attempt.as_ref())),
+        ("Host", vm.placement.as_ref().map(|p| format!("{} ({})", p.host_name, p.host_id)).unwrap_or_default()),
+        ("Placed", moment_and_age(vm.placement.as_ref().and_then(|p| p.since.as_ref()), now)),
+        ("Because", vm.placement.as_ref().map(|p| p.why.clone()).unwrap_or_default()),
+        ("Incarnation", vm.placement.as_ref().map(|p| p.incarnation.to_string()).unwrap_or_default()),
+        ("Addresses", status.addresses.join(", ")),
+        ("Last exit", status.last_exit.as_ref().map(|e| last_exit(e, now)).unwrap_or_default()),
+        ("vCPUs", spec.vcpus.to_string()),
+        ("Memory", mib(spec.memory_mib)),
+        ("Machine", spec.machine.clone()),
+        ("Kernel", spec.kernel.as_ref().map(|k| k.image.clone()).unwrap_or_default()),
+        ("Command line", spec.kernel.as_ref().map(|k| k.command_line.clone()).unwrap_or_default()),
+        ("Restart", word(spec.restart().as_str_name(), "RESTART_POLICY_")),
+        ("Failover", failover(&spec)),
+        ("Priority", spec.priority.to_string()),
+        ("Host labels", labels(&spec.host_labels)),
+        ("Anti-affinity", spec.anti_affinity_group.clone()),
+        ("Stop grace", format!("{}s", spec.stop_grace_seconds)),
+        ("Created", moment_and_age(vm.created.as_ref(), now)),
+        ("Revision", vm.revision.to_string()),
+    ]);
+    if !spec.disks.is_empty() {
+        let rows: Vec<Vec<String>> = spec
+            .disks
+            .iter()
+            .map(|d| vec![d.name.clone(), d.pool.clone(), size(d.size_bytes), or_dash(&d.image)])
+            .collect();
+        out.push_str(&format!("\n{}\n", table(&["DISK", "POOL", "SIZE", "IMAGE"], &rows)));
+    }
+    if !spec.nics.is_empty() {
+        let rows: Vec<Vec<String>> =
+            spec.nics.iter().map(|n| vec![word(n.r#type().as_str_name(), "NIC_TYPE_"), or_dash(&n.mac)]).collect();
+        out.push_str(&format!("\n{}\n", table(&["NIC", "MAC"], &rows)));
+    }
+    out
+}
+
+/// Why a VM is where it is.
+#[must_use]
+pub fn explain(answer: &v1::ExplainVmResponse) -> String {
+    let mut out = format!("{}\n", super::clean(&answer.summary));
+    if !answer.refusals.is_empty() {
+        let rows: Vec<Vec<String>> = answer
+            .refusals
+            .iter()
+            .map(|r| {
+                let more = (r.count as usize).saturating_sub(r.hosts.len());
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                vec![r.count.to_string(), r.reason.clone(), format!("{}{more}", r.hosts.join(", "))]
+            })
+            .collect();
+        out.push_str(&format!("\n{}\n", table(&["HOSTS", "CANNOT TAKE IT BECAUSE", "WHICH"], &rows)));
+    }
+    if !answer.candidates.is_empty() {
+        out.push_str(&format!("\nCould take it now: {}\n", super::clean(&answer.candidates.join(", "))));
+    }
+    out
+}
+
+fn desired(vm: &v1::Vm) -> String {
+    if vm.deleting { "deleted".to_owned() } else { word(vm.desired().as_str_name(), "POWER_STATE_") }
+}
+
+fn failover(spec: &v1::VmSpec) -> String {
+    let policy = word(spec.failover().as_str_name(), "FAILOVER_POLICY_");
+    match spec.on_disk_loss() {
+        v1::DiskLossPolicy::Recreate => format!("{policy}, with new disks if they are lost"),
+        v1::DiskLossPolicy::Wait | v1::DiskLossPolicy::Unspecified => policy,
+    }
+}
+
+fn last_exit(exit: &v1::LastExit, now: WallTime) -> String {
+    let how = match (exit.signal, exit.code) {
+        (0, code) => format!("status {code}"),
+        (signal, _) => format!("signal {signal}"),
+    };
+    format!("{how}, {} ago: {}", age(exit.at.as_ref(), now), exit.reason)
+}
+
+fn size(bytes: u64) -> String {
+    if bytes == 0 { dash() } else { units::bytes(bytes) }
+}
