@@ -22,7 +22,10 @@ mod run;
 pub(crate) mod sys;
 
 pub use arguments::{Arguments, BadArguments, User};
-pub use records::{Files, files};
+pub use records::files;
+#[cfg(test)]
+pub(crate) use records::record_samples;
+pub(crate) use run::start_of;
 pub use run::{main, renewal, wake_in};
 
 /// QEMU ran and has ended; `exit.json` says how.

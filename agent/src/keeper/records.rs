@@ -14,15 +14,15 @@ use super::{Arguments, sys};
 
 /// The files of a VM's directory that a keeper has open. They are opened before privileges are dropped.
 #[derive(Debug)]
-pub struct Files {
+pub(super) struct Files {
     /// Held locked by the keeper and QEMU.
-    pub lock: File,
+    pub(super) lock: File,
     /// Who they are.
-    pub keeper: File,
+    pub(super) keeper: File,
     /// How QEMU ended.
-    pub exit: File,
+    pub(super) exit: File,
     /// What QEMU said.
-    pub log: File,
+    pub(super) log: File,
 }
 
 /// Names of the files in a VM's directory.
@@ -145,36 +145,36 @@ fn exit_json(a: &Arguments, outcome: Outcome, at_ms: u64) -> String {
     )
 }
 
+/// One `keeper.json` and each kind of `exit.json`, for the tests of both sides.
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::ffi::OsString;
+pub(crate) fn record_samples() -> (String, Vec<String>) {
+    let line = "--vm 00000000-0000-4000-8000-000000000abc --incarnation 3 --vm-dir /d --class patient \
+                --lease-file /l --lease-generation 9 -- q";
+    let a = Arguments::parse(line.split_whitespace().map(std::ffi::OsString::from)).unwrap();
+    let record = KeeperRecord {
+        boot_id: "11111111-2222-4333-8444-555555555555",
+        keeper_pid: 10,
+        keeper_start: 100,
+        qemu_pid: 11,
+        qemu_start: 101,
+    };
+    let exits = [
+        Outcome::Exited { code: 1 },
+        Outcome::Signaled { signal: 9 },
+        Outcome::Fenced,
+        Outcome::Refused { errno: 13 },
+        Outcome::ExecFailed { errno: 2 },
+    ];
+    (keeper_json(&a, &record), exits.into_iter().map(|o| exit_json(&a, o, 1_700_000_000_000)).collect())
+}
 
+#[cfg(test)]
+mod tests {
     use super::*;
-
-    pub(crate) fn samples() -> (String, Vec<String>) {
-        let line = "--vm 00000000-0000-4000-8000-000000000abc --incarnation 3 --vm-dir /d --class patient \
-                    --lease-file /l --lease-generation 9 -- q";
-        let a = Arguments::parse(line.split_whitespace().map(OsString::from)).unwrap();
-        let record = KeeperRecord {
-            boot_id: "11111111-2222-4333-8444-555555555555",
-            keeper_pid: 10,
-            keeper_start: 100,
-            qemu_pid: 11,
-            qemu_start: 101,
-        };
-        let exits = [
-            Outcome::Exited { code: 1 },
-            Outcome::Signaled { signal: 9 },
-            Outcome::Fenced,
-            Outcome::Refused { errno: 13 },
-            Outcome::ExecFailed { errno: 2 },
-        ];
-        (keeper_json(&a, &record), exits.into_iter().map(|o| exit_json(&a, o, 1_700_000_000_000)).collect())
-    }
 
     #[test]
     fn the_records_are_as_they_were() {
-        let (keeper, exits) = samples();
+        let (keeper, exits) = record_samples();
         assert_eq!(
             keeper,
             "{\"vm\":\"00000000-0000-4000-8000-000000000abc\",\"incarnation\":3,\"class\":\"patient\",\

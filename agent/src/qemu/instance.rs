@@ -1,0 +1,402 @@
+//! One VM that executes: commands to its QEMU, and what happens to it.
+//!
+//! A task per instance watches the two processes and keeps a QMP connection, making a new one when it breaks. What it
+//! learns is kept as facts (*the guest has shut down*), not as a queue: nothing can overflow, and what happened while there
+//! was no connection is asked for. So an event may come twice.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio::{
+    net::UnixStream,
+    sync::{Notify, watch},
+    task::AbortHandle,
+    time::{sleep, timeout},
+};
+use uncloud_proto::ids::{Incarnation, VmId};
+
+use super::{
+    command_line::{QMP_SOCKETS, qmp_socket},
+    files::{self, Exit, KeeperRecord},
+    pidfd::Process,
+    qmp::{self, Client, Event, Events},
+};
+
+/// How long a command waits for a connection when there is none.
+const LINK_LIMIT: Duration = Duration::from_secs(2);
+/// How long to wait before a broken connection is tried again.
+const LINK_PAUSE: Duration = Duration::from_millis(200);
+/// How long QEMU may outlive its keeper before it is killed once more and that is worth a line in the log. It takes
+/// a few milliseconds.
+const DEATH_LIMIT: Duration = Duration::from_secs(2);
+
+/// What happens to a VM that executes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InstanceEvent {
+    /// The guest powered itself off. QEMU waits, stopped; `quit` ends it.
+    GuestShutdown,
+    /// The guest's kernel panicked. QEMU waits, stopped.
+    GuestPanicked,
+    /// The guest reset the machine; it goes on.
+    GuestReset,
+    /// QEMU and its keeper are gone.
+    Ended(Exit),
+}
+
+/// A connection to QEMU.
+pub(super) type Link = (Client, Events);
+
+/// A VM that executes. Dropping it changes nothing for the VM; [`adopt`](super::process::adopt) finds it again.
+///
+/// Every command is bounded in time. One that found no connection waits a moment for the next.
+#[derive(Debug)]
+pub struct Instance {
+    incarnation: Incarnation,
+    lease_generation: u16,
+    qemu_pid: u32,
+    qemu: Option<Process>,
+    link: watch::Receiver<Option<Arc<Client>>>,
+    facts: Arc<Facts>,
+    watcher: AbortHandle,
+}
+
+impl Instance {
+    /// Takes up the watch.
+    pub(super) fn watch(vm_dir: &Path, record: KeeperRecord, processes: Processes, link: Option<Link>) -> Self {
+        let facts = Arc::new(Facts::default());
+        let (connected, receiver) = watch::channel(None);
+        let qemu = processes.qemu.clone();
+        let watcher = Watcher { vm_dir: vm_dir.to_owned(), record: record.clone(), facts: facts.clone(), connected };
+        let watcher = tokio::spawn(watcher.run(processes, link)).abort_handle();
+        Self {
+            incarnation: record.incarnation,
+            lease_generation: record.lease_generation,
+            qemu_pid: record.qemu_pid,
+            qemu,
+            link: receiver,
+            facts,
+            watcher,
+        }
+    }
+
+    /// Which incarnation of the VM it is.
+    #[must_use]
+    pub fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Under which generation of its lease it was started.
+    #[must_use]
+    pub fn lease_generation(&self) -> u16 {
+        self.lease_generation
+    }
+
+    /// QEMU's process id. For people: signals go through a pidfd.
+    #[must_use]
+    pub fn qemu_pid(&self) -> u32 {
+        self.qemu_pid
+    }
+
+    /// Presses the power button. What the guest makes of it is up to the guest.
+    ///
+    /// # Errors
+    ///
+    /// See [`qmp::Error`]; this holds for all commands.
+    pub async fn power_down(&self) -> Result<(), qmp::Error> {
+        self.execute("system_powerdown").await.map(drop)
+    }
+
+    /// Presses the reset button. A machine that is stopped stays stopped until [`Instance::cont`].
+    ///
+    /// # Errors
+    ///
+    /// See [`qmp::Error`].
+    pub async fn reset(&self) -> Result<(), qmp::Error> {
+        self.execute("system_reset").await.map(drop)
+    }
+
+    /// Lets a machine that is stopped run.
+    ///
+    /// # Errors
+    ///
+    /// See [`qmp::Error`].
+    pub async fn cont(&self) -> Result<(), qmp::Error> {
+        self.execute("cont").await.map(drop)
+    }
+
+    /// Lets QEMU end by itself, after it has flushed its disks. [`InstanceEvent::Ended`] says when it is gone.
+    ///
+    /// # Errors
+    ///
+    /// See [`qmp::Error`].
+    pub async fn quit(&self) -> Result<(), qmp::Error> {
+        match self.execute("quit").await {
+            // It may be gone before its answer is.
+            Ok(_) | Err(qmp::Error::Closed) => Ok(()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// QEMU's word for what the machine is doing, as `running`.
+    ///
+    /// # Errors
+    ///
+    /// See [`qmp::Error`].
+    pub async fn status(&self) -> Result<String, qmp::Error> {
+        let answer = self.execute("query-status").await?;
+        answer["status"].as_str().map(str::to_owned).ok_or_else(|| qmp::Error::Protocol(answer.to_string()))
+    }
+
+    /// Kills QEMU. The keeper then writes down how it ended.
+    pub fn kill(&self) {
+        if let Some(qemu) = &self.qemu {
+            qemu.kill();
+        }
+    }
+
+    /// The next thing that happens. Cancel safe. After [`InstanceEvent::Ended`] it pends for ever.
+    pub async fn next_event(&mut self) -> InstanceEvent {
+        loop {
+            if let Some(event) = self.facts.take() {
+                return event;
+            }
+            self.facts.changed.notified().await;
+        }
+    }
+
+    async fn execute(&self, command: &str) -> Result<Value, qmp::Error> {
+        let mut link = self.link.clone();
+        let client = match timeout(LINK_LIMIT, link.wait_for(Option::is_some)).await {
+            Ok(Ok(client)) => client.clone().ok_or(qmp::Error::NotConnected)?,
+            Ok(Err(_)) | Err(_) => return Err(qmp::Error::NotConnected),
+        };
+        client.execute(command, None).await
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+/// What happened and has not been told yet.
+#[derive(Debug, Default)]
+struct Facts {
+    now: Mutex<Untold>,
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Untold {
+    reset: bool,
+    panicked: bool,
+    shutdown: bool,
+    ended: Option<Exit>,
+}
+
+impl Facts {
+    fn untold(&self) -> MutexGuard<'_, Untold> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, event: InstanceEvent) {
+        let mut untold = self.untold();
+        match event {
+            InstanceEvent::GuestReset => untold.reset = true,
+            InstanceEvent::GuestPanicked => untold.panicked = true,
+            InstanceEvent::GuestShutdown => untold.shutdown = true,
+            InstanceEvent::Ended(exit) => untold.ended = Some(exit),
+        }
+        drop(untold);
+        self.changed.notify_one();
+    }
+
+    /// In an order that makes sense whenever several have come together: the end comes last.
+    fn take(&self) -> Option<InstanceEvent> {
+        let mut untold = self.untold();
+        if std::mem::take(&mut untold.reset) {
+            Some(InstanceEvent::GuestReset)
+        } else if std::mem::take(&mut untold.panicked) {
+            Some(InstanceEvent::GuestPanicked)
+        } else if std::mem::take(&mut untold.shutdown) {
+            Some(InstanceEvent::GuestShutdown)
+        } else {
+            untold.ended.take().map(InstanceEvent::Ended)
+        }
+    }
+}
+
+/// The task behind an [`Instance`].
+struct Watcher {
+    vm_dir: PathBuf,
+    record: KeeperRecord,
+    facts: Arc<Facts>,
+    connected: watch::Sender<Option<Arc<Client>>>,
+}
+
+impl Watcher {
+    async fn run(self, processes: Processes, link: Option<Link>) {
+        let exit = tokio::select! {
+            exit = self.end(&processes) => exit,
+            never = self.listen(link) => match never {},
+        };
+        self.connected.send_replace(None);
+        self.facts.add(InstanceEvent::Ended(exit));
+    }
+
+    /// Until keeper and QEMU are gone.
+    async fn end(&self, processes: &Processes) -> Exit {
+        if let Some(process) = &processes.keeper {
+            process.gone().await;
+        }
+        if let Some(qemu) = &processes.qemu {
+            // Dead already if the keeper has seen its end; otherwise the kernel kills it now.
+            while timeout(DEATH_LIMIT, qemu.gone()).await.is_err() {
+                tracing::warn!(vm = %self.record.vm, pid = qemu.pid(), "QEMU has outlived its keeper; killing it");
+                qemu.kill();
+            }
+        }
+        files::read_exit(&self.vm_dir, self.record.vm)
+            .unwrap_or_else(|| files::keeper_killed(&self.vm_dir, self.record.incarnation))
+    }
+
+    /// Keeps a connection and hears what happens.
+    async fn listen(&self, mut link: Option<Link>) -> std::convert::Infallible {
+        loop {
+            if let Some((client, mut events)) = link.take() {
+                self.hear(Arc::new(client), &mut events).await;
+                self.connected.send_replace(None);
+            }
+            sleep(LINK_PAUSE).await;
+            link = connect_any(&self.vm_dir, &self.record).await;
+        }
+    }
+
+    async fn hear(&self, client: Arc<Client>, events: &mut Events) {
+        self.connected.send_replace(Some(client.clone()));
+        // What happened while nobody listened.
+        match client.execute("query-status", None).await {
+            Ok(answer) => match answer["status"].as_str() {
+                Some("shutdown") => self.facts.add(InstanceEvent::GuestShutdown),
+                Some("guest-panicked") => self.facts.add(InstanceEvent::GuestPanicked),
+                Some(_) | None => {}
+            },
+            Err(e) => {
+                tracing::debug!(vm = %self.record.vm, error = %e, "QEMU's state cannot be asked for");
+                return;
+            }
+        }
+        drop(client);
+        while let Some(event) = events.next().await {
+            if let Some(event) = meaning(&event) {
+                self.facts.add(event);
+            }
+        }
+    }
+}
+
+/// What one of QEMU's events means for the VM. Those that the agent caused itself mean nothing new.
+fn meaning(event: &Event) -> Option<InstanceEvent> {
+    let by_guest = event.data["guest"].as_bool() == Some(true);
+    match event.name.as_str() {
+        "SHUTDOWN" if by_guest && event.data["reason"] == "guest-shutdown" => Some(InstanceEvent::GuestShutdown),
+        "RESET" if by_guest => Some(InstanceEvent::GuestReset),
+        "GUEST_PANICKED" => Some(InstanceEvent::GuestPanicked),
+        _ => None,
+    }
+}
+
+/// Connects to one of QEMU's QMP sockets. The error is for the log.
+pub(super) async fn connect(vm_dir: &Path, record: &KeeperRecord, index: usize) -> Result<Link, qmp::Error> {
+    let stream = connect_socket(vm_dir, record, &qmp_socket(index)).await?;
+    let (client, events) = Client::connect(stream).await?;
+    let answer = client.execute("query-uuid", None).await?;
+    match answer["UUID"].as_str().map(str::parse::<VmId>) {
+        Some(Ok(vm)) if vm == record.vm => Ok((client, events)),
+        _ => Err(qmp::Error::Protocol(format!("it is another VM: {answer}"))),
+    }
+}
+
+/// Connects to the first QMP socket that is free. Takes a few seconds if none answers.
+pub(super) async fn connect_any(vm_dir: &Path, record: &KeeperRecord) -> Option<Link> {
+    for index in 0..QMP_SOCKETS {
+        match connect(vm_dir, record, index).await {
+            Ok(link) => return Some(link),
+            Err(e) => tracing::debug!(vm = %record.vm, index, error = %e, "no QMP connection"),
+        }
+    }
+    None
+}
+
+/// Connects to a socket in the `run` directory, and makes sure that it is this VM's QEMU that serves it: the directory
+/// belongs to the VM's user.
+pub(super) async fn connect_socket(vm_dir: &Path, record: &KeeperRecord, name: &str) -> io::Result<UnixStream> {
+    let dir = files::run_dir(vm_dir)?;
+    // Through the descriptor the address is short, however long the directory's path.
+    let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await?;
+    match stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()) {
+        Some(pid) if pid == record.qemu_pid => Ok(stream),
+        other => Err(io::Error::other(format!("{name} is served by process {other:?}, not by QEMU {}", record.qemu_pid))),
+    }
+}
+
+/// The two processes of a VM, as far as they live.
+#[derive(Debug)]
+pub(super) struct Processes {
+    keeper: Option<Process>,
+    qemu: Option<Process>,
+}
+
+impl Processes {
+    /// Finds the processes of a record of this boot.
+    pub(super) fn find(record: &KeeperRecord) -> io::Result<Self> {
+        Ok(Self {
+            keeper: Process::find(record.keeper_pid, record.keeper_start)?,
+            qemu: Process::find(record.qemu_pid, record.qemu_start)?,
+        })
+    }
+
+    /// Whether QEMU was there.
+    pub(super) fn qemu_lives(&self) -> bool {
+        self.qemu.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_what_the_guest_did_is_news() {
+        let event = |name: &str, data: Value| meaning(&Event { name: name.into(), data });
+        let by = |guest: bool, reason: &str| json!({ "guest": guest, "reason": reason });
+        assert_eq!(event("SHUTDOWN", by(true, "guest-shutdown")), Some(InstanceEvent::GuestShutdown));
+        assert_eq!(event("SHUTDOWN", by(false, "host-qmp-quit")), None);
+        assert_eq!(event("SHUTDOWN", by(true, "guest-panic")), None);
+        assert_eq!(event("RESET", by(true, "guest-reset")), Some(InstanceEvent::GuestReset));
+        assert_eq!(event("RESET", by(false, "host-qmp-system-reset")), None);
+        assert_eq!(event("GUEST_PANICKED", json!({ "action": "pause" })), Some(InstanceEvent::GuestPanicked));
+        assert_eq!(event("SHUTDOWN", Value::Null), None);
+    }
+
+    #[test]
+    fn the_end_is_told_last_and_once() {
+        let facts = Facts::default();
+        let exit = files::keeper_killed(Path::new("/nonexistent"), Incarnation(1));
+        facts.add(InstanceEvent::Ended(exit.clone()));
+        facts.add(InstanceEvent::GuestShutdown);
+        facts.add(InstanceEvent::GuestShutdown);
+        assert_eq!(facts.take(), Some(InstanceEvent::GuestShutdown));
+        assert_eq!(facts.take(), Some(InstanceEvent::Ended(exit)));
+        assert_eq!(facts.take(), None);
+    }
+}
