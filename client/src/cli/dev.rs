@@ -22,8 +22,6 @@ use crate::{
     units,
 };
 
-/// Runs a controller with its own etcd and some agents that share a pool, prints how to talk to them, and takes
-/// everything down on Ctrl-C, leaving no process behind. There is no TLS: for this machine only.
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// How many hosts.

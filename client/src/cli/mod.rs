@@ -29,7 +29,7 @@ use crate::{
 
 /// Runs virtual machines on Linux hosts and keeps them running when a host dies.
 #[derive(Debug, Parser)]
-#[command(name = "uncloud", version, after_help = exit::HELP, propagate_version = true, max_term_width = 100)]
+#[command(name = "uncloud", version, after_help = exit::HELP, max_term_width = 100)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -98,6 +98,9 @@ enum Command {
     /// Prints completions for a shell.
     Completions(completions::Arguments),
     /// Runs a whole cluster on this machine until Ctrl-C.
+    ///
+    /// Starts a controller with its own etcd and some agents that share a pool, prints how to talk to them, and takes
+    /// everything down at the end, leaving no process behind. There is no TLS: for this machine only.
     Dev(dev::Arguments),
 }
 
