@@ -109,6 +109,11 @@ pub(super) fn read_keeper(vm_dir: &Path, vm: VmId) -> Option<KeeperRecord> {
     parse_keeper(&read_record(vm_dir, files::KEEPER)?, vm)
 }
 
+/// The record of the newest keeper of whichever VM has this directory.
+pub(super) fn read_any_keeper(vm_dir: &Path) -> Option<KeeperRecord> {
+    serde_json::from_str(&read_record(vm_dir, files::KEEPER)?).ok()
+}
+
 fn parse_keeper(text: &str, vm: VmId) -> Option<KeeperRecord> {
     serde_json::from_str(text).ok().filter(|r: &KeeperRecord| r.vm == vm)
 }

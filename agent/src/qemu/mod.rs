@@ -1,9 +1,11 @@
 //! QEMU: how it is called, started, found again, asked and watched.
 //!
 //! [`command_line`] is pure; [`process`] starts a VM under a keeper or finds it again and gives an
-//! [`Instance`](process::Instance); [`qmp`] speaks with it. What a VM *should* be is not known here.
+//! [`Instance`](process::Instance); [`qmp`] speaks with it; [`console`] is its serial
+//! console. What a VM *should* be is not known here.
 
 pub mod command_line;
+pub mod console;
 mod files;
 mod instance;
 mod pidfd;
