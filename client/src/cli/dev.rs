@@ -18,7 +18,7 @@ use crate::{
         story,
     },
     exit::Exit,
-    output::{clean_lines, note, print},
+    output::{clean_lines, note, say},
     units,
 };
 
@@ -114,7 +114,7 @@ pub(crate) async fn run(a: Arguments) -> Result<Exit, Error> {
 async fn session(cluster: &mut Cluster, a: &Arguments) -> Result<Exit, Error> {
     note(&format!("Starting a controller with its etcd and {} hosts …", a.hosts));
     cluster.start().await.map_err(|e| Error::Failed(e.to_string()))?;
-    print(&how_to_talk(cluster, a.hosts))?;
+    say(&how_to_talk(cluster, a.hosts));
     let mut stay = !a.exit;
     let mut exit = Exit::Done;
     if a.demo {
@@ -126,7 +126,7 @@ async fn session(cluster: &mut Cluster, a: &Arguments) -> Result<Exit, Error> {
         }
         stay &= stdin().is_terminal() && stdout().is_terminal();
         if stay {
-            print("\nThe cluster stays up; Ctrl-C takes it down.")?;
+            say("\nThe cluster stays up; Ctrl-C takes it down.");
         }
     }
     if !stay {

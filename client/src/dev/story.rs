@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     client::{Client, Options as ClientOptions},
-    output::{Columns, clean, note, print, vm_line, vms},
+    output::{Columns, clean, say, vm_line, vms},
     units,
     wait::{Goal, Verdict, judge},
     watch::Step,
@@ -468,15 +468,6 @@ fn failed_to(what: &str) -> impl FnOnce(Status) -> String {
 
 fn stamp(d: Duration) -> String {
     format!("+{:.2} s", d.as_secs_f64())
-}
-
-/// Prints a line of the story. A reader that has gone away does not stop it: what was begun is taken down in order.
-fn say(text: &str) {
-    if let Err(e) = print(text)
-        && e.kind() != std::io::ErrorKind::BrokenPipe
-    {
-        note(&format!("cannot write: {e}"));
-    }
 }
 
 #[cfg(test)]

@@ -45,6 +45,15 @@ pub fn print(text: &str) -> io::Result<()> {
     out.flush()
 }
 
+/// Writes data to stdout where a reader that has gone away must not stop what is going on.
+pub fn say(text: &str) {
+    if let Err(e) = print(text)
+        && e.kind() != io::ErrorKind::BrokenPipe
+    {
+        note(&format!("warning: cannot write the output: {e}"));
+    }
+}
+
 /// Writes bytes to stdout as they are.
 ///
 /// # Errors
