@@ -7,6 +7,7 @@ use uncloud_proto::{
     clock::WallTime,
     ids::{HostId, ImageId, Incarnation, VmId},
 };
+use uuid::Uuid;
 
 use super::Extra;
 
@@ -40,6 +41,10 @@ pub struct VmRecord {
     /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
     #[serde(default)]
     pub disks_exist: bool,
+    /// Where its disks lie. Set together with `disks_exist`, by what the host that made them has said about its pools;
+    /// the VM cannot run where they are not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_home: Option<DiskHome>,
     /// Part of the disks' file names. Grows when lost disks are given up and made anew.
     #[serde(default)]
     pub disk_generation: u32,
@@ -48,6 +53,15 @@ pub struct VmRecord {
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// Where the disks of a VM lie.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskHome {
+    /// The host that made them.
+    pub host: HostId,
+    /// For each pool that has one of the disks: the id in the marker of the shared pool, or `null` if only `host` has it.
+    pub pools: BTreeMap<String, Option<Uuid>>,
 }
 
 /// Where a VM is, or why it is nowhere.

@@ -74,6 +74,8 @@ pub enum Command {
     /// Gives hosts to VMs that should have one: pending ones, and those whose host's lease has lapsed. VMs that
     /// cannot be placed get their reason updated. At most as many as listed.
     Place { vms: Vec<VmId> },
+    /// The leader grants leases of these lengths from now on (ms).
+    SetLeases { fast_lease_ms: u64, patient_lease_ms: u64 },
     /// Something about the cluster that people should know: brake, settings, leader.
     Note { event: crate::model::EventType, message: String },
 }
@@ -177,6 +179,9 @@ pub struct VmObservation {
     pub last_exit: Option<LastExit>,
     /// When the agent tries again.
     pub next_attempt: Option<WallTime>,
+    /// The newest restart counter that the agent has carried out. A guest that powered itself off while a restart was
+    /// on its way is not off for good: the agent starts it again when the counter arrives.
+    pub restarts_done: u64,
 }
 
 /// What a VM is on a host. Documented in `agent.proto` (`AgentVmState`).

@@ -1,0 +1,381 @@
+//! Giving hosts to VMs, and taking them away from hosts that are lost.
+//!
+//! # Safety argument (P1)
+//!
+//! A VM leaves a host in three ways only, and each knows that it does not execute there:
+//!
+//! * [`displace`]: the host's record says that the lease the VM lives under has surely run out (`health/` decided, and
+//!   the host takes part again only through `RegisterHost`, which makes it Up in the same order of writes);
+//! * [`replace_fenced`]: the host itself says that the VM was fenced under its present incarnation;
+//! * `vms::start`: the host itself says that it has stopped under its present incarnation
+//!   ([`VmEntry::ended_for_good`]).
+//!
+//! Everything else leaves the VM where it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uncloud_proto::{
+    clock::WallTime,
+    ids::{HostId, VmId},
+};
+
+use super::{VmEntry, command::Refusal, draft::Draft, vms};
+use crate::{
+    model::{
+        Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
+        vm::{Failover, OnDiskLoss, Placement},
+    },
+    scheduler::{self, Choice, Home, Request, Unplaceable},
+};
+
+/// Whether the lease that VMs of this class live under has surely run out on a host of this liveness.
+#[must_use]
+pub const fn lease_lapsed(class: Failover, liveness: Liveness) -> bool {
+    match (class, liveness) {
+        (Failover::Fast, Liveness::FastLapsed | Liveness::Dead) | (Failover::Patient, Liveness::Dead) => true,
+        (Failover::Fast, Liveness::Up)
+        | (Failover::Patient, Liveness::Up | Liveness::FastLapsed)
+        | (Failover::Hold, Liveness::Up | Liveness::FastLapsed | Liveness::Dead) => false,
+    }
+}
+
+/// Where the disks of a VM are, for the scheduler. Disks that no host has said to be made are nowhere.
+#[must_use]
+pub fn home(vm: &VmRecord) -> Home {
+    if !vm.disks_exist || vm.spec.disks.is_empty() {
+        return Home::Anywhere;
+    }
+    let Some(disk_home) = &vm.disk_home else {
+        // Written by a program that did not keep it. The host that has the VM has its disks.
+        return vm.placement.host.map_or(Home::SharedPools { ids: BTreeMap::new() }, Home::OnlyHost);
+    };
+    let mut ids = BTreeMap::new();
+    for disk in &vm.spec.disks {
+        match disk_home.pools.get(&disk.pool) {
+            Some(Some(id)) => ids.insert(disk.pool.clone(), *id),
+            Some(None) | None => return Home::OnlyHost(disk_home.host),
+        };
+    }
+    Home::SharedPools { ids }
+}
+
+/// What the scheduler is asked for this VM. It has no favourite.
+#[must_use]
+pub fn request(vm: &VmRecord) -> Request {
+    Request {
+        vm: vm.id,
+        vcpus: vm.spec.vcpus,
+        memory_mib: vm.spec.memory_mib,
+        pools: pools(vm),
+        host_labels: vm.spec.host_labels.clone(),
+        group: vm.spec.anti_affinity_group.clone(),
+        home: home(vm),
+        prefer: None,
+    }
+}
+
+fn pools(vm: &VmRecord) -> BTreeSet<String> {
+    vm.spec.disks.iter().map(|disk| disk.pool.clone()).collect()
+}
+
+pub(super) fn schedule(draft: &mut Draft<'_>, request: &Request) -> Result<Choice, Unplaceable> {
+    let limits = draft.limits();
+    scheduler::place(draft.view(), request, &limits)
+}
+
+/// Gives a VM a host: a new incarnation. What was last seen of it says nothing any more.
+pub(super) fn give_host(
+    draft: &mut Draft<'_>,
+    entry: &VmEntry,
+    mut record: VmRecord,
+    choice: Choice,
+) -> Result<(), Refusal> {
+    let now = draft.cx.now;
+    let incarnation = record.placement.incarnation.next();
+    leave_disks(draft, &mut record, Some(choice.host));
+    record.placement = Placement { host: Some(choice.host), incarnation, why: choice.why, since: now };
+    let record = draft.put_vm(record)?;
+    if let Some(status) = &entry.status {
+        let reason = record.placement.why.clone();
+        let status = VmStatusRecord {
+            phase: Phase::Scheduled,
+            reason,
+            incarnation,
+            addresses: Vec::new(),
+            next_attempt: None,
+            since: now,
+            ..(**status).clone()
+        };
+        draft.put_status(record.id, status)?;
+    }
+    Ok(())
+}
+
+/// A host may have begun disks and not have said so. Where only it has them, they are left behind with it: a new
+/// generation makes sure that they are never taken for the VM's, should it come back there.
+fn leave_disks(draft: &Draft<'_>, record: &mut VmRecord, to: Option<HostId>) {
+    let Some(old) = record.placement.host.filter(|&old| Some(old) != to) else { return };
+    if !record.disks_exist
+        && !record.spec.disks.is_empty()
+        && draft.peek_host(old).is_none_or(|old| !shared_on(&old, record))
+    {
+        record.disk_generation += 1;
+    }
+}
+
+/// A VM that should run has no host. The caller knows that it executes nowhere.
+pub(super) fn park(draft: &mut Draft<'_>, entry: &VmEntry, mut record: VmRecord, why: String) -> Result<(), Refusal> {
+    let now = draft.cx.now;
+    let had_host = record.placement.host.is_some();
+    let since = if had_host { now } else { record.placement.since };
+    leave_disks(draft, &mut record, None);
+    record.placement = Placement { host: None, why, since, ..record.placement };
+    let record = draft.put_vm(record)?;
+    if had_host && let Some(status) = &entry.status {
+        let reason = record.placement.why.clone();
+        let status = VmStatusRecord {
+            phase: Phase::Pending,
+            reason,
+            incarnation: record.placement.incarnation,
+            addresses: Vec::new(),
+            next_attempt: None,
+            since: now,
+            ..(**status).clone()
+        };
+        draft.put_status(record.id, status)?;
+    }
+    Ok(())
+}
+
+/// Finds a host for a VM that should have one: pending, on a lost host, or deleted and left over by a removed host.
+/// Nothing changes if there is nothing to do, or nothing new to say.
+pub(super) fn place(draft: &mut Draft<'_>, vm: VmId) -> Result<(), Refusal> {
+    let entry = draft.vm(vm)?;
+    match (entry.record.desired, entry.record.placement.host) {
+        (Desired::Running, None) => place_pending(draft, &entry),
+        (Desired::Deleted, None) => vms::delete_homeless(draft, &entry, (*entry.record).clone()),
+        (Desired::Deleted, Some(host)) if draft.peek_host(host).is_none() => {
+            if draft.state.is_unreadable(&Key::Host(host)) {
+                return Ok(()); // it is there, whatever it is
+            }
+            vms::remove(draft, &entry, "its host has been removed from the cluster, and its disks with it".into())
+        }
+        (Desired::Running | Desired::Deleted, Some(_)) => displace(draft, &entry),
+        (Desired::Stopped, _) => Ok(()),
+    }
+}
+
+fn place_pending(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let record = (*entry.record).clone();
+    match schedule(draft, &request(&record)) {
+        Ok(choice) => {
+            let message = placed_message(draft, &choice);
+            draft.vm_event(&record, EventType::Placed, message);
+            give_host(draft, entry, record, choice)
+        }
+        Err(unplaceable) => {
+            let why = unplaceable.summary();
+            if why == record.placement.why {
+                return Ok(());
+            }
+            park(draft, entry, record, why)
+        }
+    }
+}
+
+pub(super) fn placed_message(draft: &Draft<'_>, choice: &Choice) -> String {
+    format!("placed on host `{}`: {}", draft.host_name(choice.host), choice.why)
+}
+
+/// Moves a VM away from a host on which its lease has surely run out, if that is so.
+pub(super) fn displace(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let Some((host, host_record)) = entry.record.placement.host.and_then(|id| Some((id, draft.peek_host(id)?))) else {
+        return Ok(());
+    };
+    if !lease_lapsed(entry.record.spec.failover, host_record.liveness) {
+        return Ok(());
+    }
+    let from = format!("host `{}` is down ({})", host_record.name, lapse_words(entry.record.spec.failover));
+    match entry.record.desired {
+        Desired::Stopped if entry.ended_for_good() => Ok(()),
+        Desired::Stopped => mark_unreachable(draft, entry, format!("{from}; it is not started again")),
+        Desired::Deleted => move_deletion(draft, entry, &host_record, &from),
+        Desired::Running => match home(&entry.record) {
+            Home::OnlyHost(home) if home == host => match entry.record.spec.on_disk_loss {
+                OnDiskLoss::Wait => mark_unreachable(
+                    draft,
+                    entry,
+                    format!("{from} and has the only copy of its disks; it waits for the host"),
+                ),
+                OnDiskLoss::Recreate => recreate(draft, entry, &from),
+            },
+            Home::Anywhere | Home::SharedPools { .. } | Home::OnlyHost(_) => fail_over(draft, entry, &from),
+        },
+    }
+}
+
+const fn lapse_words(class: Failover) -> &'static str {
+    match class {
+        Failover::Fast => "its fast lease ran out",
+        Failover::Patient => "its patient lease ran out",
+        Failover::Hold => "its leases ran out",
+    }
+}
+
+fn fail_over(draft: &mut Draft<'_>, entry: &VmEntry, from: &str) -> Result<(), Refusal> {
+    let record = (*entry.record).clone();
+    match schedule(draft, &request(&record)) {
+        Ok(choice) => {
+            let message = format!("{from}; moved to host `{}`: {}", draft.host_name(choice.host), choice.why);
+            draft.vm_event(&record, EventType::FailedOver, message);
+            give_host(draft, entry, record, choice)
+        }
+        Err(unplaceable) => {
+            let why = unplaceable.summary();
+            draft.vm_event(&record, EventType::Pending, format!("{from}; no host can take it: {why}"));
+            park(draft, entry, record, why)
+        }
+    }
+}
+
+/// Gives up disks that are lost with their host. As long as no host can take the VM it stays with its disks: the host
+/// may be back first.
+fn recreate(draft: &mut Draft<'_>, entry: &VmEntry, from: &str) -> Result<(), Refusal> {
+    let mut record = (*entry.record).clone();
+    let request = Request { home: Home::Anywhere, ..request(&record) };
+    match schedule(draft, &request) {
+        Ok(choice) => {
+            record.disks_exist = false;
+            record.disk_home = None;
+            record.disk_generation += 1;
+            let host = draft.host_name(choice.host);
+            let message = format!("{from} and has its disks; moved with NEW disks to host `{host}`: {}", choice.why);
+            draft.vm_event(&record, EventType::FailedOver, message);
+            let choice = Choice { why: format!("{}; with new disks, the old ones are lost", choice.why), ..choice };
+            give_host(draft, entry, record, choice)
+        }
+        Err(unplaceable) => {
+            let why = unplaceable.summary();
+            mark_unreachable(draft, entry, format!("{from}, and no host can take it with new disks: {why}"))
+        }
+    }
+}
+
+/// Has another host remove the disks of a deleted VM, if another host can.
+fn move_deletion(draft: &mut Draft<'_>, entry: &VmEntry, old: &HostRecord, from: &str) -> Result<(), Refusal> {
+    let record = (*entry.record).clone();
+    if record.spec.disks.is_empty() {
+        return vms::remove(draft, entry, format!("{from}; it has no disks"));
+    }
+    let home = match home(&record) {
+        // Not said to be made; the lost host may have begun them.
+        Home::Anywhere if shared_on(old, &record) => Home::SharedPools { ids: shared_ids(old) },
+        Home::Anywhere => Home::OnlyHost(old.id),
+        known @ (Home::SharedPools { .. } | Home::OnlyHost(_)) => known,
+    };
+    match schedule(draft, &deletion_request(&record, home)) {
+        Ok(choice) => {
+            let host = draft.host_name(choice.host);
+            draft.vm_event(&record, EventType::Placed, format!("{from}; host `{host}` removes its disks"));
+            assign_deletion(draft, entry, record, choice.host, "removes its disks")
+        }
+        Err(_) => mark_unreachable(draft, entry, format!("{from}, and no other host can remove its disks now")),
+    }
+}
+
+/// Removing disks takes neither CPU nor memory, and no label forbids it.
+pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
+    Request {
+        vm: vm.id,
+        vcpus: 0,
+        memory_mib: 0,
+        pools: pools(vm),
+        host_labels: BTreeMap::new(),
+        group: None,
+        home,
+        prefer: None,
+    }
+}
+
+/// A host is to remove the disks of a deleted VM that never executes there.
+pub(super) fn assign_deletion(
+    draft: &mut Draft<'_>,
+    entry: &VmEntry,
+    mut record: VmRecord,
+    host: HostId,
+    why: &str,
+) -> Result<(), Refusal> {
+    let now = draft.cx.now;
+    let incarnation = record.placement.incarnation.next();
+    record.placement = Placement { host: Some(host), incarnation, why: why.to_owned(), since: now };
+    let record = draft.put_vm(record)?;
+    let mut status = status_or_new(entry, now);
+    status.phase = Phase::Deleting;
+    status.reason = format!("host `{}` {why}", draft.host_name(host));
+    status.incarnation = incarnation;
+    status.since = now;
+    status.next_attempt = None;
+    draft.put_status(record.id, status)
+}
+
+/// Whether every pool that the VM uses is a shared one on this host.
+fn shared_on(host: &HostRecord, vm: &VmRecord) -> bool {
+    let ids = shared_ids(host);
+    pools(vm).iter().all(|pool| ids.contains_key(pool))
+}
+
+fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
+    host.pools.iter().filter_map(|pool| Some((pool.name.clone(), pool.shared_id?))).collect()
+}
+
+/// The VM stays with a host that is lost.
+pub(super) fn mark_unreachable(draft: &mut Draft<'_>, entry: &VmEntry, reason: String) -> Result<(), Refusal> {
+    let current = entry.current_status();
+    if current.is_some_and(|s| s.phase == Phase::Unreachable && s.reason == reason) {
+        return Ok(());
+    }
+    let now = draft.cx.now;
+    let mut status = status_or_new(entry, now);
+    if current.is_none_or(|s| s.phase != Phase::Unreachable) {
+        draft.vm_event(&entry.record, EventType::Unreachable, reason.clone());
+        status.since = now;
+    }
+    status.phase = Phase::Unreachable;
+    status.reason = reason;
+    status.incarnation = entry.record.placement.incarnation;
+    status.next_attempt = None;
+    draft.put_status(entry.record.id, status)
+}
+
+/// The status as it is stored, to be changed, or one that says nothing yet.
+pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
+    entry.status.as_deref().cloned().unwrap_or_else(|| VmStatusRecord {
+        phase: Phase::Scheduled,
+        reason: String::new(),
+        since: now,
+        incarnation: entry.record.placement.incarnation,
+        addresses: Vec::new(),
+        last_exit: None,
+        next_attempt: None,
+        extra: Extra::new(),
+    })
+}
+
+/// The VM's host says that it was fenced under its present incarnation: it gets a new one, on the same host if that
+/// may have it.
+pub(super) fn replace_fenced(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let record = (*entry.record).clone();
+    let request = Request { prefer: record.placement.host, ..request(&record) };
+    match schedule(draft, &request) {
+        Ok(choice) => {
+            let message = placed_message(draft, &choice);
+            draft.vm_event(&record, EventType::Placed, message);
+            give_host(draft, entry, record, choice)
+        }
+        Err(unplaceable) => {
+            let why = unplaceable.summary();
+            draft.vm_event(&record, EventType::Pending, format!("no host can take it: {why}"));
+            park(draft, entry, record, why)
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What hosts report of VMs.
+//!
+//! A report counts only if it comes from the host that the VM was given, and is about its present incarnation: anything
+//! else is about the past. A report that says nothing new writes nothing.
+
+use std::collections::BTreeMap;
+
+use uncloud_proto::ids::HostId;
+
+use super::{
+    VmEntry,
+    command::{ObservedState, Refusal, VmObservation},
+    draft::Draft,
+    placement::{replace_fenced, status_or_new},
+    vms,
+};
+use crate::model::{Desired, EventType, Phase, VmRecord, VmStatusRecord, vm::DiskHome};
+
+pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) -> Result<(), Refusal> {
+    let entry = match draft.vm(report.vm) {
+        Ok(entry) => entry,
+        // Not known, or not to be touched: the session tells people of it.
+        Err(Refusal::NoVm(_) | Refusal::Unreadable(_)) => return Ok(()),
+        Err(other) => return Err(other),
+    };
+    let placement = &entry.record.placement;
+    if placement.host != Some(host) || placement.incarnation != report.incarnation {
+        return Ok(());
+    }
+    let desired = entry.record.desired;
+    if report.state == ObservedState::Deleted && desired == Desired::Deleted {
+        return vms::remove(draft, &entry, format!("host `{}` has removed it", draft.host_name(host)));
+    }
+    let entry = note_disks(draft, entry, host, report)?;
+    let on = format!("on host `{}`", draft.host_name(host));
+    match report.state {
+        // Never asked for at this incarnation: what was asked for since will be reported, too.
+        ObservedState::Deleted | ObservedState::Forgotten => Ok(()),
+        ObservedState::Preparing => observe(draft, &entry, report, Phase::Preparing),
+        ObservedState::Starting => observe(draft, &entry, report, Phase::Starting),
+        ObservedState::Stopping => observe(draft, &entry, report, Phase::Stopping),
+        ObservedState::Running => {
+            if phase(&entry) != Some(Phase::Running) {
+                draft.vm_event(&entry.record, EventType::Started, format!("runs {on}"));
+            }
+            observe(draft, &entry, report, Phase::Running)
+        }
+        ObservedState::Failed => {
+            let known = entry.current_status().is_some_and(|s| s.phase == Phase::Failed && s.reason == report.reason);
+            if !known {
+                draft.vm_event(&entry.record, EventType::Failed, format!("{on}: {}", report.reason));
+            }
+            observe(draft, &entry, report, Phase::Failed)
+        }
+        ObservedState::PoweredOff => powered_off(draft, &entry, report, &on),
+        // Over for good under this incarnation.
+        ObservedState::Stopped | ObservedState::Fenced => match desired {
+            Desired::Running => {
+                draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                let entry = keep_exit(&entry, report);
+                replace_fenced(draft, &entry)
+            }
+            Desired::Stopped | Desired::Deleted => stopped(draft, &entry, report, &on),
+        },
+    }
+}
+
+fn phase(entry: &VmEntry) -> Option<Phase> {
+    entry.current_status().map(|s| s.phase)
+}
+
+/// The guest switched itself off. That is what its user wants from now on, unless a restart is on its way, which the
+/// agent carries out when it learns of it.
+fn powered_off(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, on: &str) -> Result<(), Refusal> {
+    match entry.record.desired {
+        Desired::Running if report.restarts_done < entry.record.restarts => {
+            observe(draft, entry, report, Phase::Stopping)
+        }
+        Desired::Running => {
+            let record = VmRecord { desired: Desired::Stopped, ..(*entry.record).clone() };
+            draft.vm_event(&record, EventType::PoweredOff, format!("the guest switched itself off {on}; it stays off"));
+            let record = draft.put_vm(record)?;
+            observe(draft, &VmEntry { record, ..entry.clone() }, report, Phase::Stopped)
+        }
+        Desired::Stopped | Desired::Deleted => stopped(draft, entry, report, on),
+    }
+}
+
+fn stopped(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, on: &str) -> Result<(), Refusal> {
+    if phase(entry) != Some(Phase::Stopped) {
+        let message = if report.reason.is_empty() {
+            format!("has stopped {on}")
+        } else {
+            format!("has stopped {on}: {}", report.reason)
+        };
+        draft.vm_event(&entry.record, EventType::Stopped, message);
+    }
+    observe(draft, entry, report, Phase::Stopped)
+}
+
+/// Writes the status, if it says anything new.
+fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase: Phase) -> Result<(), Refusal> {
+    let now = draft.cx.now;
+    let before = status_or_new(entry, now);
+    let since = match entry.current_status() {
+        Some(current) if current.phase == phase => current.since,
+        Some(_) | None => now,
+    };
+    let status = VmStatusRecord {
+        phase,
+        reason: report.reason.clone(),
+        since,
+        incarnation: report.incarnation,
+        last_exit: report.last_exit.clone().or_else(|| before.last_exit.clone()),
+        next_attempt: report.next_attempt,
+        ..before
+    };
+    if entry.status.as_deref() == Some(&status) {
+        return Ok(());
+    }
+    draft.put_status(entry.record.id, status)
+}
+
+/// How QEMU ended is kept when the VM gets a new incarnation.
+fn keep_exit(entry: &VmEntry, report: &VmObservation) -> VmEntry {
+    let mut entry = entry.clone();
+    if let (Some(status), Some(exit)) = (&entry.status, &report.last_exit) {
+        entry.status = Some(VmStatusRecord { last_exit: Some(exit.clone()), ..(**status).clone() }.into());
+    }
+    entry
+}
+
+/// From the first time that a host says so, the VM has disks, and they lie where that host has its pools now.
+fn note_disks(draft: &mut Draft<'_>, entry: VmEntry, host: HostId, report: &VmObservation) -> Result<VmEntry, Refusal> {
+    if !report.disks_ready || entry.record.disks_exist {
+        return Ok(entry);
+    }
+    let host_pools = draft.peek_host(host).map(|host| host.pools.clone()).unwrap_or_default();
+    let shared_id = |name: &str| host_pools.iter().find(|p| p.name == *name).and_then(|p| p.shared_id);
+    let pools: BTreeMap<_, _> =
+        entry.record.spec.disks.iter().map(|disk| (disk.pool.clone(), shared_id(&disk.pool))).collect();
+    let disk_home = Some(DiskHome { host, pools });
+    let record = VmRecord { disks_exist: true, disk_home, ..(*entry.record).clone() };
+    let record = draft.put_vm(record)?;
+    Ok(VmEntry { record, ..entry })
+}

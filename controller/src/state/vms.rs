@@ -1,0 +1,331 @@
+//! What users ask of VMs: create, start, stop, restart, delete.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use uncloud_proto::ids::{ImageId, Incarnation, VmId};
+
+use super::{
+    VmEntry,
+    command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
+    draft::Draft,
+    placement::{
+        self, assign_deletion, deletion_request, give_host, home, lease_lapsed, park, placed_message, schedule,
+    },
+};
+use crate::{
+    model::{
+        Desired, EventType, Extra, ImageRecord, Key, Phase, Record, RequestAnswer, VmRecord,
+        image::{FileRole, ImageKind},
+        vm::{Placement, VmSpec},
+    },
+    scheduler::{Choice, Home, Request},
+};
+
+pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &NewVm) -> Result<Answer, Refusal> {
+    let id = new.id;
+    for key in [Key::Vm(id), Key::VmStatus(id)] {
+        if draft.state.is_unreadable(&key) {
+            return Err(Refusal::Unreadable(key.to_string()));
+        }
+    }
+    if draft.state.vms.contains_key(&id) {
+        return Err(Refusal::Precondition(format!("there is already a VM with the id {id}")));
+    }
+    let name_key = Key::VmName { owner: new.owner.clone(), name: new.name.clone() };
+    let taken = draft.state.vm_names.get(&new.owner).is_some_and(|names| names.contains_key(&new.name));
+    if taken || draft.state.is_unreadable(&name_key) {
+        return Err(Refusal::VmNameTaken { owner: new.owner.clone(), name: new.name.clone() });
+    }
+    let mut macs = BTreeSet::new();
+    for nic in &new.spec.nics {
+        let taken = draft.state.macs.contains_key(&nic.mac) || draft.state.is_unreadable(&Key::Mac(nic.mac.clone()));
+        if taken || !macs.insert(&nic.mac) {
+            return Err(Refusal::MacTaken(nic.mac.clone()));
+        }
+    }
+
+    let now = draft.cx.now;
+    let mut record = VmRecord {
+        id,
+        name: new.name.clone(),
+        owner: new.owner.clone(),
+        labels: new.labels.clone(),
+        spec: resolved(draft, new)?,
+        desired: new.desired,
+        placement: Placement { host: None, incarnation: Incarnation::NONE, why: String::new(), since: now },
+        restarts: 0,
+        restart_force: false,
+        stop_force: false,
+        disks_exist: false,
+        disk_home: None,
+        disk_generation: 0,
+        created: now,
+        extra: Extra::new(),
+    };
+    draft.vm_event(&record, EventType::Created, format!("created by owner `{}`", record.owner));
+    match new.desired {
+        Desired::Running => match schedule(draft, &placement::request(&record)) {
+            Ok(choice) => {
+                let message = placed_message(draft, &choice);
+                draft.vm_event(&record, EventType::Placed, message);
+                let incarnation = Incarnation::NONE.next();
+                record.placement = Placement { host: Some(choice.host), incarnation, why: choice.why, since: now };
+            }
+            Err(unplaceable) => {
+                record.placement.why = unplaceable.summary();
+                draft.vm_event(&record, EventType::Pending, format!("no host can take it: {}", record.placement.why));
+            }
+        },
+        Desired::Stopped => record.placement.why = "created stopped; it is given a host when it is started".into(),
+        Desired::Deleted => return Err(Refusal::Precondition("a VM cannot be created deleted".into())),
+    }
+
+    let record = draft.put_vm(record)?;
+    draft.put(name_key, Record::VmName(id))?;
+    for nic in &record.spec.nics {
+        draft.put(Key::Mac(nic.mac.clone()), Record::Mac(id))?;
+    }
+    draft.remember(request, RequestAnswer::Vm { id, record: Box::new((*record).clone()) })?;
+    Ok(Answer::Vm(record))
+}
+
+/// The spec with images by their ids, and with what they say where the spec says nothing.
+fn resolved(draft: &Draft<'_>, new: &NewVm) -> Result<VmSpec, Refusal> {
+    let mut spec = new.spec.clone();
+    for (place, name) in &new.image_names {
+        let field = place.field();
+        let id = draft.state.resolve_image(name).map_err(|refusal| match refusal {
+            Refusal::NoImage { name, .. } => Refusal::NoImage { field: field.clone(), name },
+            other => Refusal::Invalid { field: field.clone(), problem: other.to_string() },
+        })?;
+        match *place {
+            ImageUse::Kernel => {
+                if let Some(kernel) = &mut spec.kernel {
+                    kernel.image = id;
+                }
+            }
+            ImageUse::Disk(i) => {
+                if let Some(disk) = spec.disks.get_mut(i) {
+                    disk.image = Some(id);
+                }
+            }
+        }
+    }
+    if let Some(kernel) = &mut spec.kernel {
+        let image = image(draft, ImageUse::Kernel, kernel.image, ImageKind::Kernel)?;
+        if kernel.command_line.is_empty() {
+            kernel.command_line.clone_from(&image.command_line);
+        }
+    }
+    for (i, disk) in spec.disks.iter_mut().enumerate() {
+        let field = format!("spec.disks[{i}].size_bytes");
+        let invalid = |problem: String| Refusal::Invalid { field: field.clone(), problem };
+        let smallest = match disk.image {
+            Some(id) => {
+                let image = image(draft, ImageUse::Disk(i), id, ImageKind::Disk)?;
+                image.files.iter().find(|f| f.role == FileRole::Disk).and_then(|f| f.virtual_size_bytes).unwrap_or(0)
+            }
+            None => 0,
+        };
+        if disk.size_bytes == 0 {
+            disk.size_bytes = smallest;
+        }
+        if disk.size_bytes == 0 {
+            return Err(invalid("is required for a disk without an image".into()));
+        }
+        if disk.size_bytes < smallest {
+            return Err(invalid(format!("is smaller than the image, which has {smallest} bytes")));
+        }
+    }
+    Ok(spec)
+}
+
+impl ImageUse {
+    /// The request's field.
+    #[must_use]
+    pub fn field(self) -> String {
+        match self {
+            Self::Kernel => "spec.kernel.image".to_owned(),
+            Self::Disk(i) => format!("spec.disks[{i}].image"),
+        }
+    }
+}
+
+fn image<'a>(draft: &Draft<'a>, place: ImageUse, id: ImageId, kind: ImageKind) -> Result<&'a ImageRecord, Refusal> {
+    let field = place.field();
+    let Some(entry) = draft.state.images.get(&id) else {
+        return Err(Refusal::NoImage { field, name: id.to_string() });
+    };
+    if entry.record.kind != kind {
+        let (is, should) = match entry.record.kind {
+            ImageKind::Disk => ("a disk", "a kernel"),
+            ImageKind::Kernel => ("a kernel", "a disk"),
+        };
+        let problem = format!("names image `{}`, which is {is} and not {should}", entry.record.name);
+        return Err(Refusal::Invalid { field, problem });
+    }
+    Ok(&entry.record)
+}
+
+pub(super) fn set_desired(draft: &mut Draft<'_>, vm: VmId, change: PowerChange) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    if entry.record.desired == Desired::Deleted {
+        return Err(being_deleted(&entry.record));
+    }
+    match change {
+        PowerChange::Start => start(draft, &entry)?,
+        PowerChange::Stop => stop(draft, &entry, false)?,
+        PowerChange::ForceStop => stop(draft, &entry, true)?,
+    }
+    Ok(Answer::Vm(draft.vm(vm)?.record))
+}
+
+fn being_deleted(record: &VmRecord) -> Refusal {
+    Refusal::Precondition(format!("VM `{}` is being deleted", record.name))
+}
+
+/// Every step from stopped to running is a new incarnation: what an agent holds to be over for good under one
+/// incarnation stays so.
+fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let mut record = (*entry.record).clone();
+    let was = record.desired;
+    let host = record.placement.host.and_then(|id| Some((id, draft.peek_host(id)?)));
+    let lost = host.as_ref().is_some_and(|(_, host)| lease_lapsed(record.spec.failover, host.liveness));
+    if was == Desired::Running {
+        // Somebody who starts a VM that has failed wants it tried again now.
+        let failed = entry.current_status().is_some_and(|s| s.phase == Phase::Failed);
+        return match record.placement.host {
+            Some(host) if failed && !lost => {
+                draft.vm_event(&record, EventType::StartRequested, "a user asked for a new try".into());
+                give_host(draft, entry, record, Choice { host, why: "a user asked for a new try".into() })
+            }
+            Some(_) | None => Ok(()),
+        };
+    }
+
+    record.desired = Desired::Running;
+    record.stop_force = false;
+    draft.vm_event(&record, EventType::StartRequested, "a user asked for it".into());
+    match record.placement.host {
+        // The lease has run out there: the new incarnation stands before it is known where it will run.
+        Some(host) if lost => {
+            let why = record.placement.why.clone();
+            give_host(draft, entry, record, Choice { host, why })?;
+            let entry = draft.vm(entry.record.id)?;
+            placement::displace(draft, &entry)
+        }
+        // It may still execute there, so it can be nowhere else.
+        Some(host) if !entry.ended_for_good() => {
+            let why = "it had not stopped there yet when it was started again".to_owned();
+            give_host(draft, entry, record, Choice { host, why })
+        }
+        prefer => match schedule(draft, &Request { prefer, ..placement::request(&record) }) {
+            Ok(choice) => {
+                let message = placed_message(draft, &choice);
+                draft.vm_event(&record, EventType::Placed, message);
+                give_host(draft, entry, record, choice)
+            }
+            Err(unplaceable) => {
+                let why = unplaceable.summary();
+                draft.vm_event(&record, EventType::Pending, format!("no host can take it: {why}"));
+                park(draft, entry, record, why)
+            }
+        },
+    }
+}
+
+fn stop(draft: &mut Draft<'_>, entry: &VmEntry, force: bool) -> Result<(), Refusal> {
+    let mut record = (*entry.record).clone();
+    let stopped = record.desired == Desired::Stopped;
+    if stopped && (!force || record.stop_force) {
+        return Ok(());
+    }
+    record.desired = Desired::Stopped;
+    record.stop_force = force;
+    if record.placement.host.is_none() {
+        record.placement.why = "stopped; it is given a host when it is started".into();
+        record.placement.since = draft.cx.now;
+    }
+    let message = if force { "a user asked for it, by force" } else { "a user asked for it" };
+    draft.vm_event(&record, EventType::StopRequested, message.into());
+    draft.put_vm(record)?;
+    Ok(())
+}
+
+pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    let mut record = (*entry.record).clone();
+    match record.desired {
+        Desired::Deleted => return Err(being_deleted(&record)),
+        Desired::Stopped => {
+            return Err(Refusal::Precondition(format!("VM `{}` is stopped; start it instead", record.name)));
+        }
+        Desired::Running => {}
+    }
+    if record.placement.host.is_none() {
+        let message = format!("VM `{}` has no host and does not run: {}", record.name, record.placement.why);
+        return Err(Refusal::Precondition(message));
+    }
+    record.restarts += 1;
+    record.restart_force = force;
+    let message = if force { "a user asked for a reset" } else { "a user asked for it" };
+    draft.vm_event(&record, EventType::RestartRequested, message.into());
+    Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    let mut record = (*entry.record).clone();
+    if record.desired == Desired::Deleted {
+        return Ok(Answer::Vm(entry.record));
+    }
+    record.desired = Desired::Deleted;
+    draft.vm_event(&record, EventType::DeleteRequested, "a user asked for it".into());
+    if record.placement.host.is_none() {
+        let answer = Arc::new(record.clone());
+        delete_homeless(draft, &entry, record)?;
+        return Ok(Answer::Vm(answer));
+    }
+    let record = draft.put_vm(record)?;
+    let entry = VmEntry { record, ..entry };
+    placement::displace(draft, &entry)?; // its host may be lost
+    Ok(Answer::Vm(draft.vm(vm).map_or(entry.record, |e| e.record)))
+}
+
+/// Deletes a VM that has no host, so it executes nowhere. Its disks, if it has any, lie where it was.
+pub(super) fn delete_homeless(draft: &mut Draft<'_>, entry: &VmEntry, record: VmRecord) -> Result<(), Refusal> {
+    let home = home(&record);
+    if home == Home::Anywhere {
+        return remove(draft, entry, "it was never made on a host".into());
+    }
+    let host = match schedule(draft, &deletion_request(&record, home.clone())) {
+        Ok(choice) => Some(choice.host),
+        // None can now. The host that made the disks will do when it is back, whatever is wrong with it now.
+        Err(_) => record.disk_home.as_ref().map(|h| h.host).filter(|&h| draft.peek_host(h).is_some()),
+    };
+    let Some(host) = host else {
+        let message = format!("no host that can remove the disks of VM `{}` is up; try again when one is", record.name);
+        return Err(Refusal::Precondition(message));
+    };
+    assign_deletion(draft, entry, record, host, "removes its disks")
+}
+
+/// Removes everything that is stored of a VM.
+pub(super) fn remove(draft: &mut Draft<'_>, entry: &VmEntry, why: String) -> Result<(), Refusal> {
+    let record = &entry.record;
+    draft.delete(Key::Vm(record.id))?;
+    if entry.status.is_some() {
+        draft.delete(Key::VmStatus(record.id))?;
+    }
+    // A claim that is somebody else's, or that cannot be read, is left alone.
+    if draft.state.vm_names.get(&record.owner).and_then(|names| names.get(&record.name)) == Some(&record.id) {
+        draft.delete(Key::VmName { owner: record.owner.clone(), name: record.name.clone() })?;
+    }
+    for nic in &record.spec.nics {
+        if draft.state.macs.get(&nic.mac) == Some(&record.id) {
+            draft.delete(Key::Mac(nic.mac.clone()))?;
+        }
+    }
+    draft.vm_event(record, EventType::Deleted, why);
+    Ok(())
+}
