@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may end this way")]
 
+#[allow(dead_code, reason = "each test program uses a part of the fake")]
 mod fake;
 
 use std::{net::TcpListener, time::Duration};

@@ -8,9 +8,16 @@ use std::{
 };
 
 use tokio::net::TcpListener;
-use tokio_stream::{Stream, StreamExt as _, wrappers::TcpListenerStream};
+use tokio_stream::{
+    Stream, StreamExt as _,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
 use tonic::{Request, Response, Status, Streaming};
-use uncloud_proto::v1::{self, vm_service_server::VmService, vm_service_server::VmServiceServer};
+use uncloud_proto::v1::{
+    self,
+    console_request::Message,
+    vm_service_server::{VmService, VmServiceServer},
+};
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -24,6 +31,8 @@ pub(crate) enum Answer {
     Steps(Vec<Result<v1::WatchVmsResponse, Status>>),
     /// No answer at all.
     Silence,
+    /// A console that greets, repeats what is typed, and ends when that has a `$`.
+    Echo,
 }
 
 /// What was asked.
@@ -34,6 +43,7 @@ pub(crate) enum Asked {
     Restart,
     Stop,
     Watch { from_revision: i64 },
+    Console,
 }
 
 #[derive(Clone, Default)]
@@ -134,9 +144,26 @@ impl VmService for Fake {
 
     async fn console(
         &self,
-        _: Request<Streaming<v1::ConsoleRequest>>,
+        r: Request<Streaming<v1::ConsoleRequest>>,
     ) -> Result<Response<Self::ConsoleStream>, Status> {
-        not_here()
+        let mut typed = r.into_inner();
+        let Some(v1::ConsoleRequest { message: Some(Message::Open(_)) }) = typed.message().await? else {
+            return Err(Status::invalid_argument("the first message is not Open"));
+        };
+        let Answer::Echo = self.next(Asked::Console).await? else {
+            return Err(Status::internal("the script has no console here"));
+        };
+        let (output, stream) = tokio::sync::mpsc::channel(16);
+        tokio::spawn(async move {
+            output.send(Ok(v1::ConsoleResponse { output: b"login: ".to_vec() })).await.ok();
+            while let Ok(Some(v1::ConsoleRequest { message: Some(Message::Input(input)) })) = typed.message().await {
+                let is_last = input.contains(&b'$');
+                if output.send(Ok(v1::ConsoleResponse { output: input })).await.is_err() || is_last {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 
     async fn get_vm_log(&self, _: Request<v1::GetVmLogRequest>) -> Result<Response<Self::GetVmLogStream>, Status> {
