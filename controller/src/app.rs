@@ -1,1 +1,203 @@
-//! To be written.
+//! The controller as a whole: its etcd, its elections, its server, and their end.
+//!
+//! A clean stop goes in an order that cannot lose work: *refuse* (the slot is cleared: health says NOT_SERVING), *drain*
+//! (the writer finishes its transaction), *resign* (a successor need not wait), then stop the controller's own etcd.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use rustix::fs::FlockOperation;
+use tokio::{net::TcpListener, task::JoinHandle, time};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use uncloud_proto::{clock::Clock, ids::ControllerId};
+
+use crate::{
+    api,
+    config::Config,
+    leadership::{Campaign, Candidate, Elected, Leader, LeaderSlot, Settings},
+    reconcile, report,
+    store::{Store, embedded::EmbeddedEtcd},
+};
+
+/// How long the end of a term may take before it is left behind. Nothing that is left behind can write (T2).
+const TERM_END: Duration = Duration::from_secs(5);
+/// How long to wait before connecting to etcd is tried again.
+const CONNECT_AGAIN: Duration = Duration::from_millis(500);
+/// How long the server may take to end its connections.
+const SERVER_END: Duration = Duration::from_secs(2);
+
+/// Runs a controller until `stop` fires.
+///
+/// # Errors
+///
+/// When it cannot begin: a bad configuration, a data directory in use, no etcd to start, a port that is taken. Once it
+/// runs, nothing ends it but `stop`.
+pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyhow::Result<()> {
+    config.validate()?;
+    let _lock = lock(&config.data_dir)?;
+    let mut embedded = if config.etcd.is_empty() {
+        Some(EmbeddedEtcd::start(&config.data_dir, config.etcd_binary.as_deref())?)
+    } else {
+        None
+    };
+    let endpoints = embedded.as_ref().map_or_else(|| config.etcd.clone(), |e| vec![e.endpoint().to_owned()]);
+
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+    let slot = LeaderSlot::default();
+    let served = CancellationToken::new();
+    let server = tokio::spawn(api::serve(listener, slot.clone(), served.clone()));
+    info!(address = %config.listen, "serving");
+
+    // Ends by itself when `stop` fires, after a hand-over.
+    elections(&config, &clock, &endpoints, &slot, &stop).await;
+
+    served.cancel();
+    match time::timeout(SERVER_END, server).await {
+        Ok(Ok(Ok(()))) | Err(_) => {}
+        Ok(Ok(Err(error))) => warn!("the server ended: {}", report(&error)),
+        Ok(Err(error)) => warn!("the server ended badly: {error}"),
+    }
+    if let Some(mut etcd) = embedded.take() {
+        tokio::task::spawn_blocking(move || etcd.stop()).await.context("stop etcd")?;
+    }
+    info!("stopped");
+    Ok(())
+}
+
+/// Stands for election and leads, again and again. Returns when a term has ended and `stop` has fired.
+async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &LeaderSlot, stop: &CancellationToken) {
+    let store = tokio::select! {
+        biased;
+        () = stop.cancelled() => return,
+        store = connect(endpoints) => store,
+    };
+    // A process is a candidate once: after a restart it is another.
+    let id = ControllerId::from_uuid(uuid::Uuid::new_v4());
+    let candidate = Candidate { id, address: config.address() };
+    let campaign = Campaign::new(store.clone(), clock.clone(), candidate);
+    let controllers = if config.controllers.is_empty() { vec![config.address()] } else { config.controllers.clone() };
+    let settings = Settings {
+        timings: config.timings(),
+        cpu_overcommit_percent: config.cpu_overcommit,
+        address: config.address(),
+        controllers,
+    };
+    loop {
+        let elected = tokio::select! {
+            biased;
+            // An election that is won at this very moment is left to run out.
+            () = stop.cancelled() => return,
+            elected = campaign.win(|hint| slot.clear(hint)) => elected,
+        };
+        lead(&campaign, &store, clock, id, elected, &settings, slot, stop).await;
+    }
+}
+
+async fn connect(endpoints: &[String]) -> Store {
+    let mut complained = false;
+    loop {
+        match Store::connect(endpoints).await {
+            Ok(store) => return store,
+            Err(error) => {
+                if !complained {
+                    warn!("cannot connect to etcd at {}: {}", endpoints.join(", "), report(&error));
+                    complained = true;
+                }
+                time::sleep(CONNECT_AGAIN).await;
+            }
+        }
+    }
+}
+
+/// One term, from the election to its end.
+#[expect(clippy::too_many_arguments, reason = "the parts of a process meet here and nowhere else")]
+async fn lead(
+    campaign: &Campaign,
+    store: &Store,
+    clock: &Clock,
+    id: ControllerId,
+    elected: Elected,
+    settings: &Settings,
+    slot: &LeaderSlot,
+    stop: &CancellationToken,
+) {
+    let cancel = elected.cancel.clone();
+    let lease = elected.lease();
+    let keeping = elected.keeper();
+    let term = async {
+        match Leader::begin(store.clone(), clock.clone(), id, elected, settings.clone()).await {
+            Ok((leader, writer)) => {
+                reign(leader, slot, stop).await;
+                finish(writer).await
+            }
+            Err((error, token)) => {
+                warn!("elected, but the state cannot be read: {}", report(&error));
+                Some(token)
+            }
+        }
+    };
+    let (token, ()) = tokio::join!(
+        async {
+            let token = term.await;
+            // The key is given up by whoever still holds the token; if it is no longer ours, etcd says so.
+            if let Some(token) = &token {
+                campaign.resign(token, lease).await;
+            }
+            cancel.cancel();
+            token
+        },
+        campaign.keep(&keeping),
+    );
+    if token.is_none() {
+        warn!("the writer of the last term did not end in time; its token is lost with it");
+    }
+}
+
+/// Leads until the term is over or the process is to stop.
+async fn reign(leader: Arc<Leader>, slot: &LeaderSlot, stop: &CancellationToken) {
+    let reconciler = tokio::spawn(reconcile::driver::run(leader.clone()));
+    slot.set(leader.clone());
+    tokio::select! {
+        biased;
+        () = leader.cancel.cancelled() => {}
+        () = stop.cancelled() => info!("stopping: handing over"),
+    }
+    slot.clear(None);
+    // Sessions, the reconciler and the writer end with it.
+    leader.cancel.cancel();
+    if time::timeout(TERM_END, reconciler).await.is_err() {
+        warn!("the reconciler did not end in time");
+    }
+}
+
+async fn finish(writer: JoinHandle<crate::leadership::LeaderToken>) -> Option<crate::leadership::LeaderToken> {
+    match time::timeout(TERM_END, writer).await {
+        Ok(Ok(token)) => Some(token),
+        Ok(Err(error)) => {
+            warn!("the writer ended badly: {error}");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// Makes the data directory and holds it: two controllers must not share one.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    fs::create_dir_all(data_dir).with_context(|| format!("cannot make --data-dir {}", data_dir.display()))?;
+    let path = data_dir.join("lock");
+    let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!(
+            "--data-dir {} is in use by another controller; give this one a directory of its own",
+            data_dir.display()
+        );
+    }
+    Ok(file)
+}

@@ -12,3 +12,9 @@ pub mod scheduler;
 pub mod sessions;
 pub mod state;
 pub mod store;
+
+/// An error with the whole chain of its causes, on one line: `etcd did not answer: connection refused`.
+#[must_use]
+pub fn report(error: &(dyn std::error::Error + 'static)) -> String {
+    std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -22,6 +22,12 @@ use uuid::Uuid;
 
 /// What all keys begin with.
 pub const ROOT: &str = "/uncloud/v1/";
+/// The first string that no longer begins with [`ROOT`].
+pub const ROOT_END: &str = "/uncloud/v10";
+/// What the keys of all events begin with.
+pub const EVENTS: &str = "/uncloud/v1/events/";
+/// The first string after those.
+pub const EVENTS_END: &str = "/uncloud/v1/events0";
 
 /// One key.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -1,0 +1,173 @@
+//! What has been committed, as it is committed: for watches, sessions and the reconciler.
+//!
+//! A bounded history of this term is kept in memory; what came before is asked of etcd (`store/history.rs`).
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::broadcast;
+use uncloud_proto::ids::{Revision, Term};
+
+use crate::{
+    state::command::Change,
+    store::{self, Store},
+};
+
+/// How many changes are kept in memory.
+const HISTORY: usize = 4096;
+/// How many changes a subscriber may be behind before it is cut off.
+const BACKLOG: usize = 1024;
+
+/// One committed change.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FeedItem {
+    /// The revision at which it was committed.
+    pub revision: Revision,
+    /// What was changed.
+    pub change: Change,
+}
+
+/// The history before the revision that was asked for is gone: list again.
+#[derive(Debug, thiserror::Error)]
+pub enum Compacted {
+    /// Compacted, or longer than anybody wants to read.
+    #[error("the changes after revision {0} are no longer kept; list again and watch from the revision of the list")]
+    Gone(Revision),
+    /// It lies in the future.
+    #[error("revision {0} has not happened yet")]
+    Future(Revision),
+    /// etcd could not be asked.
+    #[error("the history could not be read")]
+    Store(#[source] store::Error),
+}
+
+/// The subscriber was too slow and has missed changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lagged {
+    /// It was too slow.
+    #[error("too slow: changes were missed; resume from the newest revision that was seen")]
+    TooSlow,
+    /// The term is over.
+    #[error("this controller no longer leads")]
+    Ended,
+}
+
+/// Hands out committed changes. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Feed {
+    shared: Arc<Shared>,
+    store: Store,
+}
+
+#[derive(Debug)]
+struct Shared {
+    term: Term,
+    history: Mutex<History>,
+    sender: broadcast::Sender<Arc<FeedItem>>,
+}
+
+#[derive(Debug)]
+struct History {
+    /// All changes after this one are in `items`.
+    complete_after: Revision,
+    newest: Revision,
+    items: VecDeque<Arc<FeedItem>>,
+}
+
+impl Feed {
+    /// A feed whose first change comes after `loaded`, the revision at which the state was read in `term`.
+    pub(super) fn new(store: Store, term: Term, loaded: Revision) -> Self {
+        // Between the leader key and the reading of the state nothing was written: only the leader writes.
+        let complete_after = Revision(term.0);
+        let history =
+            Mutex::new(History { complete_after, newest: loaded.max(complete_after), items: VecDeque::new() });
+        let sender = broadcast::Sender::new(BACKLOG);
+        Self { shared: Arc::new(Shared { term, history, sender }), store }
+    }
+
+    /// A change was committed.
+    pub(super) fn publish(&self, item: FeedItem) {
+        let item = Arc::new(item);
+        let mut history = self.history();
+        history.newest = item.revision;
+        history.items.push_back(item.clone());
+        if history.items.len() > HISTORY
+            && let Some(dropped) = history.items.pop_front()
+        {
+            history.complete_after = dropped.revision;
+        }
+        // Under the lock, so that a subscriber sees it either in the history or on its channel, never twice or not at all.
+        // Nobody listening is no error.
+        let _ = self.shared.sender.send(item);
+    }
+
+    /// All changes after `from`, and then those to come.
+    ///
+    /// # Errors
+    ///
+    /// When they are no longer kept, or `from` lies in the future.
+    pub async fn subscribe(&self, from: Revision) -> Result<FeedStream, Compacted> {
+        if let Some(stream) = self.in_memory(from)? {
+            return Ok(stream);
+        }
+        if from.0 >= self.shared.term.0 {
+            // Changes of this term, but more than are kept.
+            return Err(Compacted::Gone(from));
+        }
+        let older = self.store.history(from, self.shared.term).await.map_err(|error| match error {
+            store::Error::Compacted(_) => Compacted::Gone(from),
+            other => Compacted::Store(other),
+        })?;
+        let Some(mut stream) = self.in_memory(Revision(self.shared.term.0))? else {
+            return Err(Compacted::Gone(from));
+        };
+        for logged in older.into_iter().rev() {
+            stream.backlog.push_front(Arc::new(FeedItem { revision: logged.revision, change: logged.change }));
+        }
+        Ok(stream)
+    }
+
+    /// `None`: what was asked for is not all in memory.
+    fn in_memory(&self, from: Revision) -> Result<Option<FeedStream>, Compacted> {
+        let history = self.history();
+        if from > history.newest {
+            return Err(Compacted::Future(from));
+        }
+        if from < history.complete_after {
+            return Ok(None);
+        }
+        let backlog = history.items.iter().filter(|item| item.revision > from).cloned().collect();
+        let receiver = self.shared.sender.subscribe();
+        Ok(Some(FeedStream { backlog, receiver }))
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.shared.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One subscriber's stream.
+#[derive(Debug)]
+pub struct FeedStream {
+    backlog: VecDeque<Arc<FeedItem>>,
+    receiver: broadcast::Receiver<Arc<FeedItem>>,
+}
+
+impl FeedStream {
+    /// The next change. Cancel safe.
+    ///
+    /// # Errors
+    ///
+    /// When this subscriber was too slow, or the term is over.
+    pub async fn next(&mut self) -> Result<Arc<FeedItem>, Lagged> {
+        if let Some(item) = self.backlog.pop_front() {
+            return Ok(item);
+        }
+        self.receiver.recv().await.map_err(|error| match error {
+            broadcast::error::RecvError::Lagged(_) => Lagged::TooSlow,
+            broadcast::error::RecvError::Closed => Lagged::Ended,
+        })
+    }
+}

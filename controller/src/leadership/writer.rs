@@ -1,0 +1,332 @@
+//! The single writer: commands in, transactions out, many commands per transaction.
+//!
+//! One transaction is under way at a time. What arrives meanwhile goes into the next one, so throughput grows with load
+//! and a command alone costs one transaction. Each command is decided against a working state that already has the
+//! changes of those before it; nobody is answered, not even refused, before what the answer rests on is durable.
+//!
+//! When a transaction fails or its outcome is not known, the term ends (T3): the working state is thrown away, and whoever
+//! waited is told that the outcome is not known.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
+use uncloud_proto::{
+    clock::{Clock, Tick},
+    ids::Revision,
+};
+
+use super::{Leader, LeaderToken, Mirror, Validity};
+use crate::{
+    model::{Key, Record},
+    report,
+    state::{
+        State,
+        command::{Answer, Change, Command, Context, Mutation, Refusal},
+    },
+    store::{CommitError, MAX_OPERATIONS, RetentionLeases, Store},
+};
+
+/// How many commands may wait. Beyond that callers are told to come back.
+const QUEUE: usize = 4096;
+/// How many commands one transaction may answer: refusals and repetitions cost no operation.
+const MAX_COMMANDS: usize = 512;
+/// How many bytes of records one transaction may have: well below etcd's limit of 1.5 MiB for a request.
+const MAX_BYTES: usize = 1024 * 1024;
+/// How often history is compacted, and how old what remains is at least.
+const COMPACT_EVERY: Duration = Duration::from_secs(300);
+
+/// What was committed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Committed {
+    /// What the caller is told.
+    pub answer: Answer,
+    /// The revision at which it holds.
+    pub revision: Revision,
+    /// For an answer that was given before: the revision at which it was stored.
+    pub replayed: Option<Revision>,
+}
+
+/// Why a command was not carried out, as far as is known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The state does not allow it. Nothing was changed.
+    #[error(transparent)]
+    Refused(Refusal),
+    /// This controller does not lead (any more). Nothing was changed.
+    #[error("this controller does not lead")]
+    NotLeader,
+    /// It may or may not have been carried out.
+    #[error(
+        "etcd's answer was lost: it is not known whether this was carried out; look, or repeat it with the same request id"
+    )]
+    Unknown,
+    /// Too many commands wait. Nothing was changed.
+    #[error("too many requests are waiting")]
+    Overloaded,
+}
+
+struct Job {
+    command: Command,
+    reply: oneshot::Sender<Result<Committed, WriteError>>,
+}
+
+/// Where commands go. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Writer {
+    /// Carries a command out. When this returns `Ok`, it is in etcd and in the mirror. Dropping the future does not
+    /// take the command back.
+    ///
+    /// # Errors
+    ///
+    /// See [`WriteError`].
+    pub async fn submit(&self, command: Command) -> Result<Committed, WriteError> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.try_send(Job { command, reply }).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => WriteError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => WriteError::NotLeader,
+        })?;
+        // A writer that ends without a word may have been in the middle of a transaction.
+        answer.await.unwrap_or(Err(WriteError::Unknown))
+    }
+}
+
+/// The writer's half of the queue.
+pub struct WriterParts {
+    jobs: mpsc::Receiver<Job>,
+}
+
+impl Writer {
+    /// Makes the queue.
+    #[must_use]
+    pub fn queue() -> (Self, WriterParts) {
+        let (sender, jobs) = mpsc::channel(QUEUE);
+        (Self { jobs: sender }, WriterParts { jobs })
+    }
+}
+
+/// What the writer works with.
+pub(super) struct Work {
+    pub(super) token: LeaderToken,
+    pub(super) validity: Validity,
+    pub(super) store: Store,
+    pub(super) clock: Clock,
+    pub(super) state: State,
+    pub(super) mirror: Mirror,
+    pub(super) leases: RetentionLeases,
+    pub(super) leader: Arc<Leader>,
+    pub(super) cancel: CancellationToken,
+}
+
+/// A command that was decided and waits for its transaction.
+struct Waiting {
+    reply: oneshot::Sender<Result<Committed, WriteError>>,
+    outcome: Result<(Answer, Option<Revision>), Refusal>,
+}
+
+/// What goes into one transaction.
+#[derive(Default)]
+struct Batch {
+    /// What a key was changed to last: a transaction may have a key once.
+    mutations: BTreeMap<Key, Option<Record>>,
+    bytes: usize,
+    waiting: Vec<Waiting>,
+}
+
+impl Work {
+    /// Runs until the term ends. Returns the token, so that the caller can resign.
+    pub(super) async fn run(mut self, mut parts: WriterParts) -> LeaderToken {
+        let mut carried: Option<Job> = None;
+        let mut compaction = Compaction::new(self.clock.now(), self.state.revision());
+        loop {
+            let first = match carried.take() {
+                Some(job) => job,
+                None => tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => break,
+                    job = parts.jobs.recv() => match job {
+                        Some(job) => job,
+                        None => break,
+                    },
+                    () = tokio::time::sleep(COMPACT_EVERY) => {
+                        self.compact(&mut compaction).await;
+                        continue;
+                    }
+                },
+            };
+            if self.leases.stale(self.clock.now()) {
+                match self.store.retention_leases(self.clock.now(), Some(self.leases)).await {
+                    Ok(leases) => self.leases = leases,
+                    Err(error) => {
+                        warn!("etcd gives no leases for events and answers: {}", report(&error));
+                        let _ = first.reply.send(Err(WriteError::NotLeader));
+                        break;
+                    }
+                }
+            }
+            let batch = self.fill(first, &mut parts, &mut carried);
+            if !self.commit(batch).await {
+                break;
+            }
+            self.compact(&mut compaction).await;
+        }
+        // The term is over: nothing more is decided, and nobody is left waiting.
+        self.cancel.cancel();
+        self.validity.end();
+        parts.jobs.close();
+        if let Some(job) = carried {
+            let _ = job.reply.send(Err(WriteError::NotLeader));
+        }
+        while let Ok(job) = parts.jobs.try_recv() {
+            let _ = job.reply.send(Err(WriteError::NotLeader));
+        }
+        self.token
+    }
+
+    /// Decides what waits, as long as it fits into one transaction.
+    fn fill(&mut self, first: Job, parts: &mut WriterParts, carried: &mut Option<Job>) -> Batch {
+        let cx = Context {
+            now: self.clock.wall(),
+            silent: Arc::new(self.leader.silent_hosts()),
+            cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
+        };
+        let mut batch = Batch::default();
+        let mut next = Some(first);
+        while let Some(job) = next.take() {
+            match self.state.decide(&job.command, &cx) {
+                Err(refusal) => batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) }),
+                Ok(decision) => {
+                    let added = decision.change.mutations.len();
+                    let bytes: usize = decision.change.mutations.iter().map(size).sum();
+                    if added > MAX_OPERATIONS {
+                        error!(operations = added, "a command wants more operations than a transaction may have");
+                        let refusal = Refusal::Precondition("this is too much at once; ask for less".into());
+                        batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
+                    } else if !batch.mutations.is_empty()
+                        && (batch.mutations.len() + added > MAX_OPERATIONS || batch.bytes + bytes > MAX_BYTES)
+                    {
+                        *carried = Some(job);
+                        break;
+                    } else {
+                        let expected = Revision(self.state.revision().0.max(1));
+                        self.state.absorb(&decision.change, expected);
+                        for mutation in decision.change.mutations {
+                            batch.mutations.insert(mutation.key, mutation.value);
+                        }
+                        batch.bytes += bytes;
+                        let outcome = Ok((decision.answer, decision.replayed));
+                        batch.waiting.push(Waiting { reply: job.reply, outcome });
+                    }
+                }
+            }
+            if batch.waiting.len() < MAX_COMMANDS {
+                next = parts.jobs.try_recv().ok();
+            }
+        }
+        batch
+    }
+
+    /// Writes a batch and answers everybody in it. `false`: the term is over.
+    async fn commit(&mut self, batch: Batch) -> bool {
+        let Batch { mutations, waiting, .. } = batch;
+        if !self.validity.holds(self.clock.now()) || self.cancel.is_cancelled() {
+            answer_all(waiting, &WriteError::NotLeader);
+            return false;
+        }
+        let revision = if mutations.is_empty() {
+            // Nothing to write, and what the answers rest on was durable before.
+            self.state.revision()
+        } else {
+            let mutations: Vec<Mutation> = mutations.into_iter().map(|(key, value)| Mutation { key, value }).collect();
+            let revision = match self.store.commit(&self.token, &mutations, &self.leases).await {
+                Ok(revision) => revision,
+                Err(CommitError::Deposed) => {
+                    warn!(term = %self.token.term(), "another controller leads: a write was refused by etcd");
+                    answer_all(waiting, &WriteError::NotLeader);
+                    return false;
+                }
+                Err(error @ CommitError::Unknown(_)) => {
+                    warn!(term = %self.token.term(), "stepping down: {}", report(&error));
+                    answer_all(waiting, &WriteError::Unknown);
+                    return false;
+                }
+            };
+            let change = Change { mutations };
+            // Again, now that the revision is known.
+            self.state.absorb(&change, revision);
+            self.mirror.absorb(change, revision);
+            revision
+        };
+        for Waiting { reply, outcome } in waiting {
+            let result = match outcome {
+                Ok((answer, replayed)) => Ok(Committed { answer, revision, replayed }),
+                Err(refusal) => Err(WriteError::Refused(refusal)),
+            };
+            // A caller that has gone away is no error.
+            let _ = reply.send(result);
+        }
+        true
+    }
+
+    async fn compact(&self, compaction: &mut Compaction) {
+        if let Some(revision) = compaction.due(self.clock.now(), self.state.revision())
+            && let Err(error) = self.store.compact(revision).await
+        {
+            warn!("history could not be compacted: {}", report(&error));
+        }
+    }
+}
+
+fn answer_all(waiting: Vec<Waiting>, error: &WriteError) {
+    for Waiting { reply, .. } in waiting {
+        let _ = reply.send(Err(error.clone()));
+    }
+}
+
+fn size(mutation: &Mutation) -> usize {
+    // A record is encoded again when it is written; that is cheap beside the transaction.
+    64 + mutation.value.as_ref().map_or(0, |record| record.to_json().len())
+}
+
+/// When to throw history away: what is kept is between one and two periods old.
+struct Compaction {
+    last: Tick,
+    then: Revision,
+}
+
+impl Compaction {
+    const fn new(now: Tick, revision: Revision) -> Self {
+        Self { last: now, then: revision }
+    }
+
+    /// The revision before which history may go, if it is time.
+    fn due(&mut self, now: Tick, revision: Revision) -> Option<Revision> {
+        if now.since(self.last) < COMPACT_EVERY {
+            return None;
+        }
+        let then = self.then;
+        self.last = now;
+        self.then = revision;
+        (then.0 > 0).then_some(then)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn history_of_the_last_period_is_kept() {
+        let at = |s: u64| Tick::from_boot(Duration::from_secs(s));
+        let mut compaction = Compaction::new(at(0), Revision(10));
+        assert_eq!(compaction.due(at(299), Revision(20)), None);
+        assert_eq!(compaction.due(at(300), Revision(20)), Some(Revision(10)));
+        assert_eq!(compaction.due(at(400), Revision(30)), None);
+        assert_eq!(compaction.due(at(600), Revision(40)), Some(Revision(20)));
+    }
+}
