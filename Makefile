@@ -62,7 +62,7 @@ bench: setup
 	$(CARGO) build --release -p uncloud-controller
 	$(CARGO) build --release -p uncloud-agent
 	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
-	$(TARGET)/release/uncloud-bench --guests $(GUESTS) --out target/bench.json
+	$(TARGET)/release/uncloud-bench --out target/bench.json
 
 .PHONY: clean
 clean:
