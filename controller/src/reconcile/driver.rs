@@ -1,0 +1,190 @@
+//! Carries out what health and the plan say, for one term: a task that ends with it.
+//!
+//! Woken by every change and every [`PERIOD`]; what woke it makes no difference to what it does. A pass first has due
+//! verdicts stored (`health/`), then hands VMs that need a host to the writer, a batch at a time. Nothing is retried
+//! within a pass. Cancel safe: whatever was not stored is found again, by this leader or the next.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{self, MissedTickBehavior};
+use tracing::{Instrument, info, info_span, warn};
+use uncloud_proto::clock::Tick;
+
+use super::plan::{self, Attempts, BATCH, Situation};
+use crate::{
+    health::{BrakeState, Verdict},
+    leadership::{Leader, WriteError},
+    model::EventType,
+    state::command::{Command, Lapsed},
+};
+
+/// How often health is looked at. A failover takes up to this much longer; a shorter one costs CPU in a large cluster.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Runs passes until the term ends.
+pub async fn run(leader: Arc<Leader>) {
+    let span = info_span!(parent: None, "reconcile", term = %leader.term);
+    let work = async {
+        tokio::select! {
+            () = leader.cancel.cancelled() => {}
+            () = passes(&leader) => {}
+        }
+    };
+    work.instrument(span).await;
+}
+
+async fn passes(leader: &Leader) {
+    let mut changed = leader.mirror.changed();
+    let mut ticker = time::interval(PERIOD);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut driver = Driver { leader, began: leader.clock.now(), attempts: Attempts::default(), announced: false };
+    loop {
+        let result = tokio::select! {
+            biased; // a busy cluster must not keep health from being looked at
+            _ = ticker.tick() => driver.look_and_place().await,
+            alive = changed.changed() => {
+                if alive.is_err() {
+                    return;
+                }
+                driver.place().await
+            }
+        };
+        match result {
+            Ok(()) => {}
+            Err(Stop::Busy) => {
+                warn!("the writer has too much to do; the next pass tries again");
+                time::sleep(PERIOD).await;
+            }
+            Err(Stop::TermOver) => return,
+        }
+    }
+}
+
+struct Driver<'a> {
+    leader: &'a Leader,
+    /// Not before the takeover.
+    began: Tick,
+    attempts: Attempts,
+    /// What was last said about the brake.
+    announced: bool,
+}
+
+/// Why a pass ends early.
+enum Stop {
+    /// The writer's queue is full.
+    Busy,
+    /// Whoever leads next finds the same to do.
+    TermOver,
+}
+
+impl Driver<'_> {
+    async fn look_and_place(&mut self) -> Result<(), Stop> {
+        let now = self.leader.clock.now();
+        // After a pause of this process every host looks silent; and whoever does not lead decides nothing (L2).
+        if !self.leader.validity.holds(now) {
+            return Ok(());
+        }
+        let (verdicts, brake) = {
+            let mut health = self.leader.health();
+            (health.tick(now), health.brake())
+        };
+        self.announce(brake).await?;
+        // All at once: the writer puts them into as few transactions as it can.
+        let declared = futures_util::future::join_all(verdicts.into_iter().map(|v| self.declare(v))).await;
+        declared.into_iter().collect::<Result<(), Stop>>()?;
+        self.shorten_leases(now).await?;
+        self.place().await
+    }
+
+    /// At the beginning of a term the longest lease that may be held is on record (W3). When what an earlier leader granted
+    /// has surely run out, the record becomes what this one grants: its successor need not wait longer than that.
+    async fn shorten_leases(&self, now: Tick) -> Result<(), Stop> {
+        let Some(stored) = self.leader.mirror.read(|state| state.cluster().cloned()) else { return Ok(()) };
+        let own = self.leader.settings.timings;
+        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+        let (fast_lease_ms, patient_lease_ms) = (millis(own.fast), millis(own.patient));
+        if (stored.fast_lease_ms, stored.patient_lease_ms) == (fast_lease_ms, patient_lease_ms) {
+            return Ok(());
+        }
+        let longest = Duration::from_millis(stored.fast_lease_ms.max(stored.patient_lease_ms));
+        if now.since(self.began) < own.wait(longest) {
+            return Ok(());
+        }
+        self.submit(Command::SetLeases { fast_lease_ms, patient_lease_ms }).await?;
+        Ok(())
+    }
+
+    /// Says what the brake does, once per change.
+    async fn announce(&mut self, brake: BrakeState) -> Result<(), Stop> {
+        if brake.engaged == self.announced {
+            return Ok(());
+        }
+        let BrakeState { heard, total, .. } = brake;
+        let (event, message) = if brake.engaged {
+            warn!(heard, total, "fewer than half of the hosts are heard: no more are declared lapsed");
+            let message = format!(
+                "{heard} of {total} hosts are heard; the fault may be on the controller's side, so no more hosts are \
+                 declared lapsed until half of them are heard again, or a person says so"
+            );
+            (EventType::BrakeEngaged, message)
+        } else {
+            info!(heard, total, "the brake is released");
+            (EventType::BrakeReleased, format!("{heard} of {total} hosts are heard; failover goes on"))
+        };
+        self.submit(Command::Note { event, message }).await?;
+        self.announced = brake.engaged;
+        Ok(())
+    }
+
+    /// Has a verdict stored, which also moves the first VMs.
+    async fn declare(&self, verdict: Verdict) -> Result<(), Stop> {
+        let Verdict { host, lapsed } = verdict;
+        let lease = match lapsed {
+            Lapsed::Fast => "its fast lease has surely run out",
+            Lapsed::Both => "both its leases have surely run out",
+        };
+        warn!(%host, "host declared lapsed: {lease}");
+        match self.submit(Command::DeclareLapsed { host, lapsed, limit: BATCH }).await? {
+            Submitted::Stored => self.leader.health().declared(verdict),
+            // Nothing of it is stored, so nothing of it moves. It gets no grants until it registers.
+            Submitted::Refused => self.leader.health().remove(host),
+        }
+        Ok(())
+    }
+
+    /// Hands VMs that need a host to the writer.
+    async fn place(&mut self) -> Result<(), Stop> {
+        let now = self.leader.clock.now();
+        let silent = self.leader.health().silent(now);
+        let (batches, situation) = self.leader.mirror.read(|state| {
+            let situation = Arc::new(Situation { openings: state.view().openings(), silent });
+            (plan::plan(state, &self.attempts, &situation, now), situation)
+        });
+        for vms in batches {
+            if !self.leader.validity.holds(self.leader.clock.now()) {
+                return Ok(());
+            }
+            self.submit(Command::Place { vms: vms.clone() }).await?;
+            self.leader.mirror.read(|state| self.attempts.note(&vms, &situation, state, now));
+        }
+        Ok(())
+    }
+
+    async fn submit(&self, command: Command) -> Result<Submitted, Stop> {
+        match self.leader.writer.submit(command).await {
+            Ok(_) => Ok(Submitted::Stored),
+            Err(WriteError::Refused(refusal)) => {
+                warn!("refused: {refusal}");
+                Ok(Submitted::Refused)
+            }
+            Err(WriteError::Overloaded) => Err(Stop::Busy),
+            Err(WriteError::NotLeader | WriteError::Unknown) => Err(Stop::TermOver),
+        }
+    }
+}
+
+/// What became of a command.
+enum Submitted {
+    Stored,
+    Refused,
+}
