@@ -289,3 +289,24 @@ fn vms_of_a_lapsed_host_that_fit_nowhere_do_not_keep_the_reconciler_busy() {
     }
     assert_eq!(w.writes, writes);
 }
+
+#[test]
+fn w2_a_plan_that_comes_after_its_host_is_back_moves_nothing() {
+    let mut patient = vm(2, 64, Some(1));
+    patient.spec.failover = Failover::Patient;
+    let hosts = [host(1, 1024, Liveness::Dead), host(2, 1024, Liveness::Up)];
+    let mut w = World::new(hosts, [vm(1, 64, Some(1)), patient]);
+    let stale = w.plan();
+    assert_eq!(stale.concat(), [vm_id(1), vm_id(2)]);
+
+    // The host has registered before the plan is carried out.
+    w.put(Key::Host(host_id(1)), Record::Host(Arc::new(host(1, 1024, Liveness::Up))));
+    w.submit(&Command::Place { vms: stale.concat() });
+    assert_eq!((w.host_of(1), w.host_of(2)), (Some(host_id(1)), Some(host_id(1))));
+    assert_eq!(w.writes, 0);
+
+    // And is lost again, for the short lease only.
+    w.put(Key::Host(host_id(1)), Record::Host(Arc::new(host(1, 1024, Liveness::FastLapsed))));
+    w.submit(&Command::Place { vms: stale.concat() });
+    assert_eq!((w.host_of(1), w.host_of(2)), (Some(host_id(2)), Some(host_id(1))));
+}
