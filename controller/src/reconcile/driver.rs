@@ -100,17 +100,9 @@ impl Driver<'_> {
     /// has surely run out, the record becomes what this one grants: its successor need not wait longer than that.
     async fn shorten_leases(&self, now: Tick) -> Result<(), Stop> {
         let Some(stored) = self.leader.mirror.read(|state| state.cluster().cloned()) else { return Ok(()) };
-        let own = self.leader.settings.timings;
-        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
-        let (fast_lease_ms, patient_lease_ms) = (millis(own.fast), millis(own.patient));
-        if (stored.fast_lease_ms, stored.patient_lease_ms) == (fast_lease_ms, patient_lease_ms) {
-            return Ok(());
+        if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, now.since(self.began)) {
+            self.submit(command).await?;
         }
-        let longest = Duration::from_millis(stored.fast_lease_ms.max(stored.patient_lease_ms));
-        if now.since(self.began) < own.wait(longest) {
-            return Ok(());
-        }
-        self.submit(Command::SetLeases { fast_lease_ms, patient_lease_ms }).await?;
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Which VMs need a host now. Pure, so that a pass can be planned again at any time.
+//! What is to be done now: which VMs need a host, mainly. Pure, so that a pass can be planned again at any time.
 //!
 //! A plan is made from the state alone, never from what has just changed: a lost wake-up costs time and nothing else.
 //! [`Attempts`] remembers which VMs no host could take, so that they are not tried again before something has changed.
@@ -17,8 +17,9 @@ use uncloud_proto::{
 };
 
 use crate::{
-    model::{Desired, Liveness, VmRecord},
-    state::{State, lease_lapsed},
+    health::Timings,
+    model::{ClusterRecord, Desired, Liveness, VmRecord},
+    state::{State, command::Command, lease_lapsed},
 };
 
 /// How many VMs one command may move. A move writes a record, a status and an event; 25 of them, with the host's own
@@ -86,6 +87,17 @@ pub fn plan(state: &State, attempts: &Attempts, situation: &Situation, now: Tick
     let mut due: Vec<&VmRecord> = wanting(state).filter(|vm| attempts.is_due(vm, situation, now)).collect();
     due.sort_by_key(|vm| (Reverse(vm.spec.priority), Reverse(vm.spec.memory_mib), vm.id));
     due.chunks(BATCH).map(|batch| batch.iter().map(|vm| vm.id).collect()).collect()
+}
+
+/// What to do about the lengths of the leases on record, this long after the term began. At its beginning the longest that
+/// may be held were on record; a leader grants no longer ones than its own (W3).
+#[must_use]
+pub fn shorter_leases(stored: &ClusterRecord, own: &Timings, in_office: Duration) -> Option<Command> {
+    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
+    let (fast_lease_ms, patient_lease_ms) = (millis(own.fast), millis(own.patient));
+    let differ = (stored.fast_lease_ms, stored.patient_lease_ms) != (fast_lease_ms, patient_lease_ms);
+    let longest = Duration::from_millis(stored.fast_lease_ms.max(stored.patient_lease_ms));
+    (differ && in_office >= own.wait(longest)).then_some(Command::SetLeases { fast_lease_ms, patient_lease_ms })
 }
 
 /// All VMs that need a host, or another one than they have: those that the state says wait for one, and those on a host

@@ -14,8 +14,9 @@ use uuid::Uuid;
 
 use super::plan::*;
 use crate::{
+    health::Timings,
     model::{
-        Desired, Extra, HostMode, HostRecord, Key, Liveness, Record, VmRecord,
+        ClusterRecord, Desired, Extra, HostMode, HostRecord, Key, Liveness, Record, VmRecord,
         host::{Accelerator, AcceleratorKind},
         vm::{Failover, Machine, OnDiskLoss, Placement, RestartPolicy, VmSpec},
     },
@@ -309,4 +310,18 @@ fn w2_a_plan_that_comes_after_its_host_is_back_moves_nothing() {
     w.put(Key::Host(host_id(1)), Record::Host(Arc::new(host(1, 1024, Liveness::FastLapsed))));
     w.submit(&Command::Place { vms: stale.concat() });
     assert_eq!((w.host_of(1), w.host_of(2)), (Some(host_id(2)), Some(host_id(1))));
+}
+
+#[test]
+fn w3_longer_leases_stay_on_record_until_they_have_surely_run_out() {
+    let secs = Duration::from_secs;
+    let own = Timings { fast: secs(6), patient: secs(30), kill_allowance: secs(1) };
+    let record =
+        |fast_lease_ms, patient_lease_ms| ClusterRecord { fast_lease_ms, patient_lease_ms, extra: Extra::new() };
+    let stored = record(20_000, 60_000);
+
+    assert!(shorter_leases(&stored, &own, Duration::from_millis(61_600)).is_none());
+    let command = shorter_leases(&stored, &own, Duration::from_millis(61_601));
+    assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 30_000 })));
+    assert!(shorter_leases(&record(6_000, 30_000), &own, secs(1_000)).is_none(), "nothing to do");
 }
