@@ -276,7 +276,8 @@ impl LeaseView {
 /// `/proc` is not mounted, or has something else there.
 pub fn boot_id() -> io::Result<Uuid> {
     let text = fs::read_to_string(BOOT_ID)?;
-    Uuid::try_parse(text.trim()).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("no UUID in {BOOT_ID}")))
+    Uuid::try_parse(text.trim())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("no UUID in {BOOT_ID}")))
 }
 
 fn is_lease_file(file: &File) -> io::Result<bool> {

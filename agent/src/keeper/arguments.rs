@@ -74,8 +74,7 @@ impl Arguments {
         const UID: &str = "--uid";
         const GID: &str = "--gid";
         const LOCK_FD: &str = "--lock-fd";
-        const FLAGS: [&str; 9] =
-            [VM, INCARNATION, VM_DIR, CLASS, LEASE_FILE, LEASE_GENERATION, UID, GID, LOCK_FD];
+        const FLAGS: [&str; 9] = [VM, INCARNATION, VM_DIR, CLASS, LEASE_FILE, LEASE_GENERATION, UID, GID, LOCK_FD];
 
         let mut rest = arguments.into_iter();
         let mut given: Vec<(&'static str, OsString)> = Vec::with_capacity(FLAGS.len());
@@ -95,9 +94,7 @@ impl Arguments {
             return Err(BadArguments::Missing("the command after `--`"));
         }
 
-        let mut take = |flag: &'static str| {
-            given.iter().position(|(g, _)| *g == flag).map(|i| given.swap_remove(i).1)
-        };
+        let mut take = |flag: &'static str| given.iter().position(|(g, _)| *g == flag).map(|i| given.swap_remove(i).1);
         let user = match (optional(UID, take(UID))?, optional(GID, take(GID))?) {
             (Some(uid), Some(gid)) => Some(User { uid, gid }),
             (None, None) => None,

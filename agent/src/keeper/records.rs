@@ -105,14 +105,22 @@ pub(super) struct KeeperRecord<'a> {
 /// How it ended, in one of the words that `exit.json` knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    Exited { code: i32 },
-    Signaled { signal: i32 },
+    Exited {
+        code: i32,
+    },
+    Signaled {
+        signal: i32,
+    },
     /// The lease was over or another: nothing was started.
     Fenced,
     /// Something that is needed could not be had: nothing was started.
-    Refused { errno: i32 },
+    Refused {
+        errno: i32,
+    },
     /// QEMU could not be executed.
-    ExecFailed { errno: i32 },
+    ExecFailed {
+        errno: i32,
+    },
 }
 
 fn keeper_json(a: &Arguments, r: &KeeperRecord<'_>) -> String {

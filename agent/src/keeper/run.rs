@@ -117,9 +117,11 @@ impl NotStarted {
                 let text = format!("not started: the lease under which the start was decided {why}");
                 (text, Outcome::Fenced, EXIT_FENCED)
             }
-            Self::Refused(e) => {
-                (format!("not started: {e}"), Outcome::Refused { errno: e.raw_os_error().unwrap_or(0) }, EXIT_CANNOT_START)
-            }
+            Self::Refused(e) => (
+                format!("not started: {e}"),
+                Outcome::Refused { errno: e.raw_os_error().unwrap_or(0) },
+                EXIT_CANNOT_START,
+            ),
             Self::Exec(e) => (
                 format!("cannot execute {}: {e}", arguments.command[0].to_string_lossy()),
                 Outcome::ExecFailed { errno: e.raw_os_error().unwrap_or(0) },
@@ -142,9 +144,8 @@ struct Fuse<'a> {
 impl<'a> Fuse<'a> {
     /// K1: after this, the kernel ends this process at the deadline.
     fn light(arguments: &Arguments, boot: &str, clock: &'a Clock) -> Result<Self, NotStarted> {
-        let lease = LeaseView::open(&arguments.lease_file)
-            .map_err(context("the lease file"))
-            .map_err(NotStarted::Refused)?;
+        let lease =
+            LeaseView::open(&arguments.lease_file).map_err(context("the lease file")).map_err(NotStarted::Refused)?;
         let word = lease.word(arguments.class);
         let now = clock.now();
         if !word.permits(arguments.lease_generation, now) || lease.boot_id().to_string() != boot {

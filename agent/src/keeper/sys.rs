@@ -48,9 +48,8 @@ impl SharedWords {
             Access::Write => libc::PROT_READ | libc::PROT_WRITE,
         };
         // SAFETY: a new mapping at an address that the kernel picks; it aliases no Rust object.
-        let base = unsafe {
-            libc::mmap(ptr::null_mut(), SHARED_BYTES, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
-        };
+        let base =
+            unsafe { libc::mmap(ptr::null_mut(), SHARED_BYTES, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
@@ -275,7 +274,12 @@ pub(crate) fn start_bound(program: &Program<'_>) -> Result<i32, StartError> {
 /// # Safety
 ///
 /// Only in a freshly forked child of a process with one thread; `argv` ends with null.
-unsafe fn become_program(keeper: libc::pid_t, program: &Program<'_>, argv: &[*const libc::c_char], null: &File) -> c_int {
+unsafe fn become_program(
+    keeper: libc::pid_t,
+    program: &Program<'_>,
+    argv: &[*const libc::c_char],
+    null: &File,
+) -> c_int {
     const ONE: libc::c_ulong = 1;
     const ZERO: libc::c_ulong = 0;
     // SAFETY: system calls on numbers and on memory that the caller vouches for.

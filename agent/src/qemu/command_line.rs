@@ -236,7 +236,10 @@ impl Argv {
     fn nic(&mut self, index: usize, nic: &UserNic) {
         self.option("-netdev", format!("user,id=net{index}"));
         // Without its boot ROM: nothing boots from the network, and not every host has the file.
-        self.option("-device", format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=", escaped(&nic.mac)));
+        self.option(
+            "-device",
+            format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=", escaped(&nic.mac)),
+        );
     }
 }
 

@@ -322,14 +322,17 @@ impl LogReader {
                     () = output.closed() => return,
                 }
             }
-            let (reader, read) = match spawn_blocking(move || self.read().map_or_else(|e| (None, Err(e)), |(r, b)| (Some(r), Ok(b)))).await {
-                Ok((Some(reader), Ok(bytes))) => (reader, bytes),
-                Ok((_, Err(e))) => {
-                    tracing::warn!(error = %e, "a serial log cannot be read any more");
-                    return;
-                }
-                Ok((None, Ok(_))) | Err(_) => return,
-            };
+            let (reader, read) =
+                match spawn_blocking(move || self.read().map_or_else(|e| (None, Err(e)), |(r, b)| (Some(r), Ok(b))))
+                    .await
+                {
+                    Ok((Some(reader), Ok(bytes))) => (reader, bytes),
+                    Ok((_, Err(e))) => {
+                        tracing::warn!(error = %e, "a serial log cannot be read any more");
+                        return;
+                    }
+                    Ok((None, Ok(_))) | Err(_) => return,
+                };
             self = reader;
             chunk = read;
             if chunk.is_empty() {

@@ -131,12 +131,7 @@ fn parse_exit(text: &str, vm: VmId) -> Option<(Incarnation, ExitOutcome, WallTim
 
 /// The exit of a VM whose keeper could not write one.
 pub(super) fn keeper_killed(vm_dir: &Path, incarnation: Incarnation) -> Exit {
-    Exit {
-        incarnation,
-        outcome: ExitOutcome::KeeperKilled,
-        at: Clock::system().wall(),
-        last_words: last_words(vm_dir),
-    }
+    Exit { incarnation, outcome: ExitOutcome::KeeperKilled, at: Clock::system().wall(), last_words: last_words(vm_dir) }
 }
 
 fn read_record(vm_dir: &Path, name: &str) -> Option<String> {

@@ -343,7 +343,9 @@ pub(super) async fn connect_socket(vm_dir: &Path, record: &KeeperRecord, name: &
     let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await?;
     match stream.peer_cred()?.pid().and_then(|pid| u32::try_from(pid).ok()) {
         Some(pid) if pid == record.qemu_pid => Ok(stream),
-        other => Err(io::Error::other(format!("{name} is served by process {other:?}, not by QEMU {}", record.qemu_pid))),
+        other => {
+            Err(io::Error::other(format!("{name} is served by process {other:?}, not by QEMU {}", record.qemu_pid)))
+        }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::keeper;
@@ -15,7 +18,7 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// The process with this pid, if it is the one that started then.
+    /// The process with this pid, if it is the one that started then and has not ended.
     pub(super) fn find(pid: u32, start: u64) -> io::Result<Option<Self>> {
         let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let fd = match pidfd_open(number, PidfdFlags::empty()) {
@@ -25,6 +28,11 @@ impl Process {
         };
         // After the descriptor is open: if the process in it were another, this would be that one's start.
         if keeper::start_of(pid).ok() != Some(start) {
+            return Ok(None);
+        }
+        // Nobody may have reaped it yet.
+        let mut ended = [PollFd::new(&fd, PollFlags::IN)];
+        if rustix::event::poll(&mut ended, Some(&Timespec::default()))? > 0 {
             return Ok(None);
         }
         let fd = watched(fd)?;

@@ -267,9 +267,8 @@ fn not_started(launch: &Launch, status: io::Result<ExitStatus>) -> LaunchError {
 fn lease_is_over(launch: &Launch) -> bool {
     match launch.class {
         LeaseClass::Hold => false,
-        LeaseClass::Fast | LeaseClass::Patient => LeaseView::open(&launch.lease_file).is_ok_and(|lease| {
-            !lease.word(launch.class).permits(launch.lease_generation, Clock::system().now())
-        }),
+        LeaseClass::Fast | LeaseClass::Patient => LeaseView::open(&launch.lease_file)
+            .is_ok_and(|lease| !lease.word(launch.class).permits(launch.lease_generation, Clock::system().now())),
     }
 }
 
@@ -387,7 +386,9 @@ mod tests {
     /// Neither another boot's pid, nor a pid that was given to another process, is taken for QEMU.
     #[tokio::test]
     async fn a_held_lock_without_its_processes_is_unclear() {
-        for record in [keeper_json(Uuid::from_u128(1), keeper::start_of(id()).unwrap()), keeper_json(boot_id().unwrap(), 1)] {
+        for record in
+            [keeper_json(Uuid::from_u128(1), keeper::start_of(id()).unwrap()), keeper_json(boot_id().unwrap(), 1)]
+        {
             let dir = tempfile::tempdir().unwrap();
             let _held = files::take_lock(dir.path()).unwrap().unwrap();
             fs::write(dir.path().join("keeper.json"), record).unwrap();

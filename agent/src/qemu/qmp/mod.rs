@@ -299,7 +299,12 @@ mod tests {
         let (client, _events, mut qemu) = connected().await;
         let serve = async {
             let (first, second) = (qemu.hear().await, qemu.hear().await);
-            qemu.say(&format!("{{\"return\": \"{}\", \"id\": {}}}\n", second["execute"].as_str().unwrap(), second["id"])).await;
+            qemu.say(&format!(
+                "{{\"return\": \"{}\", \"id\": {}}}\n",
+                second["execute"].as_str().unwrap(),
+                second["id"]
+            ))
+            .await;
             let refusal = "{\"class\": \"GenericError\", \"desc\": \"not now\"}";
             qemu.say(&format!("{{\"error\": {refusal}, \"id\": {}}}\n", first["id"])).await;
         };

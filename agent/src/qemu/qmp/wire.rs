@@ -40,7 +40,8 @@ pub(super) fn parse(line: &str) -> Result<Message, String> {
         let name = name.as_str().ok_or("an event's name is no string")?.to_owned();
         return Ok(Message::Event(Event { name, data: line.remove("data").unwrap_or(Value::Null) }));
     }
-    let error = line.remove("error").map(serde_json::from_value::<CommandError>).transpose().map_err(|e| e.to_string())?;
+    let error =
+        line.remove("error").map(serde_json::from_value::<CommandError>).transpose().map_err(|e| e.to_string())?;
     let result = match (line.remove("return"), error) {
         (Some(value), None) => Ok(value),
         // Without an id when QEMU could not even parse the command: nobody would be told, so it is an error here.
@@ -68,7 +69,8 @@ mod tests {
 
     #[test]
     fn what_qemu_says_is_understood() {
-        let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}"#;
+        let greeting =
+            r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}"#;
         assert_eq!(parse(greeting), Ok(Message::Greeting));
         assert_eq!(parse(r#"{"return": {}, "id": 3}"#), Ok(Message::Reply { id: 3, result: Ok(json!({})) }));
         let refused = r#"{"id": 4, "error": {"class": "GenericError", "desc": "no"}}"#;
