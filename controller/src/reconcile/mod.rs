@@ -5,7 +5,7 @@
 //! talks to no agent: sessions see what was stored and tell theirs.
 
 pub mod driver;
-mod plan;
+pub mod plan;
 
 #[cfg(test)]
 mod tests;

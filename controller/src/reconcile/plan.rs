@@ -19,12 +19,11 @@ use uncloud_proto::{
 use crate::{
     health::Timings,
     model::{ClusterRecord, Desired, Liveness, VmRecord},
-    state::{State, command::Command, lease_lapsed},
+    state::{MAX_PLACEMENTS, State, command::Command, lease_lapsed},
 };
 
-/// How many VMs one command may move. A move writes a record, a status and an event; 25 of them, with the host's own
-/// record, stay well under the 128 operations that etcd takes in one transaction. Smaller ones cost more transactions.
-pub const BATCH: usize = 25;
+/// How many VMs one command may move: as many as fit into one transaction.
+pub const BATCH: usize = MAX_PLACEMENTS;
 
 /// A VM that no host could take is tried again after this long, even if nothing seems to have changed.
 const RETRY: Duration = Duration::from_secs(5);
