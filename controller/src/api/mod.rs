@@ -1,3 +1,24 @@
 //! The gRPC API: one file per service. Each parses a request, calls, and maps the answer.
+//!
+//! Only the leader serves; any other controller answers UNAVAILABLE and names the leader. Server reflection (v1 and v1alpha)
+//! and `grpc.health.v1` are always there, so that `grpcurl` works with nothing else.
+//!
+//! `context.rs` finds the leadership, `validate/` checks requests (pure), `convert/` makes answers (pure), `error.rs` makes
+//! statuses. What a request means is decided in `state/`, `scheduler/` and `sessions/`, never here.
 
-mod validate;
+mod agent_service;
+mod cluster_service;
+mod console;
+mod context;
+pub(crate) mod convert;
+mod error;
+mod host_service;
+mod host_watch;
+mod image_service;
+mod server;
+pub(crate) mod validate;
+mod vm_service;
+mod vm_watch;
+mod watch;
+
+pub use server::{Error, serve};

@@ -1,5 +1,21 @@
 //! The agents' sessions: what each is told, what it reports, and when its heartbeats are answered.
+//!
+//! ```text
+//!   agent ══ one stream ══ stream.rs ── rules.rs, desired.rs, parse.rs (pure)
+//!                             │  └───── health/ (leases), leadership/ (writer, mirror)
+//!                          registry.rs ── api/ asks hosts about files and for byte streams
+//! ```
+//!
+//! It decides nothing about where VMs go or when a host is dead: that is `scheduler/`, `health/` and `reconcile/`.
 
+mod desired;
+mod job;
+mod outgoing;
+mod parse;
 pub mod registry;
+mod rules;
+mod stream;
 
-pub use registry::SessionRegistry;
+pub(crate) use outgoing::{Item, QUEUE};
+pub use registry::{AskError, LiveFacts, PIECES, Pipe, SessionRegistry};
+pub(crate) use stream::run;

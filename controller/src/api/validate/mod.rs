@@ -11,8 +11,8 @@ mod vm;
 
 pub(crate) use image::{NewFile, NewImage, create_image};
 pub(crate) use requests::{
-    ConsoleTarget, EventFilter, ListVms, LogTarget, VmRef, WatchVms, console_input, console_open, cordon_host,
-    get_vm_log, has_labels, host_ref, image_ref, list_events, list_vms, resume_point, vm_ref, watch_events, watch_vms,
+    LogTarget, VmRef, WatchVms, console_input, console_open, cordon_host, get_vm_log, has_labels, host_ref, image_ref,
+    list_events, list_vms, resume_point, vm_ref, watch_events, watch_vms,
 };
 pub(crate) use vm::{create_vm, mint_macs};
 

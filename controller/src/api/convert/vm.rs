@@ -1,0 +1,150 @@
+//! VMs.
+
+use uncloud_proto::{ids::Revision, v1};
+
+use super::timestamp;
+use crate::{
+    model::{
+        Desired, Phase, VmRecord,
+        vm::{Disk, Failover, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+    },
+    state::{State, VmEntry},
+};
+
+/// A VM as it is now.
+pub(crate) fn vm(state: &State, entry: &VmEntry) -> v1::Vm {
+    let record = &entry.record;
+    let effective = entry.effective_status();
+    let newest = entry.status.as_deref();
+    let current = entry.current_status();
+    let status = v1::VmStatus {
+        phase: phase(effective.phase).into(),
+        reason: effective.reason.to_owned(),
+        since: timestamp(effective.since),
+        incarnation: record.placement.incarnation.0,
+        addresses: current.map(|s| s.addresses.clone()).unwrap_or_default(),
+        // How it ended last is worth knowing after a failover, too.
+        last_exit: newest.and_then(|s| s.last_exit.as_ref()).map(last_exit),
+        next_attempt: current.and_then(|s| s.next_attempt).and_then(timestamp),
+    };
+    from_record(record, host_name(state, record), status, entry.revision())
+}
+
+/// A VM as it was created. Depends on the record alone, so that a replayed request gets the same answer.
+pub(crate) fn created_vm(state: &State, record: &VmRecord, revision: Revision) -> v1::Vm {
+    let entry = VmEntry {
+        record: record.clone().into(),
+        record_revision: revision,
+        status: None,
+        status_revision: Revision::default(),
+    };
+    vm(state, &entry)
+}
+
+fn host_name(state: &State, record: &VmRecord) -> String {
+    let host = record.placement.host.and_then(|id| state.host(id));
+    host.map(|h| h.record.name.clone()).unwrap_or_default()
+}
+
+fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revision: Revision) -> v1::Vm {
+    let placement = &record.placement;
+    v1::Vm {
+        id: record.id.to_string(),
+        name: record.name.clone(),
+        owner: record.owner.clone(),
+        labels: record.labels.clone().into_iter().collect(),
+        spec: Some(spec(&record.spec)),
+        desired: match record.desired {
+            Desired::Running => v1::PowerState::Running,
+            Desired::Stopped | Desired::Deleted => v1::PowerState::Stopped,
+        }
+        .into(),
+        deleting: record.desired == Desired::Deleted,
+        placement: placement.host.map(|host| v1::Placement {
+            host_id: host.to_string(),
+            host_name,
+            incarnation: placement.incarnation.0,
+            why: placement.why.clone(),
+            since: timestamp(placement.since),
+        }),
+        status: Some(status),
+        created: timestamp(record.created),
+        revision: revision.0,
+    }
+}
+
+/// What a VM is made of.
+pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
+    v1::VmSpec {
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        machine: match spec.machine {
+            Machine::Q35 => "q35",
+            Machine::Pc => "pc",
+        }
+        .to_owned(),
+        kernel: spec
+            .kernel
+            .as_ref()
+            .map(|k| v1::KernelBoot { image: k.image.to_string(), command_line: k.command_line.clone() }),
+        disks: spec.disks.iter().map(disk).collect(),
+        nics: spec.nics.iter().map(nic).collect(),
+        restart: match spec.restart {
+            RestartPolicy::OnFailure => v1::RestartPolicy::OnFailure,
+            RestartPolicy::Always => v1::RestartPolicy::Always,
+            RestartPolicy::Never => v1::RestartPolicy::Never,
+        }
+        .into(),
+        failover: match spec.failover {
+            Failover::Fast => v1::FailoverPolicy::Fast,
+            Failover::Patient => v1::FailoverPolicy::Patient,
+            Failover::Hold => v1::FailoverPolicy::Hold,
+        }
+        .into(),
+        on_disk_loss: match spec.on_disk_loss {
+            OnDiskLoss::Wait => v1::DiskLossPolicy::Wait,
+            OnDiskLoss::Recreate => v1::DiskLossPolicy::Recreate,
+        }
+        .into(),
+        priority: spec.priority,
+        host_labels: spec.host_labels.clone().into_iter().collect(),
+        anti_affinity_group: spec.anti_affinity_group.clone().unwrap_or_default(),
+        stop_grace_seconds: spec.stop_grace_seconds,
+    }
+}
+
+fn disk(disk: &Disk) -> v1::Disk {
+    v1::Disk {
+        name: disk.name.clone(),
+        pool: disk.pool.clone(),
+        size_bytes: disk.size_bytes,
+        image: disk.image.map(|id| id.to_string()).unwrap_or_default(),
+    }
+}
+
+fn nic(nic: &Nic) -> v1::Nic {
+    let kind = match nic.kind {
+        NicKind::User => v1::NicType::User,
+    };
+    v1::Nic { r#type: kind.into(), mac: nic.mac.clone() }
+}
+
+fn last_exit(exit: &LastExit) -> v1::LastExit {
+    v1::LastExit { code: exit.code, signal: exit.signal, reason: exit.reason.clone(), at: timestamp(exit.at) }
+}
+
+/// A phase.
+pub(crate) const fn phase(phase: Phase) -> v1::VmPhase {
+    match phase {
+        Phase::Pending => v1::VmPhase::Pending,
+        Phase::Scheduled => v1::VmPhase::Scheduled,
+        Phase::Preparing => v1::VmPhase::Preparing,
+        Phase::Starting => v1::VmPhase::Starting,
+        Phase::Running => v1::VmPhase::Running,
+        Phase::Stopping => v1::VmPhase::Stopping,
+        Phase::Stopped => v1::VmPhase::Stopped,
+        Phase::Failed => v1::VmPhase::Failed,
+        Phase::Unreachable => v1::VmPhase::Unreachable,
+        Phase::Deleting => v1::VmPhase::Deleting,
+    }
+}

@@ -1,0 +1,115 @@
+//! Puts the services on a listener.
+
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{service::Routes, transport::Server};
+use tonic_health::{ServingStatus, server::HealthReporter};
+use uncloud_proto::{
+    FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
+    v1::{
+        agent_service_server::AgentServiceServer, cluster_service_server::ClusterServiceServer,
+        host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
+        vm_service_server::VmServiceServer,
+    },
+};
+
+use super::{
+    agent_service::Agents, cluster_service::Cluster, context::Context, host_service::Hosts, image_service::Images,
+    vm_service::Vms,
+};
+use crate::leadership::LeaderSlot;
+
+/// How often an idle peer is asked whether it is alive, and how long it may take to answer. A host that falls silent must
+/// lose its session well within its lease (6 s), so that a new one can take its place; a stream without this stays open for
+/// ever after a partition.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Streams of one connection at a time. An agent has one session and one for each console.
+const MAX_STREAMS: u32 = 1024;
+/// Headers of one request, in bytes.
+const MAX_HEADERS: u32 = 16 * 1024;
+
+/// The largest message that a user may send, in bytes. A VM with everything that is allowed has less than half of that.
+const MAX_REQUEST_BYTES: usize = 1024 * 1024;
+
+/// The services whose health is told, besides the server's own (the empty name).
+const HEALTH_NAMES: [&str; 5] =
+    ["", "uncloud.v1.VmService", "uncloud.v1.HostService", "uncloud.v1.ImageService", "uncloud.v1.ClusterService"];
+
+/// Why serving has ended, or could not begin.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The descriptors of the services do not decode.
+    #[error("server reflection cannot be set up")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The transport failed.
+    #[error("the server failed")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves until `stop` fires and the connections have ended.
+///
+/// # Errors
+///
+/// When the server cannot be set up, or its listener fails.
+pub async fn serve(listener: TcpListener, slot: LeaderSlot, stop: CancellationToken) -> Result<(), Error> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let context = Context { slot: slot.clone() };
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that clients can show the details of errors.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    let routes = Routes::new(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(
+            VmServiceServer::new(Vms { context: context.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
+        .add_service(
+            HostServiceServer::new(Hosts { context: context.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
+        .add_service(
+            ImageServiceServer::new(Images { context: context.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
+        .add_service(
+            ClusterServiceServer::new(Cluster { context: context.clone() })
+                .max_decoding_message_size(MAX_REQUEST_BYTES),
+        )
+        .add_service(AgentServiceServer::new(Agents { context }).max_decoding_message_size(MAX_MESSAGE_BYTES));
+
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_header_list_size(MAX_HEADERS)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+    tokio::select! {
+        result = server => Ok(result?),
+        () = tell_health(slot, health, stop) => unreachable!("health is told for ever"),
+    }
+}
+
+/// Says SERVING while this process leads.
+async fn tell_health(slot: LeaderSlot, health: HealthReporter, stop: CancellationToken) {
+    let mut changed = slot.changed();
+    loop {
+        let leads = changed.borrow_and_update().is_ok() && !stop.is_cancelled();
+        let status = if leads { ServingStatus::Serving } else { ServingStatus::NotServing };
+        for name in HEALTH_NAMES {
+            health.set_service_status(name, status).await;
+        }
+        tokio::select! {
+            Ok(()) = changed.changed() => {}
+            () = stop.cancelled(), if leads => {}
+            // Nothing changes any more.
+            else => std::future::pending().await,
+        }
+    }
+}

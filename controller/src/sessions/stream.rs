@@ -1,0 +1,395 @@
+//! One agent's session: a task that owns its state, from Hello to Goodbye.
+//!
+//! `message → rules → effects`: the decisions are in `rules.rs` and `desired.rs`. This file waits, sends, and asks the
+//! writer and `health/`. Heartbeats are answered by this task itself, while reports are being stored, because a lease must
+//! not wait for etcd.
+//!
+//! # Safety argument (P1)
+//!
+//! * A heartbeat is answered only if the leadership is valid at a moment that was read after the heartbeat was received
+//!   (L2), `health/` grants it (L4), and nothing that belongs elsewhere may execute on the host (S3). S3 is judged by the
+//!   newest committed state and everything that the host reported before the heartbeat.
+//! * A host is granted leases only after `RegisterHost` is stored, with no verdict between (L4), and is told what to run only
+//!   after that.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use tokio::{
+    sync::{mpsc, watch},
+    time,
+};
+use tonic::{Status, Streaming};
+use tracing::{Instrument, info, info_span, warn};
+use uncloud_proto::{
+    ids::{HostId, Revision, VmId},
+    v1::{self, session_request, session_response::Message},
+};
+
+use super::{
+    desired::{self, Plan, Wanted},
+    job::{self, Job, JobResult},
+    outgoing::{End, Item, Outgoing},
+    parse::{self, Greeting},
+    registry::{Claim, LiveFacts, Order},
+    rules::{OnHeartbeat, Rules},
+};
+use crate::{
+    health::Grant,
+    leadership::{Leader, LeaderSlot, WriteError},
+    model::{Liveness, host::Pool},
+    report,
+    state::command::{Command, Refusal},
+};
+
+/// How long an agent may take to say Hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often an agent sends a heartbeat, at the most. The short lease holds at least six.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// How many heartbeats fit into the short lease, at the least. Fewer, and one lost packet would matter.
+const HEARTBEATS_PER_LEASE: u32 = 6;
+/// How long a job waits that the writer had no room for.
+const BUSY_PAUSE: Duration = Duration::from_millis(200);
+/// VMs in one message: with 4 KiB each, 2 MiB, well below the limit of a message.
+const VMS_PER_MESSAGE: usize = 500;
+
+/// Serves one session until it ends, and says why to the agent.
+pub(crate) async fn run(
+    leader: Arc<Leader>,
+    slot: LeaderSlot,
+    mut inbound: Streaming<v1::SessionRequest>,
+    queue: mpsc::Sender<Item>,
+) {
+    let span = info_span!(parent: None, "session", host = tracing::field::Empty, term = %leader.term);
+    let out = Outgoing::new(leader.term, queue);
+    async {
+        let end = tokio::select! {
+            biased;
+            () = leader.cancel.cancelled() => End::not_leader(),
+            end = serve(&leader, &mut inbound, &out) => end,
+        };
+        match &end {
+            End::Gone => info!("the agent has gone"),
+            End::Goodbye(reason, message) => info!(reason = reason.as_str_name(), "session ended: {message}"),
+            End::Failed(status) => warn!("session ended: {}", status.message()),
+        }
+        out.finish(end, slot.get().err().and_then(|e| e.hint));
+    }
+    .instrument(span)
+    .await;
+}
+
+async fn serve(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>, out: &Outgoing) -> End {
+    let greeting = match greet(leader, inbound).await {
+        Ok(greeting) => greeting,
+        Err(end) => return end,
+    };
+    tracing::Span::current().record("host", tracing::field::display(greeting.facts.id));
+    let facts = &greeting.facts;
+    // Taken first, so that of two sessions of one host only one registers (S1).
+    let claim = match leader.sessions.claim(facts.id, facts.boot_id) {
+        Ok(claim) => claim,
+        Err(other) => return End::goodbye(v1::GoodbyeReason::DuplicateHost, other.to_string()),
+    };
+    let mut session = match Session::open(leader, greeting, claim, out).await {
+        Ok(session) => session,
+        Err(end) => return end,
+    };
+    match session.pump(inbound).await {
+        Ok(never) => match never {},
+        Err(end) => end,
+    }
+}
+
+/// Reads and checks the Hello.
+async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> Result<Greeting, End> {
+    let invalid = |message: String| End::goodbye(v1::GoodbyeReason::Invalid, message);
+    let first = match time::timeout(HELLO_TIMEOUT, inbound.message()).await {
+        Ok(Ok(Some(first))) => first,
+        Ok(Ok(None) | Err(_)) => return Err(End::Gone),
+        Err(_) => return Err(invalid(format!("there was no Hello within {} s", HELLO_TIMEOUT.as_secs()))),
+    };
+    let Some(session_request::Message::Hello(hello)) = first.message else {
+        return Err(invalid("the first message must be Hello".to_owned()));
+    };
+    let greeting = parse::hello(hello).map_err(|v| invalid(v.to_string()))?;
+    if greeting.newest_term > leader.term {
+        // Somebody leads who was elected after this controller.
+        return Err(End::not_leader());
+    }
+    Ok(greeting)
+}
+
+/// A session that has been welcomed.
+struct Session<'a> {
+    leader: &'a Leader,
+    host: HostId,
+    claim: Claim,
+    out: &'a Outgoing,
+    rules: Rules,
+    changed: watch::Receiver<Revision>,
+    /// Commands to submit with the next job.
+    commands: Vec<Command>,
+    /// What is being stored.
+    job: Option<BoxFuture<'a, JobResult>>,
+    /// When the next job may begin.
+    not_before: time::Instant,
+    pools: Vec<Pool>,
+    facts: LiveFacts,
+    /// The last heartbeat was not answered because of misplaced VMs.
+    withheld: bool,
+}
+
+enum Never {}
+
+impl<'a> Session<'a> {
+    /// Registers the host, stores what it reported, and welcomes it.
+    async fn open(leader: &'a Leader, greeting: Greeting, claim: Claim, out: &'a Outgoing) -> Result<Self, End> {
+        let Greeting { facts, free_bytes, vms, newest_term: _ } = greeting;
+        let host = facts.id;
+        let pools = facts.pools.clone();
+        let pending = |e: &dyn std::error::Error| End::goodbye(v1::GoodbyeReason::DeclaredDead, e.to_string());
+        let entry = leader.health().enter(host).map_err(|e| pending(&e))?;
+        let register = leader.writer.submit(Command::RegisterHost { host: Box::new(facts) });
+        tokio::select! {
+            biased;
+            () = claim.replaced.cancelled() => return Err(replaced()),
+            result = register => result.map_err(refused)?,
+        };
+        let rules = Rules::new(&vms);
+        let stored = job::run(&leader.writer, host, Job { reports: vms, commands: Vec::new() }).await;
+        match stored.failed {
+            None => {}
+            Some(error) => return Err(refused(error)),
+        }
+        leader.health().register(entry, leader.clock.now()).map_err(|e| pending(&e))?;
+
+        let mut session = Self {
+            leader,
+            host,
+            claim,
+            out,
+            rules,
+            changed: leader.mirror.changed(),
+            commands: Vec::new(),
+            job: None,
+            not_before: time::Instant::now(),
+            pools,
+            facts: LiveFacts { free_bytes, ..LiveFacts::default() },
+            withheld: false,
+        };
+        session.welcome(&stored.acks)?;
+        Ok(session)
+    }
+
+    fn welcome(&mut self, acks: &[v1::ReportAckEntry]) -> Result<(), End> {
+        self.changed.mark_unchanged();
+        let plan = self.plan()?;
+        let (mut messages, count) = self.take_plan(plan);
+        let first = if messages.is_empty() { Vec::new() } else { messages.remove(0) };
+        let interval = self.leader.settings.timings.fast / HEARTBEATS_PER_LEASE;
+        self.out.send(Message::Welcome(v1::Welcome {
+            heartbeat_interval_ms: millis(interval.clamp(Duration::from_millis(50), HEARTBEAT_INTERVAL)),
+            vms: first,
+            controllers: self.leader.settings.controllers.clone(),
+        }))?;
+        for vms in messages {
+            self.out.send(Message::Desired(v1::DesiredVms { vms }))?;
+        }
+        if !acks.is_empty() {
+            self.out.send(Message::Ack(v1::ReportAck { entries: acks.to_vec() }))?;
+        }
+        self.facts.unknown_vms.clone_from(self.rules.unknown());
+        self.claim.publish(self.facts.clone());
+        self.claim.welcomed();
+        info!(vms = count, "host connected");
+        Ok(())
+    }
+
+    async fn pump(&mut self, inbound: &mut Streaming<v1::SessionRequest>) -> Result<Never, End> {
+        loop {
+            self.begin_job();
+            tokio::select! {
+                biased;
+                () = self.claim.replaced.cancelled() => return Err(replaced()),
+                result = job::finished(&mut self.job) => self.on_stored(result)?,
+                message = inbound.message() => match message {
+                    Ok(Some(message)) => self.on_message(message)?,
+                    Ok(None) | Err(_) => return Err(End::Gone),
+                },
+                order = self.claim.orders.recv() => match order {
+                    Some(Order::OpenStream(order)) => self.out.send(Message::OpenStream(order))?,
+                    Some(Order::InspectFile(order)) => self.out.send(Message::InspectFile(order))?,
+                    None => return Err(replaced()),
+                },
+                changed = self.changed.changed() => match changed {
+                    Ok(()) => self.replan()?,
+                    Err(_) => return Err(End::not_leader()),
+                },
+                // Only so that `begin_job` is tried again.
+                () = time::sleep_until(self.not_before), if self.has_job() => {}
+            }
+        }
+    }
+
+    fn on_message(&mut self, message: v1::SessionRequest) -> Result<(), End> {
+        let invalid = |message: String| End::goodbye(v1::GoodbyeReason::Invalid, message);
+        match message.message {
+            Some(session_request::Message::Heartbeat(heartbeat)) => self.on_heartbeat(heartbeat.sequence),
+            Some(session_request::Message::Report(message)) => {
+                let (reports, problems) = parse::report(message);
+                if let Some(problems) = problems {
+                    warn!("a report makes no sense and is ignored: {problems}");
+                }
+                self.rules.reported(reports);
+                self.replan()
+            }
+            Some(session_request::Message::Inspection(inspection)) => {
+                match inspection.result {
+                    Some(result) => self.claim.answer(inspection.query_id, result),
+                    None => warn!(query = inspection.query_id, "an inspection without a result is ignored"),
+                }
+                Ok(())
+            }
+            Some(session_request::Message::Pools(message)) => {
+                let (pools, free_bytes) = parse::pools(message).map_err(|v| invalid(v.to_string()))?;
+                self.facts.free_bytes = free_bytes;
+                self.claim.publish(self.facts.clone());
+                if pools != self.pools {
+                    self.pools.clone_from(&pools);
+                    // Only the newest is of interest.
+                    self.commands.retain(|c| !matches!(c, Command::UpdatePools { .. }));
+                    self.commands.push(Command::UpdatePools { host: self.host, pools });
+                }
+                Ok(())
+            }
+            Some(session_request::Message::Hello(_)) => {
+                Err(invalid("Hello comes once, as the first message".to_owned()))
+            }
+            // Something that a newer agent says.
+            None => Ok(()),
+        }
+    }
+
+    fn on_heartbeat(&mut self, sequence: u64) -> Result<(), End> {
+        let now = self.leader.clock.now();
+        // S3 is judged by the newest state.
+        if self.changed.has_changed().unwrap_or(true) {
+            self.replan()?;
+        }
+        match self.rules.heartbeat(sequence) {
+            OnHeartbeat::Stale => return Ok(()),
+            OnHeartbeat::Withhold(vms) => {
+                if !self.withheld {
+                    let vms: Vec<String> = vms.iter().map(ToString::to_string).collect();
+                    warn!(vms = vms.join(" "), "no lease is granted: VMs execute here that belong elsewhere");
+                }
+                self.withheld = true;
+                return Ok(());
+            }
+            OnHeartbeat::Ask => self.withheld = false,
+        }
+        if !self.leader.validity.holds(now) {
+            return Ok(());
+        }
+        let grant = self.leader.health().heartbeat(self.host, now);
+        match grant {
+            Grant::Renew { fast, patient } => self.out.send(Message::Renewal(v1::Renewal {
+                sequence,
+                fast_lease_ms: u64::from(millis(fast)),
+                patient_lease_ms: u64::from(millis(patient)),
+            })),
+            Grant::Refused(why) => Err(End::goodbye(v1::GoodbyeReason::DeclaredDead, why.to_string())),
+        }
+    }
+
+    /// What the host should have now, or why its session must end.
+    fn plan(&mut self) -> Result<Plan, End> {
+        let (registered, plan) = self.leader.mirror.read(|state| {
+            let registered = state.host(self.host).is_some_and(|h| h.record.liveness == Liveness::Up);
+            (registered, desired::plan(state, self.host, self.rules.seen()))
+        });
+        if registered {
+            return Ok(plan);
+        }
+        Err(End::goodbye(v1::GoodbyeReason::DeclaredDead, "the host was declared dead or removed; say Hello again"))
+    }
+
+    /// Sends what has changed for this host.
+    fn replan(&mut self) -> Result<(), End> {
+        self.changed.mark_unchanged();
+        let plan = self.plan()?;
+        let (messages, _) = self.take_plan(plan);
+        for vms in messages {
+            self.out.send(Message::Desired(v1::DesiredVms { vms }))?;
+        }
+        if self.facts.unknown_vms != *self.rules.unknown() {
+            self.facts.unknown_vms.clone_from(self.rules.unknown());
+            self.claim.publish(self.facts.clone());
+        }
+        Ok(())
+    }
+
+    /// Takes a plan in. Returns what is to be sent, in pieces, and how many VMs that is.
+    fn take_plan(&mut self, plan: Plan) -> (Vec<Vec<v1::DesiredVm>>, usize) {
+        let changes = self.rules.planned(plan);
+        for vm in changes.newly_unknown {
+            warn!(%vm, "a VM runs here that the cluster knows nothing about; it is left alone");
+            self.commands.push(Command::NoteUnknownVm { host: self.host, vm });
+        }
+        let message = |chunk: &[(VmId, Wanted)]| {
+            let one = |(vm, wanted): &(VmId, Wanted)| {
+                self.leader.mirror.read(|state| desired::message(state, self.host, *vm, *wanted))
+            };
+            chunk.iter().filter_map(one).collect()
+        };
+        (changes.send.chunks(VMS_PER_MESSAGE).map(message).collect(), changes.send.len())
+    }
+
+    fn has_job(&self) -> bool {
+        self.job.is_none() && (self.rules.has_batch() || !self.commands.is_empty())
+    }
+
+    fn begin_job(&mut self) {
+        if self.has_job() && self.not_before <= time::Instant::now() {
+            let job = Job { reports: self.rules.batch(), commands: std::mem::take(&mut self.commands) };
+            self.job = Some(job::run(&self.leader.writer, self.host, job).boxed());
+        }
+    }
+
+    fn on_stored(&mut self, result: JobResult) -> Result<(), End> {
+        let JobResult { acks, reports_again, commands_again, failed } = result;
+        self.rules.settled(reports_again);
+        self.commands.splice(..0, commands_again);
+        match failed {
+            None => {}
+            // What did not fit is tried again; the pause lets the writer catch up.
+            Some(WriteError::Overloaded) => self.not_before = time::Instant::now() + BUSY_PAUSE,
+            Some(error) => return Err(refused(error)),
+        }
+        if acks.is_empty() {
+            return Ok(());
+        }
+        self.out.send(Message::Ack(v1::ReportAck { entries: acks }))
+    }
+}
+
+fn replaced() -> End {
+    End::goodbye(v1::GoodbyeReason::Replaced, "a newer session of this host has replaced this one")
+}
+
+/// Why the host cannot be registered, or its reports not be stored.
+fn refused(error: WriteError) -> End {
+    match error {
+        WriteError::Refused(refusal @ Refusal::DuplicateHost(..)) => {
+            End::goodbye(v1::GoodbyeReason::DuplicateHost, refusal.to_string())
+        }
+        WriteError::Refused(refusal) => End::goodbye(v1::GoodbyeReason::Invalid, report(&refusal)),
+        WriteError::NotLeader | WriteError::Unknown => End::not_leader(),
+        WriteError::Overloaded => End::Failed(Status::from(WriteError::Overloaded)),
+    }
+}
+
+fn millis(d: Duration) -> u32 {
+    u32::try_from(d.as_millis()).unwrap_or(u32::MAX)
+}
