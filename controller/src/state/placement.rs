@@ -83,6 +83,39 @@ pub(super) fn schedule(draft: &mut Draft<'_>, request: &Request) -> Result<Choic
     scheduler::place(draft.view(), request, &limits)
 }
 
+/// Finds a host for a VM that may leave the one that it has. Gives up disks that are lost with their host, if that is
+/// what its user chose and another host takes the VM.
+pub(super) fn find_host(
+    draft: &mut Draft<'_>,
+    record: &mut VmRecord,
+    prefer: Option<HostId>,
+) -> Result<Choice, Unplaceable> {
+    let mut request = Request { prefer, ..request(record) };
+    let new_disks = disks_given_up(draft, record);
+    if new_disks {
+        request.home = Home::Anywhere;
+    }
+    let choice = schedule(draft, &request)?;
+    if !new_disks {
+        return Ok(choice);
+    }
+    record.disks_exist = false;
+    record.disk_home = None;
+    record.disk_generation += 1;
+    Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
+}
+
+fn disks_given_up(draft: &Draft<'_>, record: &VmRecord) -> bool {
+    let Home::OnlyHost(host) = home(record) else { return false };
+    match record.spec.on_disk_loss {
+        OnDiskLoss::Wait => false,
+        OnDiskLoss::Recreate => match draft.peek_host(host) {
+            Some(host) => lease_lapsed(record.spec.failover, host.liveness),
+            None => !draft.state.is_unreadable(&Key::Host(host)),
+        },
+    }
+}
+
 /// Gives a VM a host: a new incarnation. What was last seen of it says nothing any more.
 pub(super) fn give_host(
     draft: &mut Draft<'_>,
@@ -92,7 +125,7 @@ pub(super) fn give_host(
 ) -> Result<(), Refusal> {
     let now = draft.cx.now;
     let incarnation = record.placement.incarnation.next();
-    leave_disks(draft, &mut record, Some(choice.host));
+    leave_disks(draft, entry, &mut record, Some(choice.host));
     record.placement = Placement { host: Some(choice.host), incarnation, why: choice.why, since: now };
     let record = draft.put_vm(record)?;
     if let Some(status) = &entry.status {
@@ -113,11 +146,12 @@ pub(super) fn give_host(
 
 /// A host may have begun disks and not have said so. Where only it has them, they are left behind with it: a new
 /// generation makes sure that they are never taken for the VM's, should it come back there.
-fn leave_disks(draft: &Draft<'_>, record: &mut VmRecord, to: Option<HostId>) {
-    let Some(old) = record.placement.host.filter(|&old| Some(old) != to) else { return };
-    if !record.disks_exist
-        && !record.spec.disks.is_empty()
-        && draft.peek_host(old).is_none_or(|old| !shared_on(&old, record))
+fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: Option<HostId>) {
+    let before = &before.record;
+    let Some(old) = before.placement.host.filter(|&old| Some(old) != to) else { return };
+    if !before.disks_exist
+        && !before.spec.disks.is_empty()
+        && draft.peek_host(old).is_none_or(|old| !shared_on(&old, before))
     {
         record.disk_generation += 1;
     }
@@ -128,7 +162,7 @@ pub(super) fn park(draft: &mut Draft<'_>, entry: &VmEntry, mut record: VmRecord,
     let now = draft.cx.now;
     let had_host = record.placement.host.is_some();
     let since = if had_host { now } else { record.placement.since };
-    leave_disks(draft, &mut record, None);
+    leave_disks(draft, entry, &mut record, None);
     record.placement = Placement { host: None, why, since, ..record.placement };
     let record = draft.put_vm(record)?;
     if had_host && let Some(status) = &entry.status {
@@ -166,8 +200,8 @@ pub(super) fn place(draft: &mut Draft<'_>, vm: VmId) -> Result<(), Refusal> {
 }
 
 fn place_pending(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
-    let record = (*entry.record).clone();
-    match schedule(draft, &request(&record)) {
+    let mut record = (*entry.record).clone();
+    match find_host(draft, &mut record, None) {
         Ok(choice) => {
             let message = placed_message(draft, &choice);
             draft.vm_event(&record, EventType::Placed, message);
@@ -223,8 +257,8 @@ const fn lapse_words(class: Failover) -> &'static str {
 }
 
 fn fail_over(draft: &mut Draft<'_>, entry: &VmEntry, from: &str) -> Result<(), Refusal> {
-    let record = (*entry.record).clone();
-    match schedule(draft, &request(&record)) {
+    let mut record = (*entry.record).clone();
+    match find_host(draft, &mut record, None) {
         Ok(choice) => {
             let message = format!("{from}; moved to host `{}`: {}", draft.host_name(choice.host), choice.why);
             draft.vm_event(&record, EventType::FailedOver, message);
@@ -242,16 +276,10 @@ fn fail_over(draft: &mut Draft<'_>, entry: &VmEntry, from: &str) -> Result<(), R
 /// may be back first.
 fn recreate(draft: &mut Draft<'_>, entry: &VmEntry, from: &str) -> Result<(), Refusal> {
     let mut record = (*entry.record).clone();
-    let request = Request { home: Home::Anywhere, ..request(&record) };
-    match schedule(draft, &request) {
+    match find_host(draft, &mut record, None) {
         Ok(choice) => {
-            record.disks_exist = false;
-            record.disk_home = None;
-            record.disk_generation += 1;
             let host = draft.host_name(choice.host);
-            let message = format!("{from} and has its disks; moved with NEW disks to host `{host}`: {}", choice.why);
-            draft.vm_event(&record, EventType::FailedOver, message);
-            let choice = Choice { why: format!("{}; with new disks, the old ones are lost", choice.why), ..choice };
+            draft.vm_event(&record, EventType::FailedOver, format!("{from}; moved to host `{host}`: {}", choice.why));
             give_host(draft, entry, record, choice)
         }
         Err(unplaceable) => {
@@ -331,16 +359,21 @@ fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
 /// The VM stays with a host that is lost.
 pub(super) fn mark_unreachable(draft: &mut Draft<'_>, entry: &VmEntry, reason: String) -> Result<(), Refusal> {
     let current = entry.current_status();
-    if current.is_some_and(|s| s.phase == Phase::Unreachable && s.reason == reason) {
+    // A host that only had to remove its disks never had the VM itself.
+    let phase = match current {
+        Some(s) if s.phase == Phase::Deleting => Phase::Deleting,
+        Some(_) | None => Phase::Unreachable,
+    };
+    if current.is_some_and(|s| s.phase == phase && s.reason == reason) {
         return Ok(());
     }
     let now = draft.cx.now;
     let mut status = status_or_new(entry, now);
-    if current.is_none_or(|s| s.phase != Phase::Unreachable) {
+    if current.is_none_or(|s| s.phase != phase) {
         draft.vm_event(&entry.record, EventType::Unreachable, reason.clone());
         status.since = now;
     }
-    status.phase = Phase::Unreachable;
+    status.phase = phase;
     status.reason = reason;
     status.incarnation = entry.record.placement.incarnation;
     status.next_attempt = None;
@@ -364,9 +397,9 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
 /// The VM's host says that it was fenced under its present incarnation: it gets a new one, on the same host if that
 /// may have it.
 pub(super) fn replace_fenced(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
-    let record = (*entry.record).clone();
-    let request = Request { prefer: record.placement.host, ..request(&record) };
-    match schedule(draft, &request) {
+    let mut record = (*entry.record).clone();
+    let prefer = record.placement.host;
+    match find_host(draft, &mut record, prefer) {
         Ok(choice) => {
             let message = placed_message(draft, &choice);
             draft.vm_event(&record, EventType::Placed, message);

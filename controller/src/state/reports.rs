@@ -102,6 +102,9 @@ fn stopped(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, on: &
 fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase: Phase) -> Result<(), Refusal> {
     let now = draft.cx.now;
     let before = status_or_new(entry, now);
+    // A host that only removes what another one has left never has the VM itself.
+    let only_removes = entry.current_status().is_some_and(|s| s.phase == Phase::Deleting);
+    let phase = if only_removes { Phase::Deleting } else { phase };
     let since = match entry.current_status() {
         Some(current) if current.phase == phase => current.since,
         Some(_) | None => now,

@@ -9,7 +9,8 @@ use super::{
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
     placement::{
-        self, assign_deletion, deletion_request, give_host, home, lease_lapsed, park, placed_message, schedule,
+        self, assign_deletion, deletion_request, find_host, give_host, home, lease_lapsed, park, placed_message,
+        schedule,
     },
 };
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
         image::{FileRole, ImageKind},
         vm::{Placement, VmSpec},
     },
-    scheduler::{Choice, Home, Request},
+    scheduler::{Choice, Home},
 };
 
 pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &NewVm) -> Result<Answer, Refusal> {
@@ -189,13 +190,13 @@ fn being_deleted(record: &VmRecord) -> Refusal {
 fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
     let mut record = (*entry.record).clone();
     let was = record.desired;
-    let host = record.placement.host.and_then(|id| Some((id, draft.peek_host(id)?)));
-    let lost = host.as_ref().is_some_and(|(_, host)| lease_lapsed(record.spec.failover, host.liveness));
     if was == Desired::Running {
         // Somebody who starts a VM that has failed wants it tried again now.
         let failed = entry.current_status().is_some_and(|s| s.phase == Phase::Failed);
+        let lapsed =
+            |host| draft.peek_host(host).is_some_and(|host| lease_lapsed(entry.record.spec.failover, host.liveness));
         return match record.placement.host {
-            Some(host) if failed && !lost => {
+            Some(host) if failed && !lapsed(host) => {
                 draft.vm_event(&record, EventType::StartRequested, "a user asked for a new try".into());
                 give_host(draft, entry, record, Choice { host, why: "a user asked for a new try".into() })
             }
@@ -207,19 +208,15 @@ fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
     record.stop_force = false;
     draft.vm_event(&record, EventType::StartRequested, "a user asked for it".into());
     match record.placement.host {
-        // The lease has run out there: the new incarnation stands before it is known where it will run.
-        Some(host) if lost => {
-            let why = record.placement.why.clone();
-            give_host(draft, entry, record, Choice { host, why })?;
-            let entry = draft.vm(entry.record.id)?;
-            placement::displace(draft, &entry)
-        }
         // It may still execute there, so it can be nowhere else.
         Some(host) if !entry.ended_for_good() => {
             let why = "it had not stopped there yet when it was started again".to_owned();
-            give_host(draft, entry, record, Choice { host, why })
+            give_host(draft, entry, record, Choice { host, why })?;
+            // Unless the lease has run out there.
+            let entry = draft.vm(entry.record.id)?;
+            placement::displace(draft, &entry)
         }
-        prefer => match schedule(draft, &Request { prefer, ..placement::request(&record) }) {
+        prefer => match find_host(draft, &mut record, prefer) {
             Ok(choice) => {
                 let message = placed_message(draft, &choice);
                 draft.vm_event(&record, EventType::Placed, message);
