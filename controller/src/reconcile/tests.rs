@@ -1,4 +1,7 @@
 //! Tests of the plan against the real state: what the plan asks for is decided and absorbed, as the writer would do it.
+//! `driver.rs` has the driver run with a real writer and etcd.
+
+mod driver;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
