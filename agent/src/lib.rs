@@ -4,6 +4,7 @@
 pub mod accelerator;
 pub mod app;
 pub mod config;
+pub mod host;
 pub mod keeper;
 pub mod lease;
 pub mod qemu;

@@ -12,6 +12,7 @@ use std::{
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -266,6 +267,53 @@ impl StateDir {
     }
 }
 
+/// `agent.json` with what was last written to it. Shared by those who change a part of it.
+#[derive(Debug)]
+pub struct AgentFile {
+    dir: StateDir,
+    record: Mutex<AgentRecord>,
+}
+
+impl AgentFile {
+    /// Takes over the state directory. At the first start, `fresh` becomes the host's id.
+    ///
+    /// # Errors
+    ///
+    /// See [`StateDir::agent`].
+    pub fn open(dir: StateDir, fresh: HostId) -> Result<Self, Error> {
+        let record = Mutex::new(dir.agent(fresh)?);
+        Ok(Self { dir, record })
+    }
+
+    /// The state directory.
+    #[must_use]
+    pub fn dir(&self) -> &StateDir {
+        &self.dir
+    }
+
+    /// What is in the file.
+    #[must_use]
+    pub fn get(&self) -> AgentRecord {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes it, on disk first.
+    ///
+    /// # Errors
+    ///
+    /// It could not be written; nothing has changed.
+    pub fn change(&self, change: impl FnOnce(&mut AgentRecord)) -> Result<(), Error> {
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = record.clone();
+        change(&mut changed);
+        if changed != *record {
+            self.dir.write_agent(&changed)?;
+            *record = changed;
+        }
+        Ok(())
+    }
+}
+
 /// The directory that has one directory for each VM.
 #[derive(Clone, Debug)]
 pub struct VmDirs {
@@ -283,6 +331,16 @@ impl VmDirs {
     #[must_use]
     pub fn dir(&self, vm: VmId) -> PathBuf {
         self.root.join(vm.to_string())
+    }
+
+    /// Whether there is no VM.
+    ///
+    /// # Errors
+    ///
+    /// The directory itself cannot be read.
+    pub fn is_empty(&self) -> Result<bool, Error> {
+        let mut entries = fs::read_dir(&self.root).map_err(io_error("list", &self.root))?;
+        Ok(entries.next().is_none())
     }
 
     /// Every VM that there is a directory for. Removes what an interrupted [`VmDirs::remove`] left, and directories

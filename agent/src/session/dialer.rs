@@ -1,1 +1,148 @@
-//! .
+//! Which controller to dial next, and after what wait. Pure.
+
+use std::time::Duration;
+
+/// Shortest and longest wait between two dials. The longest is a third of the short lease, so that a host which lost
+/// its leader finds the next one in time.
+const SHORTEST: Duration = Duration::from_millis(200);
+const LONGEST: Duration = Duration::from_secs(2);
+/// So many hints are followed at once. Two controllers that name each other must not keep an agent spinning.
+const HINTS_AT_ONCE: u32 = 2;
+/// After a controller refused this host for good, so long until it is asked again.
+const AFTER_REFUSAL: Duration = Duration::from_secs(5);
+
+/// How a session ended, as far as the next dial is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The leader took the session, and it ended later.
+    Served,
+    /// This controller does not lead; perhaps it knows who does.
+    NotLeader(Option<String>),
+    /// It could not be reached.
+    Unreachable,
+    /// It wants nothing to do with this host as it is.
+    Refused,
+}
+
+/// What is known about controllers.
+#[derive(Debug)]
+pub struct Dialer {
+    known: Vec<String>,
+    current: usize,
+    hint: Option<String>,
+    hints_followed: u32,
+    failures: u32,
+    refused: bool,
+}
+
+impl Dialer {
+    /// With the configured addresses, at least one.
+    #[must_use]
+    pub fn new(addresses: Vec<String>) -> Self {
+        Self { known: addresses, current: 0, hint: None, hints_followed: 0, failures: 0, refused: false }
+    }
+
+    /// The address to dial now.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        self.hint.as_deref().unwrap_or_else(|| &self.known[self.current % self.known.len()])
+    }
+
+    /// The leader took the session; these are all controllers, as it says.
+    pub fn welcomed(&mut self, controllers: &[String]) {
+        let address = self.address().to_owned();
+        for controller in controllers.iter().chain([&address]) {
+            if !controller.is_empty() && !self.known.contains(controller) {
+                self.known.push(controller.clone());
+            }
+        }
+        self.current = self.known.iter().position(|a| *a == address).unwrap_or(0);
+        (self.hint, self.hints_followed, self.failures, self.refused) = (None, 0, 0, false);
+    }
+
+    /// A session, or the attempt at one, ended.
+    pub fn ended(&mut self, outcome: Outcome) {
+        let dialled_hint = self.hint.take().is_some();
+        self.refused = outcome == Outcome::Refused;
+        match outcome {
+            // Perhaps it is back in a moment; if not, the next failure goes on to the others.
+            Outcome::Served => self.failures = 1,
+            Outcome::NotLeader(Some(leader)) if !leader.is_empty() && self.hints_followed < HINTS_AT_ONCE => {
+                self.hints_followed += 1;
+                self.hint = Some(leader);
+            }
+            Outcome::NotLeader(_) | Outcome::Unreachable | Outcome::Refused => {
+                self.failures = self.failures.saturating_add(1);
+                self.hints_followed = 0;
+                if !dialled_hint {
+                    self.current = (self.current + 1) % self.known.len();
+                }
+            }
+        }
+    }
+
+    /// How long to wait before the next dial. `random` is in 0..1: agents must not come back in step.
+    #[must_use]
+    pub fn wait(&self, random: f64) -> Duration {
+        if self.hint.is_some() || self.failures == 0 {
+            return Duration::ZERO;
+        }
+        let longest =
+            if self.refused { AFTER_REFUSAL } else { SHORTEST.saturating_mul(1 << self.failures.min(8)).min(LONGEST) };
+        SHORTEST + (longest - SHORTEST).mul_f64(random.clamp(0.0, 1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn dialer() -> Dialer {
+        Dialer::new(vec!["a:1".into(), "b:1".into()])
+    }
+
+    #[test]
+    fn a_hint_is_followed_at_once_but_not_for_ever() {
+        let mut dialer = dialer();
+        assert_eq!((dialer.address(), dialer.wait(0.5)), ("a:1", Duration::ZERO));
+        dialer.ended(Outcome::NotLeader(Some("c:1".into())));
+        assert_eq!((dialer.address(), dialer.wait(0.5)), ("c:1", Duration::ZERO));
+        dialer.ended(Outcome::NotLeader(Some("d:1".into())));
+        assert_eq!((dialer.address(), dialer.wait(0.5)), ("d:1", Duration::ZERO));
+        dialer.ended(Outcome::NotLeader(Some("c:1".into())));
+        assert_eq!(dialer.address(), "a:1");
+        assert!(dialer.wait(0.0) >= SHORTEST);
+    }
+
+    #[test]
+    fn the_leader_is_dialled_again_before_the_others() {
+        let mut dialer = dialer();
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!(dialer.address(), "b:1");
+        dialer.welcomed(&["b:1".into(), "c:1".into()]);
+        dialer.ended(Outcome::Served);
+        assert_eq!(dialer.address(), "b:1");
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!(dialer.address(), "c:1", "which the leader named");
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!(dialer.address(), "a:1");
+    }
+
+    proptest! {
+        #[test]
+        fn waits_stay_within_their_bounds_and_everybody_is_tried(random in 0.0f64..1.0, hints in prop::collection::vec(any::<bool>(), 40)) {
+            let mut dialer = dialer();
+            let mut tried = std::collections::BTreeSet::new();
+            for hint in hints {
+                tried.insert(dialer.address().to_owned());
+                dialer.ended(if hint { Outcome::NotLeader(Some("z:1".into())) } else { Outcome::Unreachable });
+                let wait = dialer.wait(random);
+                prop_assert!(wait.is_zero() == dialer.hint.is_some());
+                prop_assert!(wait <= LONGEST);
+            }
+            prop_assert!(tried.contains("a:1") && tried.contains("b:1"));
+        }
+    }
+}

@@ -1,1 +1,163 @@
-//! .
+//! Consoles and logs: streams of bytes that the leader asks for, each an RPC of its own on the session's connection.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Channel};
+use tracing::debug;
+use uncloud_proto::{
+    ids::{HostId, VmId},
+    v1::{
+        self, AttachStreamRequest, AttachStreamResponse, OpenStream, StreamKind,
+        agent_service_client::AgentServiceClient, attach_stream_request::Message,
+    },
+};
+
+use crate::{
+    qemu::console::{self, Console},
+    records::VmDirs,
+};
+
+/// So many streams are open at once.
+const MOST: usize = 64;
+/// Messages that wait for the network. When it is slow, a console loses output and a log waits.
+const QUEUE: usize = 16;
+/// Bytes of one message.
+const CHUNK: usize = 32 * 1024;
+/// How long the leader may take to accept a stream that it asked for itself.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Opens streams. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Streams {
+    host: HostId,
+    dirs: VmDirs,
+    consoles: Arc<Mutex<BTreeMap<VmId, Console>>>,
+    open: Arc<Semaphore>,
+}
+
+type Sender = mpsc::Sender<AttachStreamRequest>;
+
+impl Streams {
+    /// For the VMs that have their directories here.
+    #[must_use]
+    pub fn new(host: HostId, dirs: VmDirs) -> Self {
+        Self { host, dirs, consoles: Arc::default(), open: Arc::new(Semaphore::new(MOST)) }
+    }
+
+    /// Carries one stream until either side ends it.
+    pub async fn serve(&self, channel: Channel, request: OpenStream) {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let attach = v1::Attach { host_id: self.host.to_string(), stream_id: request.stream_id.clone() };
+        let first = AttachStreamRequest { message: Some(Message::Attach(attach)) };
+        sender.try_send(first).expect("the queue is new");
+        let mut client = AgentServiceClient::new(channel);
+        let answer = time::timeout(ACCEPT_TIMEOUT, client.attach_stream(ReceiverStream::new(receiver))).await;
+        let incoming = match answer {
+            Ok(Ok(response)) => response.into_inner(),
+            Ok(Err(status)) => return debug!(stream = request.stream_id, "the stream was not taken: {status}"),
+            Err(_) => return debug!(stream = request.stream_id, "the stream was not taken in time"),
+        };
+        if let Err(problem) = self.carry(&request, &sender, incoming).await {
+            let _ = sender.send(AttachStreamRequest { message: Some(Message::Error(problem)) }).await;
+        }
+    }
+
+    async fn carry(
+        &self,
+        request: &OpenStream,
+        sender: &Sender,
+        incoming: Streaming<AttachStreamResponse>,
+    ) -> Result<(), String> {
+        let Ok(_open) = self.open.try_acquire() else {
+            return Err(format!("this host has {MOST} consoles and logs open already; close some"));
+        };
+        let vm: VmId = request.vm_id.parse().map_err(|e| format!("vm_id: {e}"))?;
+        if !self.dirs.dir(vm).exists() {
+            return Err("this host knows no such VM".to_owned());
+        }
+        match request.kind() {
+            StreamKind::Console => self.console(vm, request.history_bytes, sender, incoming).await,
+            StreamKind::Log => self.log(vm, request, sender).await,
+            StreamKind::Unspecified => Err("this agent does not know that kind of stream".to_owned()),
+        }
+    }
+
+    async fn console(
+        &self,
+        vm: VmId,
+        history_bytes: u32,
+        sender: &Sender,
+        mut incoming: Streaming<AttachStreamResponse>,
+    ) -> Result<(), String> {
+        let console = {
+            let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);
+            // Everybody who looks at one VM shares its console. Those of VMs that are gone are of no use.
+            consoles.retain(|vm, _| self.dirs.dir(*vm).exists());
+            consoles.entry(vm).or_insert_with(|| Console::new(self.dirs.dir(vm))).clone()
+        };
+        let handle = console.attach(history_bytes).await.map_err(|e| format!("the console cannot be read: {e}"))?;
+        let mut output = handle.output;
+        let out = async {
+            while let Some(bytes) = output.recv().await {
+                if !send(sender, &bytes).await {
+                    return;
+                }
+            }
+        };
+        let input = async {
+            while let Ok(Some(message)) = incoming.message().await {
+                if handle.input.send(Bytes::from(message.data)).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = out => {}
+            () = input => {}
+        }
+        Ok(())
+    }
+
+    async fn log(&self, vm: VmId, request: &OpenStream, sender: &Sender) -> Result<(), String> {
+        let dir = self.dirs.dir(vm);
+        let unreadable = |e: std::io::Error| format!("the log cannot be read: {e}");
+        let tail = if request.history_bytes == 0 { u32::MAX } else { request.history_bytes };
+        if !request.follow {
+            let bytes = console::read_log(&dir, tail).await.map_err(unreadable)?;
+            send(sender, &bytes).await;
+            return Ok(());
+        }
+        let mut lines = console::follow_log(&dir, tail).await.map_err(unreadable)?;
+        loop {
+            let bytes = tokio::select! {
+                () = sender.closed() => return Ok(()),
+                bytes = lines.recv() => bytes,
+            };
+            match bytes {
+                Some(bytes) if send(sender, &bytes).await => {}
+                Some(_) | None => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Returns whether the stream is still there.
+async fn send(sender: &Sender, bytes: &[u8]) -> bool {
+    for chunk in bytes.chunks(CHUNK) {
+        let message = AttachStreamRequest { message: Some(Message::Data(chunk.to_vec())) };
+        if sender.send(message).await.is_err() {
+            return false;
+        }
+    }
+    true
+}

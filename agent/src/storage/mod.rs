@@ -1,1 +1,240 @@
-//! To be written.
+//! Disks and images of this host's VMs: files in pools, which are directories.
+//!
+//! ```text
+//! POOL/.uncloud-pool                                   marker of a shared pool
+//! POOL/images/<image>/{disk,kernel,initrd}             copied once, checked, never changed
+//! POOL/disks/<vm>/<disk>.<disk generation>.qcow2       owned by the user that QEMU runs as
+//! ```
+//!
+//! [`plan`] says which files (pure), [`images`] and [`disks`] make them, [`source`] opens what users name without
+//! letting a path climb out, [`inspect`] answers the leader's questions about files, [`pools`] watches the pools.
+
+pub mod disks;
+pub mod format;
+pub mod images;
+pub mod inspect;
+pub mod plan;
+pub mod pools;
+pub mod source;
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use tokio::sync::Semaphore;
+use uncloud_proto::ids::{HostId, VmId};
+
+use self::{
+    images::Fetches,
+    plan::Plan,
+    pools::{Pool, User},
+    source::Roots,
+};
+use crate::vm::{
+    desired::Desired,
+    runner::chain,
+    starts::{Starts, Turn},
+};
+
+/// So many qemu-img processes run at once.
+const TOOLS_AT_ONCE: usize = 4;
+
+/// Why storage could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The plan cannot be made.
+    #[error(transparent)]
+    Plan(#[from] plan::Problem),
+    /// The pool is not as it should be.
+    #[error("pool {pool} cannot be used: {problem}")]
+    Pool {
+        /// Its name.
+        pool: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// P5: a disk that should be there is not. It is not made anew.
+    #[error("disk {disk} is missing in pool {pool}")]
+    DiskMissing {
+        /// Its name.
+        disk: String,
+        /// The pool.
+        pool: String,
+    },
+    /// The pool is full.
+    #[error("pool {pool} is full: {what} could not be written")]
+    Full {
+        /// The pool.
+        pool: String,
+        /// What did not fit.
+        what: String,
+    },
+    /// The file is not the image.
+    #[error("image {image}: {source_name} has the sha256 {found}, not {expected}")]
+    WrongSha256 {
+        /// Name of the image.
+        image: String,
+        /// Where it came from.
+        source_name: String,
+        /// What was found.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// The file is not what it should be.
+    #[error("image {image}: {problem}")]
+    BadImage {
+        /// Name of the image.
+        image: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The source of an image cannot be opened.
+    #[error("image {image} cannot be fetched into pool {pool}: {source}")]
+    Source {
+        /// Name of the image.
+        image: String,
+        /// The pool that does not have it yet.
+        pool: String,
+        /// Why not.
+        source: source::Error,
+    },
+    /// A file or directory.
+    #[error("cannot {what} {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// qemu-img failed.
+    #[error("qemu-img could not make disk {disk}: {words}")]
+    Tool {
+        /// The disk.
+        disk: String,
+        /// What it said.
+        words: String,
+    },
+}
+
+impl Error {
+    /// With what caused it, in words.
+    #[must_use]
+    pub fn reason(&self) -> String {
+        chain(self)
+    }
+}
+
+/// What storage is made with.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The pools.
+    pub pools: Vec<Pool>,
+    /// Directories that images may come from besides the pools.
+    pub image_dirs: Vec<PathBuf>,
+    /// The user that QEMU runs as. Absent: the one that the agent runs as.
+    pub user: Option<User>,
+    /// qemu-img.
+    pub qemu_img: PathBuf,
+    /// This host; part of the names of temporary files, which lie beside those of other hosts in a shared pool.
+    pub host: HostId,
+}
+
+/// The storage of this host.
+pub struct Storage {
+    pools: BTreeMap<String, Pool>,
+    roots: Arc<Roots>,
+    user: Option<User>,
+    qemu_img: PathBuf,
+    host: HostId,
+    fetches: Fetches,
+    tools: Semaphore,
+    starts: Starts,
+}
+
+/// What a start needs, and the turn that bounds how many are under way.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The files.
+    pub plan: Plan,
+    /// Kept until QEMU runs.
+    pub turn: Turn,
+}
+
+impl Storage {
+    /// Starts wait for their turn in `starts`.
+    #[must_use]
+    pub fn new(options: Options, starts: Starts) -> Self {
+        let roots = Arc::new(Roots::new(&options.image_dirs, &options.pools));
+        let pools = options.pools.into_iter().map(|p| (p.name.clone(), p)).collect();
+        Self {
+            pools,
+            roots,
+            user: options.user,
+            qemu_img: options.qemu_img,
+            host: options.host,
+            fetches: Fetches::default(),
+            tools: Semaphore::new(TOOLS_AT_ONCE),
+            starts,
+        }
+    }
+
+    /// Where images may come from.
+    #[must_use]
+    pub fn roots(&self) -> Arc<Roots> {
+        Arc::clone(&self.roots)
+    }
+
+    /// Fetches images, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
+    ///
+    /// # Errors
+    ///
+    /// Says what is missing or failed; nothing half-made is left under its final name.
+    pub async fn prepare(&self, vm: VmId, desired: &Desired) -> Result<Prepared, Error> {
+        let plan = plan::plan(vm, desired, &self.pools)?;
+        self.check_pools(plan.pools()).await?;
+        // A disk that is missing is noticed before an image of many gigabytes is copied for nothing.
+        disks::check_expected(&plan.disks, desired.disks).await?;
+        for fetch in &plan.fetches {
+            self.fetches.fetch(fetch.clone(), self.roots(), self.host).await?;
+        }
+        let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
+        let turn = self.starts.turn(priority).await;
+        for disk in &plan.disks {
+            let _tool = self.tools.acquire().await.expect("it is never closed");
+            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
+        }
+        Ok(Prepared { plan, turn })
+    }
+
+    /// Deletes the files of this VM's disks, and nothing else. Idempotent.
+    ///
+    /// # Errors
+    ///
+    /// A pool cannot be used, so that nobody can say what is in it; or a file cannot be removed.
+    pub async fn delete(&self, vm: VmId, desired: &Desired) -> Result<(), Error> {
+        let removals = plan::removals(vm, desired, &self.pools)?;
+        self.check_pools(removals.iter().map(|r| r.pool.clone()).collect()).await?;
+        disks::remove(removals).await
+    }
+
+    async fn check_pools(&self, names: Vec<String>) -> Result<(), Error> {
+        for name in names {
+            let Some(pool) = self.pools.get(&name).cloned() else { continue };
+            let user = self.user;
+            let checked = blocking(move || pools::check(&pool, user)).await;
+            checked.map_err(|problem| Error::Pool { pool: name, problem })?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs what may wait for a disk beside the tasks.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.expect("it does not panic, and the runtime ends after the tasks")
+}
+
+/// Whether an error says that there is no room.
+pub(crate) fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}

@@ -470,7 +470,9 @@ fn parse_image_file(f: &v1::ImageFile) -> Result<ImageFile, Unusable> {
         v1::ImageFileRole::Disk => Role::Disk,
         v1::ImageFileRole::Kernel => Role::Kernel,
         v1::ImageFileRole::Initrd => Role::Initrd,
-        v1::ImageFileRole::Unspecified => return Err(unusable("images.files.role", "is not one that this agent knows")),
+        v1::ImageFileRole::Unspecified => {
+            return Err(unusable("images.files.role", "is not one that this agent knows"));
+        }
     };
     let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     if f.sha256.len() != 64 || !f.sha256.bytes().all(hex) {
@@ -539,7 +541,8 @@ mod tests {
         assert_eq!(change(&|s| s.vcpus = 0), "spec.vcpus");
         assert_eq!(change(&|s| s.memory_mib = u64::MAX), "spec.memory_mib");
         assert_eq!(change(&|s| s.restart = 99), "spec.restart");
-        let kernel = v1::KernelBoot { image: "00000000-0000-4000-8000-000000000001".into(), command_line: "a\nb".into() };
+        let kernel =
+            v1::KernelBoot { image: "00000000-0000-4000-8000-000000000001".into(), command_line: "a\nb".into() };
         assert_eq!(change(&|s| s.kernel = Some(kernel.clone())), "spec.kernel.command_line");
         assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
         assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");

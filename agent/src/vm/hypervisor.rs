@@ -133,4 +133,3 @@ pub enum LaunchError {
     /// Anything else, in words.
     Failed(String),
 }
-

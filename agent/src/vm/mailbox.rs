@@ -104,8 +104,11 @@ impl Mailbox {
             // What has not been taken yet came in the session that ended.
             if let Some((desired, acceptance @ Acceptance::Expected(_))) = &mut mail.desired {
                 let current = generations.of(desired.class());
-                *acceptance =
-                    if *acceptance == Acceptance::Expected(current) { Acceptance::Firm(current) } else { Acceptance::Void };
+                *acceptance = if *acceptance == Acceptance::Expected(current) {
+                    Acceptance::Firm(current)
+                } else {
+                    Acceptance::Void
+                };
             }
             mail.session_ended.get_or_insert(generations);
         });

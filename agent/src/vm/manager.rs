@@ -28,6 +28,7 @@ pub struct Manager<H: Hypervisor> {
     host: Host<H>,
     directory: Directory,
     tasks: TaskTracker,
+    looking: TaskTracker,
     cancel: CancellationToken,
 }
 
@@ -35,7 +36,8 @@ impl<H: Hypervisor> Manager<H> {
     /// No VMs yet. When `cancel` fires, all tasks end and all VMs go on.
     #[must_use]
     pub fn new(host: Host<H>, cancel: CancellationToken) -> Self {
-        Self { host, directory: Arc::new(Mutex::new(BTreeMap::new())), tasks: TaskTracker::new(), cancel }
+        let directory = Arc::new(Mutex::new(BTreeMap::new()));
+        Self { host, directory, tasks: TaskTracker::new(), looking: TaskTracker::new(), cancel }
     }
 
     /// Takes up every VM that there is a record of; each looks for what executes. Returns the newest incarnation that
@@ -59,15 +61,23 @@ impl<H: Hypervisor> Manager<H> {
                 Loaded::Unreadable(problem) => {
                     let problem = chain(&problem);
                     error!(%vm, "the record of a VM is left alone: {problem}");
-                    let reason = format!("its record on this host cannot be used: {problem}; remove that file and restart the agent");
+                    let reason = format!(
+                        "its record on this host cannot be used: {problem}; remove that file and restart the agent"
+                    );
                     VmState::unreadable(vm, reason)
                 }
             };
             let mut directory = self.lock();
             let mailbox = directory.entry(vm).or_default().clone();
-            self.spawn(vm, self.runner(vm, state, mailbox).looking());
+            self.spawn(vm, self.runner(vm, state, mailbox).looking(self.looking.token()));
         }
         Ok(incarnations)
+    }
+
+    /// Waits until it is known of every VM that was taken up whether it executes.
+    pub async fn adopted(&self) {
+        self.looking.close();
+        self.looking.wait().await;
     }
 
     /// Takes what a VM should be. The gate has let it pass.

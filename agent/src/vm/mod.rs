@@ -8,7 +8,7 @@ pub mod desired;
 pub mod hypervisor;
 pub mod mailbox;
 pub mod manager;
-// pub mod qemu;
+pub mod qemu;
 pub mod runner;
 pub mod starts;
 pub mod state;

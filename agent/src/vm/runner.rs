@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::time;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::task_tracker::TaskTrackerToken};
 use tracing::{debug, error, info, warn};
 use uncloud_proto::{
     clock::{Clock, Tick},
@@ -84,6 +84,8 @@ pub(super) struct Runner<H: Hypervisor> {
     /// The moment of the newest event.
     now: Tick,
     shown: Option<ReportState>,
+    /// Kept until it is known what executes.
+    looking: Option<TaskTrackerToken>,
 }
 
 impl<H: Hypervisor> Runner<H> {
@@ -101,11 +103,13 @@ impl<H: Hypervisor> Runner<H> {
             instance: None,
             now,
             shown: None,
+            looking: None,
         }
     }
 
-    /// Says that the VM may be executing: looks for it first.
-    pub(super) fn looking(mut self) -> Self {
+    /// Says that the VM may be executing: looks for it first, and keeps `token` until that is known.
+    pub(super) fn looking(mut self, token: TaskTrackerToken) -> Self {
+        self.looking = Some(token);
         self.perform_one(Effect::Adopt);
         self.publish();
         self
@@ -122,6 +126,7 @@ impl<H: Hypervisor> Runner<H> {
                     self.work = None;
                     let event = self.done(done);
                     self.handle(event).await;
+                    self.looking = None;
                 }
                 event = next_event(&mut self.instance) => self.instance_event(event).await,
                 mail = self.mailbox.take() => {
@@ -277,8 +282,7 @@ impl<H: Hypervisor> Runner<H> {
             }
             Effect::Adopt => self.work = Some(Box::pin(async move { Done::Adopted(hypervisor.adopt(vm).await) })),
             Effect::DeleteDisks => {
-                self.work =
-                    Some(Box::pin(async move { Done::Deleted(hypervisor.delete_disks(vm, &desired).await) }));
+                self.work = Some(Box::pin(async move { Done::Deleted(hypervisor.delete_disks(vm, &desired).await) }));
             }
             Effect::Kill => {
                 if let Some(instance) = &self.instance {

@@ -115,10 +115,9 @@ impl VmState {
                 Settled::Fenced if disposition == Disposition::Stop => (ReportState::Stopped, String::new()),
                 Settled::PoweredOff => (ReportState::PoweredOff, "the guest powered itself off".to_owned()),
                 Settled::Failed { reason } => (ReportState::Failed, reason.clone()),
-                Settled::Fenced => (
-                    ReportState::Fenced,
-                    "the host's lease ran out; it may have been given to another host".to_owned(),
-                ),
+                Settled::Fenced => {
+                    (ReportState::Fenced, "the host's lease ran out; it may have been given to another host".to_owned())
+                }
                 Settled::Deleted => (ReportState::Deleted, String::new()),
                 Settled::Forgotten => (ReportState::Forgotten, String::new()),
             };

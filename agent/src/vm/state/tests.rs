@@ -282,7 +282,11 @@ fn an_unreadable_record_forbids_everything_but_stopping() {
         assert_eq!(idle.on(word(Desired { disposition, ..desired(3) }, Acceptance::Firm(1)), at), []);
         assert_eq!((shown(&idle), idle.report().reason), (ReportState::Failed, "garbage".to_owned()));
     }
-    assert_eq!(state.on(Event::Started(Incarnation(2), 9), at), [], "its class is not known, so it is left to its keeper");
+    assert_eq!(
+        state.on(Event::Started(Incarnation(2), 9), at),
+        [],
+        "its class is not known, so it is left to its keeper"
+    );
     assert_eq!((shown(&state), state.report().incarnation), (ReportState::Running, Incarnation(2)));
     let forget = Desired { disposition: Disposition::Forget, spec: None, ..desired(3) };
     assert_eq!(state.on(word(forget, Acceptance::Firm(1)), at), [Effect::Kill]);

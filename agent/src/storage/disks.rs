@@ -1,0 +1,181 @@
+//! Makes and removes the disks of VMs.
+//!
+//! qemu-img runs as the user that QEMU runs as, in a directory that belongs to that user: it reads images that users
+//! brought, so it gets no more power than the guest will have. The agent itself, which may be root, follows no
+//! symbolic link there: it only links, renames and removes names.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use tokio::{process::Command, time};
+use tracing::{info, warn};
+
+use super::{
+    Error, blocking,
+    images::{make_dirs, sync_dir},
+    plan::{DiskPlan, Removal},
+    pools::User,
+};
+use crate::vm::desired::DisksExpected;
+
+/// Making an overlay takes milliseconds; a pool that takes longer than this hangs.
+const TOOL_TIMEOUT: Duration = Duration::from_secs(60);
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+/// Checks that disks which have been made before are there (P5).
+///
+/// # Errors
+///
+/// Names the first that is not.
+pub async fn check_expected(disks: &[DiskPlan], expected: DisksExpected) -> Result<(), Error> {
+    for disk in disks {
+        let path = disk.path.clone();
+        if !blocking(move || exists(&path)).await? && expected == DisksExpected::Exist {
+            return Err(Error::DiskMissing { disk: disk.name.clone(), pool: disk.pool.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a disk is there. What is there under its name and is no file is an error, not a reason to make one.
+fn exists(path: &Path) -> Result<bool, Error> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(true),
+        Ok(_) => Err(io_error("use", path)(io::Error::other("it is not a regular file"))),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(io_error("look at", path)(e)),
+    }
+}
+
+/// Makes a disk unless it is there.
+///
+/// # Errors
+///
+/// It could not be made, or should be there and is not.
+pub async fn make(disk: &DiskPlan, expected: DisksExpected, user: Option<User>, tool: &Path) -> Result<(), Error> {
+    check_expected(std::slice::from_ref(disk), expected).await?;
+    let path = disk.path.clone();
+    if blocking(move || exists(&path)).await? {
+        return Ok(());
+    }
+    let begin = disk.clone();
+    blocking(move || make_ready(&begin, user)).await?;
+    let made = run_tool(disk, user, tool).await;
+    let end = disk.clone();
+    match made {
+        Ok(()) => {
+            blocking(move || put_in_place(&end)).await?;
+            info!(disk = disk.name, pool = disk.pool, "disk made");
+            Ok(())
+        }
+        Err(error) => {
+            let _ = blocking(move || fs::remove_file(end.temporary)).await;
+            Err(error)
+        }
+    }
+}
+
+fn make_ready(disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
+    let dir = disk.path.parent().expect("a disk lies in its VM's directory");
+    make_dirs(dir)?;
+    if let Some(user) = user {
+        std::os::unix::fs::lchown(dir, Some(user.uid), Some(user.gid)).map_err(io_error("give away", dir))?;
+    }
+    match fs::remove_file(&disk.temporary) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(io_error("remove", &disk.temporary)(e)),
+    }
+}
+
+async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<(), Error> {
+    let mut command = Command::new(tool);
+    command.args(["create", "-q", "-f", "qcow2"]);
+    if let Some(base) = &disk.base {
+        // The format is always said: a guest that writes a qcow2 header into a raw image must not gain by it.
+        command.args(["-F", base.format.name(), "-b", &base.path]);
+    }
+    command.arg("--").arg(&disk.temporary);
+    if disk.size_bytes > 0 {
+        command.arg(disk.size_bytes.to_string());
+    }
+    if let Some(user) = user {
+        // Supplementary groups go, too: the standard library sees to it when it changes the user as root.
+        command.uid(user.uid).gid(user.gid);
+    }
+    command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command.current_dir("/");
+    let failed = |words: String| Error::Tool { disk: disk.name.clone(), words };
+    let output = match time::timeout(TOOL_TIMEOUT, command.output()).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(e)) => return Err(failed(format!("{} cannot be run: {e}", tool.display()))),
+        Err(_) => return Err(failed(format!("it took longer than {} s", TOOL_TIMEOUT.as_secs()))),
+    };
+    if output.status.success() {
+        return Ok(());
+    }
+    let words: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(500).collect();
+    if words.contains("No space left on device") || words.contains("Disk quota exceeded") {
+        return Err(Error::Full { pool: disk.pool.clone(), what: format!("disk {}", disk.name) });
+    }
+    Err(failed(if words.is_empty() { output.status.to_string() } else { words }))
+}
+
+fn put_in_place(disk: &DiskPlan) -> Result<(), Error> {
+    let dir = disk.path.parent().expect("a disk lies in its VM's directory");
+    let options = |path: &Path| File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    options(&disk.temporary).and_then(|f| f.sync_all()).map_err(io_error("sync", &disk.temporary))?;
+    // A link, not a rename: it never replaces a disk that is there (P5).
+    match fs::hard_link(&disk.temporary, &disk.path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => warn!(path = %disk.path.display(), "the disk is there"),
+        Err(e) => return Err(io_error("link", &disk.path)(e)),
+    }
+    fs::remove_file(&disk.temporary).map_err(io_error("remove", &disk.temporary))?;
+    sync_dir(dir)?;
+    sync_dir(dir.parent().expect("it lies below the pool"))
+}
+
+/// Removes exactly the files that are named, and directories that are empty then.
+///
+/// # Errors
+///
+/// A file that is there could not be removed.
+pub async fn remove(removals: Vec<Removal>) -> Result<(), Error> {
+    blocking(move || removals.iter().try_for_each(remove_one)).await
+}
+
+fn remove_one(removal: &Removal) -> Result<(), Error> {
+    let absent = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    let mut gone: Vec<&PathBuf> = Vec::new();
+    for file in &removal.files {
+        match fs::remove_file(file) {
+            Ok(()) => gone.push(file),
+            Err(e) if absent(&e) => {}
+            Err(e) => return Err(io_error("remove", file)(e)),
+        }
+    }
+    if !gone.is_empty() {
+        info!(pool = removal.pool, files = gone.len(), "disks deleted");
+        sync_dir(&removal.dir)?;
+    }
+    match fs::remove_dir(&removal.dir) {
+        Ok(()) => Ok(()),
+        Err(e) if absent(&e) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {
+            warn!(dir = %removal.dir.display(), "not empty, so it stays: there are files that are no disks of the VM");
+            Ok(())
+        }
+        Err(e) => Err(io_error("remove", &removal.dir)(e)),
+    }
+}

@@ -1,0 +1,409 @@
+//! Which files a VM needs, and which of its files a deletion removes. Pure.
+//!
+//! # Invariants
+//!
+//! * **S1** Every path is a pool's directory followed by parts that are ids or checked names. A name is checked here
+//!   again although the session has done so: these paths are created and deleted by root.
+//! * **P5** A deletion names files one by one. There is no pattern and no recursion.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use uncloud_proto::{
+    ids::{ImageId, VmId},
+    names,
+};
+
+use super::pools::Pool;
+use crate::vm::desired::{Desired, Disk, Format, Image, Role, Spec};
+
+/// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
+const MOST_GENERATIONS: u32 = 1000;
+
+/// Why there is no plan.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// The pool is not there.
+    #[error("this host has no pool {0}")]
+    NoPool(String),
+    /// The host has no pool at all, and the kernel must lie in one.
+    #[error("this host has no pool to keep the kernel in")]
+    NoPools,
+    /// The leader named an image and did not send it.
+    #[error("image {0} was not sent along")]
+    NoImage(ImageId),
+    /// The image lacks a file.
+    #[error("image {image} has no {role:?} file")]
+    NoFile {
+        /// Its name.
+        image: String,
+        /// What is missing.
+        role: Role,
+    },
+    /// A name cannot be part of a path.
+    #[error("{field} {problem}")]
+    Name {
+        /// What it is the name of.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: names::BadName,
+    },
+    /// There is nothing to plan for.
+    #[error("the VM has no spec")]
+    NoSpec,
+}
+
+/// The files that a VM needs.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// Image files that must be in a pool, each once.
+    pub fetches: Vec<Fetch>,
+    /// Disks in the guest's order.
+    pub disks: Vec<DiskPlan>,
+    /// The kernel.
+    pub kernel: Option<KernelPlan>,
+}
+
+/// An image file that must be in a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetch {
+    /// Name of the pool.
+    pub pool: String,
+    /// Name of the image.
+    pub image: String,
+    /// Where it comes from.
+    pub source: String,
+    /// What its sha256 is.
+    pub sha256: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Format, for a disk.
+    pub format: Option<Format>,
+    /// Where it is to lie.
+    pub target: PathBuf,
+}
+
+/// A disk that must be in a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// Its name.
+    pub name: String,
+    /// Name of the pool.
+    pub pool: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// What it is called while it is made.
+    pub temporary: PathBuf,
+    /// The image below it.
+    pub base: Option<Base>,
+    /// Its virtual size; 0 means the base's.
+    pub size_bytes: u64,
+}
+
+/// The image below a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// Its path, relative to the disk's directory: a shared pool may be mounted elsewhere on another host.
+    pub path: String,
+    /// Its format, which goes into the disk, so that QEMU never guesses.
+    pub format: Format,
+}
+
+/// A kernel that QEMU loads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelPlan {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The command line.
+    pub command_line: String,
+}
+
+/// What a deletion removes in one pool: these files, and the directory if it is empty then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Removal {
+    /// Name of the pool.
+    pub pool: String,
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// The VM's directory in the pool.
+    pub dir: PathBuf,
+}
+
+impl Plan {
+    /// Names of all pools that it touches, each once.
+    #[must_use]
+    pub fn pools(&self) -> Vec<String> {
+        let mut names: Vec<String> =
+            self.fetches.iter().map(|f| &f.pool).chain(self.disks.iter().map(|d| &d.pool)).cloned().collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+}
+
+/// The directory of a VM's disks in a pool.
+fn disks_dir(pool: &Path, vm: VmId) -> PathBuf {
+    pool.join("disks").join(vm.to_string())
+}
+
+fn checked<'a>(field: &'static str, name: &'a str) -> Result<&'a str, Problem> {
+    names::check(name).map_err(|problem| Problem::Name { field, problem })?;
+    Ok(name)
+}
+
+fn pool<'a>(name: &str, pools: &'a BTreeMap<String, Pool>) -> Result<&'a Pool, Problem> {
+    pools.get(checked("the name of a pool", name)?).ok_or_else(|| Problem::NoPool(name.to_owned()))
+}
+
+/// Plans the files of a VM.
+///
+/// # Errors
+///
+/// Something that it names is not there.
+pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Plan, Problem> {
+    let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
+    let mut plan = Plan::default();
+    for disk in &spec.disks {
+        let pool = pool(&disk.pool, pools)?;
+        let base = match disk.image {
+            None => None,
+            Some(id) => {
+                let image = image(id, desired)?;
+                let file = require(image, Role::Disk, pool, &mut plan)?;
+                let format = file.format.unwrap_or(Format::Raw);
+                Some(Base { path: format!("../../images/{id}/{}", Role::Disk.file_name()), format })
+            }
+        };
+        plan.disks.push(disk_plan(vm, disk, desired.disk_generation, pool, base)?);
+    }
+    plan.kernel = kernel(spec, desired, pools, &mut plan)?;
+    Ok(plan)
+}
+
+fn disk_plan(vm: VmId, disk: &Disk, generation: u32, pool: &Pool, base: Option<Base>) -> Result<DiskPlan, Problem> {
+    let dir = disks_dir(&pool.path, vm);
+    let file = file_name(disk, generation)?;
+    Ok(DiskPlan {
+        name: disk.name.clone(),
+        pool: pool.name.clone(),
+        temporary: dir.join(format!(".{file}.tmp")),
+        path: dir.join(file),
+        base,
+        size_bytes: disk.size_bytes,
+    })
+}
+
+fn file_name(disk: &Disk, generation: u32) -> Result<String, Problem> {
+    Ok(format!("{}.{generation}.qcow2", checked("the name of a disk", &disk.name)?))
+}
+
+fn image(id: ImageId, desired: &Desired) -> Result<&Image, Problem> {
+    desired.images.iter().find(|i| i.id == id).ok_or(Problem::NoImage(id))
+}
+
+fn target(pool: &Pool, image: &Image, role: Role) -> PathBuf {
+    pool.path.join("images").join(image.id.to_string()).join(role.file_name())
+}
+
+/// Puts a file of an image on the list of those that must be in the pool.
+fn require<'a>(
+    image: &'a Image,
+    role: Role,
+    pool: &Pool,
+    plan: &mut Plan,
+) -> Result<&'a crate::vm::desired::ImageFile, Problem> {
+    let file = image.files.iter().find(|f| f.role == role);
+    let file = file.ok_or_else(|| Problem::NoFile { image: image.name.clone(), role })?;
+    let fetch = Fetch {
+        pool: pool.name.clone(),
+        image: image.name.clone(),
+        source: file.source.clone(),
+        sha256: file.sha256.clone(),
+        size_bytes: file.size_bytes,
+        format: file.format,
+        target: target(pool, image, role),
+    };
+    if !plan.fetches.contains(&fetch) {
+        plan.fetches.push(fetch);
+    }
+    Ok(file)
+}
+
+fn kernel(
+    spec: &Spec,
+    desired: &Desired,
+    pools: &BTreeMap<String, Pool>,
+    plan: &mut Plan,
+) -> Result<Option<KernelPlan>, Problem> {
+    let Some(boot) = &spec.kernel else { return Ok(None) };
+    let image = image(boot.image, desired)?;
+    // Beside the first disk; a VM without disks takes the pool that VMs take by default.
+    let pool = match spec.disks.first() {
+        Some(disk) => pool(&disk.pool, pools)?,
+        None => pools.get("default").or_else(|| pools.values().next()).ok_or(Problem::NoPools)?,
+    };
+    require(image, Role::Kernel, pool, plan)?;
+    let initrd = match image.files.iter().any(|f| f.role == Role::Initrd) {
+        true => {
+            require(image, Role::Initrd, pool, plan)?;
+            Some(target(pool, image, Role::Initrd))
+        }
+        false => None,
+    };
+    let command_line = if boot.command_line.is_empty() { &image.command_line } else { &boot.command_line };
+    Ok(Some(KernelPlan { kernel: target(pool, image, Role::Kernel), initrd, command_line: command_line.clone() }))
+}
+
+/// Plans the deletion of a VM's disks, those of older generations included.
+///
+/// # Errors
+///
+/// A pool is not there: nobody can say whether the disk is.
+pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Vec<Removal>, Problem> {
+    let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
+    let newest = desired.disk_generation;
+    let mut removals: BTreeMap<&str, Removal> = BTreeMap::new();
+    for disk in &spec.disks {
+        let pool = pool(&disk.pool, pools)?;
+        let dir = disks_dir(&pool.path, vm);
+        let removal = removals.entry(&pool.name).or_insert_with(|| Removal {
+            pool: pool.name.clone(),
+            files: Vec::new(),
+            dir: dir.clone(),
+        });
+        for generation in newest.saturating_sub(MOST_GENERATIONS)..=newest {
+            let file = file_name(disk, generation)?;
+            removal.files.push(dir.join(format!(".{file}.tmp")));
+            removal.files.push(dir.join(file));
+        }
+    }
+    Ok(removals.into_values().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Component;
+
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        storage::pools::Kind,
+        vm::{
+            desired::{ImageFile, Kernel},
+            fake,
+        },
+    };
+
+    fn pools() -> BTreeMap<String, Pool> {
+        ["a", "b"]
+            .map(|n| {
+                let path = PathBuf::from(format!("/pools/{n}"));
+                (n.to_owned(), Pool { name: n.into(), path, kind: Kind::Local })
+            })
+            .into()
+    }
+
+    fn vm() -> VmId {
+        VmId::from_uuid(Uuid::from_u128(1))
+    }
+
+    fn image_id(n: u128) -> ImageId {
+        ImageId::from_uuid(Uuid::from_u128(n))
+    }
+
+    fn image_of(n: u128, roles: &[Role]) -> Image {
+        let file = |role: &Role| ImageFile {
+            role: *role,
+            source: "/images/x".into(),
+            sha256: "0".repeat(64),
+            size_bytes: 4,
+            format: (*role == Role::Disk).then_some(Format::Qcow2),
+        };
+        Image {
+            id: image_id(n),
+            name: format!("image{n}"),
+            files: roles.iter().map(file).collect(),
+            command_line: "console=ttyS0".into(),
+        }
+    }
+
+    fn disk(name: &str, pool: &str, image: Option<u128>) -> Disk {
+        Disk { name: name.into(), pool: pool.into(), size_bytes: 512, image: image.map(image_id) }
+    }
+
+    fn wanted(disks: Vec<Disk>, images: Vec<Image>) -> Desired {
+        let mut desired = fake::desired(1);
+        desired.spec.as_mut().unwrap().disks = disks;
+        desired.images = images;
+        desired.disk_generation = 1;
+        desired
+    }
+
+    #[test]
+    fn a_plan_names_each_file_once() {
+        let disks = vec![disk("root", "a", Some(9)), disk("data", "a", Some(9)), disk("more", "b", None)];
+        let mut desired = wanted(disks, vec![image_of(9, &[Role::Disk]), image_of(8, &[Role::Kernel, Role::Initrd])]);
+        desired.spec.as_mut().unwrap().kernel = Some(Kernel { image: image_id(8), command_line: String::new() });
+        let plan = plan(vm(), &desired, &pools()).unwrap();
+        let targets: Vec<_> = plan.fetches.iter().map(|f| f.target.to_str().unwrap()).collect();
+        let image = |n: u128| image_id(n).to_string();
+        assert_eq!(
+            targets,
+            [
+                format!("/pools/a/images/{}/disk", image(9)),
+                format!("/pools/a/images/{}/kernel", image(8)),
+                format!("/pools/a/images/{}/initrd", image(8)),
+            ]
+        );
+        assert_eq!(plan.disks[0].path, PathBuf::from(format!("/pools/a/disks/{}/root.1.qcow2", vm())));
+        assert_eq!(plan.disks[0].base.as_ref().unwrap().path, format!("../../images/{}/disk", image(9)));
+        assert_eq!(plan.disks[2].base, None);
+        assert_eq!(plan.kernel.as_ref().unwrap().command_line, "console=ttyS0");
+        assert_eq!(plan.pools(), ["a", "b"]);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let problem = |desired: &Desired| plan(vm(), desired, &pools()).unwrap_err().to_string();
+        assert_eq!(problem(&wanted(vec![disk("d", "c", None)], vec![])), "this host has no pool c");
+        let text = problem(&wanted(vec![disk("d", "a", Some(9))], vec![]));
+        assert_eq!(text, format!("image {} was not sent along", image_id(9)));
+        let text = problem(&wanted(vec![disk("d", "a", Some(9))], vec![image_of(9, &[Role::Kernel])]));
+        assert_eq!(text, "image image9 has no Disk file");
+    }
+
+    /// P5: exact names, and only those of this VM.
+    #[test]
+    fn a_deletion_names_files_one_by_one() {
+        let removals = removals(vm(), &wanted(vec![disk("root", "a", Some(9))], vec![]), &pools()).unwrap();
+        let dir = PathBuf::from(format!("/pools/a/disks/{}", vm()));
+        let files = [".root.0.qcow2.tmp", "root.0.qcow2", ".root.1.qcow2.tmp", "root.1.qcow2"].map(|f| dir.join(f));
+        assert_eq!(removals, [Removal { pool: "a".into(), files: files.into(), dir }]);
+    }
+
+    proptest! {
+        /// S1: whatever the names are, no path leaves the VM's own directory.
+        #[test]
+        fn no_path_climbs_out_of_its_pool(name in "[a./\\-_\0]{0,8}|\\.\\./.*|.{0,70}", pool_name in "a|b|\\.\\.|[a/.]{0,4}") {
+            let desired = wanted(vec![disk(&name, &pool_name, None)], vec![]);
+            let root = |pool: &str| PathBuf::from("/pools").join(pool).join("disks").join(vm().to_string());
+            let mut paths = vec![];
+            if let Ok(plan) = plan(vm(), &desired, &pools()) {
+                paths.extend(plan.disks.into_iter().flat_map(|d| [(d.pool.clone(), d.path), (d.pool, d.temporary)]));
+            }
+            if let Ok(removals) = removals(vm(), &desired, &pools()) {
+                paths.extend(removals.into_iter().flat_map(|r| r.files.into_iter().map(move |f| (r.pool.clone(), f))));
+            }
+            for (pool, path) in paths {
+                prop_assert_eq!(path.parent().unwrap(), root(&pool));
+                prop_assert!(path.components().all(|c| matches!(c, Component::RootDir | Component::Normal(_))));
+            }
+        }
+    }
+}

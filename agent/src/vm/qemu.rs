@@ -1,0 +1,180 @@
+//! The real [`Hypervisor`]: QEMU under a keeper, disks in pools.
+
+use std::{path::PathBuf, time::Duration};
+
+use tokio::time;
+use tracing::warn;
+use uncloud_proto::ids::{Incarnation, VmId};
+
+use super::{
+    desired::{Desired, Machine},
+    hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+};
+use crate::{
+    qemu::{
+        command_line::{self, AcceleratorChoice, DiskFile, KernelFiles, MachineSpec, UserNic},
+        process::{self, ExitOutcome, Launch, VmUser},
+    },
+    records::VmDirs,
+    storage::{Prepared, Storage},
+};
+
+/// How long to wait before looking again for what holds a VM's lock and does not say what it is.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// QEMU on this host.
+pub struct Qemu {
+    /// Disks and images.
+    pub storage: Storage,
+    /// Where the VMs' directories are.
+    pub dirs: VmDirs,
+    /// How guests execute.
+    pub accelerator: AcceleratorChoice,
+    /// QEMU.
+    pub qemu: PathBuf,
+    /// The keeper.
+    pub keeper: PathBuf,
+    /// The lease file.
+    pub lease_file: PathBuf,
+    /// Who QEMU runs as, if not the agent's own user.
+    pub user: Option<VmUser>,
+}
+
+impl Hypervisor for Qemu {
+    type Instance = process::Instance;
+    type Prepared = Prepared;
+
+    async fn prepare(&self, vm: VmId, desired: &Desired) -> Result<Prepared, String> {
+        self.storage.prepare(vm, desired).await.map_err(|e| e.reason())
+    }
+
+    async fn launch(
+        &self,
+        vm: VmId,
+        desired: &Desired,
+        prepared: Prepared,
+        lease_generation: u16,
+    ) -> Result<process::Instance, LaunchError> {
+        let spec = machine(vm, desired, &prepared, self.accelerator)?;
+        let launch = Launch {
+            vm,
+            incarnation: desired.incarnation,
+            class: desired.class(),
+            lease_generation,
+            lease_file: self.lease_file.clone(),
+            vm_dir: self.dirs.dir(vm),
+            user: self.user,
+            keeper: self.keeper.clone(),
+            argv: command_line::command_line(&self.qemu, &spec),
+        };
+        // `prepared` holds the turn until QEMU runs.
+        process::launch(&launch).await.map_err(|e| match e {
+            process::LaunchError::Fenced => LaunchError::Fenced,
+            process::LaunchError::Busy => LaunchError::Busy,
+            process::LaunchError::Failed { reason } => LaunchError::Failed(reason),
+        })
+    }
+
+    async fn adopt(&self, vm: VmId) -> Adoption<process::Instance> {
+        loop {
+            match process::adopt(&self.dirs.dir(vm), vm).await {
+                process::Adoption::Running(instance) => return Adoption::Running(instance),
+                process::Adoption::Ended(exit) => return Adoption::Ended(from_exit(exit)),
+                process::Adoption::Never => return Adoption::Never,
+                // Unknown is asked about again. Nothing is started meanwhile.
+                process::Adoption::Unclear { reason } => {
+                    warn!("it is not known whether the VM executes: {reason}");
+                    time::sleep(LOOK_AGAIN).await;
+                }
+            }
+        }
+    }
+
+    async fn delete_disks(&self, vm: VmId, desired: &Desired) -> Result<(), String> {
+        self.storage.delete(vm, desired).await.map_err(|e| e.reason())
+    }
+}
+
+fn machine(
+    vm: VmId,
+    desired: &Desired,
+    prepared: &Prepared,
+    accelerator: AcceleratorChoice,
+) -> Result<MachineSpec, LaunchError> {
+    let spec = desired.spec.as_ref().ok_or_else(|| LaunchError::Failed("the VM has no spec".to_owned()))?;
+    let plan = &prepared.plan;
+    Ok(MachineSpec {
+        vm,
+        incarnation: desired.incarnation,
+        name: desired.name.clone(),
+        machine: match spec.machine {
+            Machine::Q35 => command_line::Machine::Q35,
+            Machine::Pc => command_line::Machine::Pc,
+        },
+        accelerator,
+        vcpus: spec.vcpus,
+        memory_mib: spec.memory_mib,
+        kernel: plan.kernel.as_ref().map(|k| KernelFiles {
+            kernel: k.kernel.clone(),
+            initrd: k.initrd.clone(),
+            command_line: k.command_line.clone(),
+        }),
+        disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
+        nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
+    })
+}
+
+fn from_exit(exit: process::Exit) -> Exit {
+    let mut last_words = exit.last_words;
+    let kind = match exit.outcome {
+        ExitOutcome::Exited { code } => ExitKind::Exited(code),
+        ExitOutcome::Signaled { signal } => ExitKind::Signaled(signal),
+        ExitOutcome::Fenced => ExitKind::Fenced,
+        ExitOutcome::Refused => ExitKind::NotStarted,
+        ExitOutcome::NotStarted { reason } => {
+            last_words = reason;
+            ExitKind::NotStarted
+        }
+        ExitOutcome::KeeperKilled => ExitKind::KeeperKilled,
+    };
+    Exit { incarnation: exit.incarnation, kind, at: exit.at, last_words }
+}
+
+impl Instance for process::Instance {
+    fn incarnation(&self) -> Incarnation {
+        self.incarnation()
+    }
+
+    fn lease_generation(&self) -> u16 {
+        self.lease_generation()
+    }
+
+    fn pid(&self) -> u32 {
+        self.qemu_pid()
+    }
+
+    async fn power_down(&self) -> Result<(), String> {
+        self.power_down().await.map_err(|e| e.to_string())
+    }
+
+    async fn reset(&self) -> Result<(), String> {
+        self.reset().await.map_err(|e| e.to_string())
+    }
+
+    async fn quit(&self) -> Result<(), String> {
+        self.quit().await.map_err(|e| e.to_string())
+    }
+
+    fn kill(&self) {
+        self.kill();
+    }
+
+    async fn next_event(&mut self) -> InstanceEvent {
+        match self.next_event().await {
+            process::InstanceEvent::GuestShutdown => InstanceEvent::GuestShutdown,
+            process::InstanceEvent::GuestPanicked => InstanceEvent::GuestPanicked,
+            process::InstanceEvent::GuestReset => InstanceEvent::GuestReset,
+            process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
+        }
+    }
+}
