@@ -16,6 +16,8 @@ mod host_service;
 mod host_watch;
 mod image_service;
 mod server;
+#[cfg(test)]
+mod tests;
 pub(crate) mod validate;
 mod vm_service;
 mod vm_watch;
