@@ -124,7 +124,7 @@ async fn session(cluster: &mut Cluster, a: &Arguments) -> Result<Exit, Error> {
             note(&clean_lines(&cluster.logs()));
             exit = Exit::Failed;
         }
-        stay &= stdin().is_terminal() && stdout().is_terminal();
+        stay &= exit == Exit::Done && stdin().is_terminal() && stdout().is_terminal();
         if stay {
             say("\nThe cluster stays up; Ctrl-C takes it down.");
         }

@@ -1,10 +1,10 @@
 //! Looks at the process table all the time and notes whether two QEMUs of one VM were ever there at once (P1).
 //!
-//! In a thread of its own, so that nothing else delays a look. The longest pause between two looks is measured and
+//! Only VMs that it is told of count: this machine may run others. In a thread of its own, so that nothing else delays a look. The longest pause between two looks is measured and
 //! reported, because a claim about "at no moment" is only as good as that.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -36,10 +36,11 @@ pub(super) struct Looker {
 }
 
 impl Looker {
-    pub(super) fn start() -> Self {
+    /// Looks for QEMUs of these VMs from now on.
+    pub(super) fn start(vms: BTreeSet<String>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let thread = thread::spawn(move || look(&stopped));
+        let thread = thread::spawn(move || look(&vms, &stopped));
         Self { stop, thread: Some(thread) }
     }
 
@@ -56,11 +57,11 @@ impl Drop for Looker {
     }
 }
 
-fn look(stopped: &AtomicBool) -> Sight {
+fn look(vms: &BTreeSet<String>, stopped: &AtomicBool) -> Sight {
     let mut sight = Sight::default();
     let mut last = Instant::now();
     while !stopped.load(Ordering::Relaxed) {
-        for (vm, n) in count(&processes()) {
+        for (vm, n) in count(vms, &processes()) {
             if n > 1 {
                 let most = sight.doubles.entry(vm).or_default();
                 *most = n.max(*most);
@@ -74,16 +75,17 @@ fn look(stopped: &AtomicBool) -> Sight {
     sight
 }
 
-/// How many QEMUs there are of each VM. A keeper names QEMU and the VM in its arguments, too, but is not one.
-fn count(processes: &[Seen]) -> BTreeMap<String, usize> {
+/// How many QEMUs there are of each of these VMs. A keeper names QEMU and the VM in its arguments, too, but is not one.
+fn count(vms: &BTreeSet<String>, processes: &[Seen]) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
     for process in processes {
         let program = process.arguments.first().map(|a| String::from_utf8_lossy(a)).unwrap_or_default();
         if !program.rsplit('/').next().unwrap_or_default().starts_with("qemu-system-") {
             continue;
         }
-        if let Some(w) = process.arguments.windows(2).find(|w| w[0] == b"-uuid") {
-            *counts.entry(String::from_utf8_lossy(&w[1]).into_owned()).or_default() += 1;
+        let vm = process.arguments.windows(2).find(|w| w[0] == b"-uuid").map(|w| String::from_utf8_lossy(&w[1]));
+        if let Some(vm) = vm.filter(|vm| vms.contains(vm.as_ref())) {
+            *counts.entry(vm.into_owned()).or_default() += 1;
         }
     }
     counts
@@ -108,14 +110,17 @@ mod tests {
             process(&["qemu-system-x86_64", "-uuid", "b"]),
             process(&["uncloud-keeper", "--", "qemu-system-x86_64", "-uuid", "b"]),
             process(&["grep", "-uuid", "b"]),
+            process(&["qemu-system-x86_64", "-uuid", "of somebody else"]),
+            process(&["qemu-system-x86_64", "-uuid", "of somebody else"]),
             process(&[]),
         ];
-        assert_eq!(count(&seen), BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]));
+        let vms = ["a", "b", "c"].map(str::to_owned).into();
+        assert_eq!(count(&vms, &seen), BTreeMap::from([("a".to_owned(), 2), ("b".to_owned(), 1)]));
     }
 
     #[test]
     fn it_looks_often() {
-        let looker = Looker::start();
+        let looker = Looker::start(BTreeSet::new());
         thread::sleep(Duration::from_millis(300));
         let sight = looker.finish().unwrap();
         assert!(sight.looks >= 2, "{sight:?}");

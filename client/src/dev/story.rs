@@ -69,9 +69,7 @@ pub async fn tell(cluster: &mut Cluster, kernel: &Path, initrd: &Path) -> Result
     }
     let table =
         vms(&guests.iter().map(|g| g.vm.clone()).collect::<Vec<_>>(), Columns::OneOwner, Clock::system().wall());
-    say(&format!("\n{table}\n"));
-
-    say("2. Each counts, aloud on its console and on its disk.\n");
+    say(&format!("\n{table}\n\n2. Each counts, aloud on its console and on its disk.\n\n"));
     for guest in &mut guests {
         guest.listen(cluster)?;
     }
@@ -91,14 +89,14 @@ pub async fn tell(cluster: &mut Cluster, kernel: &Path, initrd: &Path) -> Result
 
     let victim = busiest_host(&guests).ok_or("no VM has a host")?;
     let revision = client.get_status(v1::GetStatusRequest {}).await.map_err(failed_to("ask for the status"))?.revision;
-    let looker = Looker::start();
-    say(&format!("\n3. {victim} is cut from power: its agent, keepers and QEMUs are killed at once.\n"));
+    let looker = Looker::start(guests.iter().map(|g| g.vm.id.clone()).collect());
+    say(&format!("\n3. {victim} is cut from power: its agent, keepers and QEMUs are killed at once.\n\n"));
     let mut cut = Cut::new(cluster, victim, &guests, revision);
     let outcome = cut.follow(cluster, &mut guests).await;
     let sight = looker.finish().ok_or("the thread that looks at the process table came to grief")?;
     outcome?;
 
-    say("\n4. What was claimed, and what was measured:\n");
+    say("\n4. What was claimed, and what was measured:\n\n");
     cut.check(&guests, cluster, &sight, limit)
 }
 
@@ -279,6 +277,7 @@ impl Cut {
             }
             check_children(cluster)?;
             tokio::select! {
+                biased;
                 step = events.next() => self.note_event(step.map_err(failed_to("watch events"))?),
                 step = changes.next() => {
                     let step = step.map_err(failed_to("watch VMs"))?;
@@ -319,10 +318,13 @@ impl Cut {
         else {
             return;
         };
-        if event.r#type == "HostDead" && event.subject_name == self.victim && self.declared_dead.is_none() {
+        // `HostLapsed` frees its VMs that live under the short lease, as these do; `HostDead` frees all.
+        let is_death = matches!(event.r#type.as_str(), "HostLapsed" | "HostDead");
+        if is_death && event.subject_name == self.victim && self.declared_dead.is_none() {
             let at = self.at.elapsed();
             self.declared_dead = Some(at);
-            say(&format!("   {:>8}  {} is declared dead", stamp(at), self.victim));
+            let words = format!("{} is declared dead: {}", self.victim, event.message);
+            say(&format!("   {:>8}  {}", stamp(at), clean(&words)));
         }
     }
 
@@ -368,17 +370,22 @@ impl Cut {
     fn check(&self, guests: &[Guest], cluster: &mut Cluster, sight: &Sight, limit: Duration) -> Result<(), String> {
         let mut claims = Claims::default();
         let dead = self.declared_dead.unwrap_or_default();
-        claims.add(true, format!("{} was declared dead {} after the cut", self.victim, stamp(dead)));
+        claims.add(true, format!("{} was declared dead {} after the cut", self.victim, seconds(dead)));
         let cut_on_guests_clock = |g: &Guest| self.at.saturating_duration_since(g.from);
         for (id, moved) in &self.moved {
             let Some(guest) = guests.iter().find(|g| g.vm.id == *id) else { continue };
             let book = guest.book();
             let (name, number) = (&moved.name, moved.number);
             let running = moved.running.unwrap_or_default();
-            claims
-                .add(running <= limit, format!("{name} was Running again {} (limit {})", stamp(running), stamp(limit)));
+            claims.add(
+                running <= limit,
+                format!("{name} was Running again {} after the cut (limit {})", seconds(running), seconds(limit)),
+            );
             let word = book.first_word_after(&moved.boot).map(|at| at.saturating_sub(cut_on_guests_clock(guest)));
-            claims.add(word.is_some(), format!("{name} said its first new line {}", stamp(word.unwrap_or_default())));
+            claims.add(
+                word.is_some(),
+                format!("{name} said its first new line {} after the cut", seconds(word.unwrap_or_default())),
+            );
             let first = book.first_count_after(&moved.boot).unwrap_or(0);
             claims.add(
                 first >= number && first > 1,
@@ -397,7 +404,7 @@ impl Cut {
         let words =
             split.map_or_else(|| "no guest found anything on its disk that it had not written".into(), |l| clean(&l));
         claims.add(!words.contains("SPLITBRAIN"), words);
-        let looks = format!("{} looks, never more than {} apart", sight.looks, stamp(sight.longest_pause));
+        let looks = format!("{} looks, never more than {} apart", sight.looks, units::duration(sight.longest_pause));
         let doubles: Vec<String> = sight.doubles.iter().map(|(vm, n)| format!("{n} of {vm}")).collect();
         if doubles.is_empty() {
             claims.add(true, format!("no two QEMU processes of one VM at any moment ({looks})"));
@@ -466,8 +473,13 @@ fn failed_to(what: &str) -> impl FnOnce(Status) -> String {
     move |status| format!("cannot {what}: {}", status.message())
 }
 
+/// A time from the cut on.
 fn stamp(d: Duration) -> String {
-    format!("+{:.2} s", d.as_secs_f64())
+    format!("+{}", seconds(d))
+}
+
+fn seconds(d: Duration) -> String {
+    format!("{:.2} s", d.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -65,6 +65,8 @@ pub fn events<'a>(events: impl IntoIterator<Item = &'a v1::Event>) -> String {
 #[must_use]
 pub fn event_line(e: &v1::Event) -> String {
     let kind = word(e.subject_kind().as_str_name(), "SUBJECT_KIND_");
-    let subject = if e.subject_name.is_empty() { kind } else { format!("{kind}/{}", e.subject_name) };
+    // The cluster is its own name.
+    let subject =
+        if e.subject_name.is_empty() || e.subject_name == kind { kind } else { format!("{kind}/{}", e.subject_name) };
     clean(&format!("{:24}  {subject:24}  {:16}  {}", moment(e.time.as_ref()), e.r#type, e.message))
 }

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
+use serde_json::Value;
 use uncloud_proto::{FILE_DESCRIPTOR_SET, v1};
 
 /// A message that knows its name in the .proto files.
@@ -49,27 +50,24 @@ named!(
 /// Several lines, for one answer.
 #[must_use]
 pub fn pretty<M: Named>(message: &M) -> String {
-    let mut out = Vec::new();
-    write(message, &mut serde_json::Serializer::pretty(&mut out));
-    String::from_utf8(out).expect("serde_json writes UTF-8")
+    format!("{:#}", value(message))
 }
 
 /// One line, for a step of a watch.
 #[must_use]
 pub fn line<M: Named>(message: &M) -> String {
-    let mut out = Vec::new();
-    write(message, &mut serde_json::Serializer::new(&mut out));
-    String::from_utf8(out).expect("serde_json writes UTF-8")
+    value(message).to_string()
 }
 
 /// Fields without presence are written even when they have their default, so that a program finds `"vms": []` and
-/// not nothing. 64-bit numbers are strings, as the canonical mapping has it.
-fn write<M: Named, F: serde_json::ser::Formatter>(message: &M, to: &mut serde_json::Serializer<&mut Vec<u8>, F>) {
+/// not nothing. 64-bit numbers are strings, as the canonical mapping has it. Keys are sorted: a map would come out in
+/// another order each time.
+fn value<M: Named>(message: &M) -> Value {
     let descriptor = pool().get_message_by_name(M::NAME).expect("every message that is listed above is in the files");
     let dynamic = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())
         .expect("what prost wrote, prost reads by the same description");
     let options = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
-    dynamic.serialize_with_options(&mut *to, &options).expect("a Vec takes everything, and no message holds an `Any`");
+    dynamic.serialize_with_options(serde_json::value::Serializer, &options).expect("no message holds an `Any`")
 }
 
 fn pool() -> &'static DescriptorPool {
