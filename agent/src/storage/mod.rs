@@ -16,6 +16,8 @@ pub mod inspect;
 pub mod plan;
 pub mod pools;
 pub mod source;
+#[cfg(test)]
+mod tests;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 

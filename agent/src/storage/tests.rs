@@ -1,0 +1,197 @@
+//! Storage as a whole, with the real qemu-img.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use sha2::{Digest, Sha256};
+use uncloud_proto::ids::{HostId, ImageId, VmId};
+use uuid::Uuid;
+
+use super::{
+    Options, Storage,
+    images::hex,
+    pools::{Kind, Pool, User},
+};
+use crate::vm::{
+    desired::{Desired, Disk, DisksExpected, Format, Image, ImageFile, Role},
+    fake,
+    starts::Starts,
+};
+
+struct Place {
+    dir: tempfile::TempDir,
+    storage: Storage,
+    user: Option<User>,
+}
+
+fn vm() -> VmId {
+    VmId::from_uuid(Uuid::from_u128(1))
+}
+
+fn image() -> ImageId {
+    ImageId::from_uuid(Uuid::from_u128(9))
+}
+
+impl Place {
+    fn new() -> Self {
+        Self::with("qemu-img".into())
+    }
+
+    fn with(qemu_img: PathBuf) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::create_dir(dir.path().join("pool")).unwrap();
+        fs::write(dir.path().join("image"), vec![7; 4096]).unwrap();
+        let root = rustix::process::geteuid().is_root();
+        let user = root.then_some(User { uid: 65534, gid: 65534 });
+        let pools = vec![Pool { name: "p".into(), path: dir.path().join("pool"), kind: Kind::Local }];
+        let image_dirs = vec![dir.path().to_owned()];
+        let host = HostId::from_uuid(Uuid::from_u128(2));
+        let storage = Storage::new(Options { pools, image_dirs, user, qemu_img, host }, Starts::new(1));
+        Self { dir, storage, user }
+    }
+
+    fn desired(&self) -> Desired {
+        let disk = |name: &str, size_bytes, image| Disk { name: name.into(), pool: "p".into(), size_bytes, image };
+        let mut desired = fake::desired(1);
+        desired.spec.as_mut().unwrap().disks = vec![disk("root", 0, Some(image())), disk("data", 1 << 20, None)];
+        desired.images = vec![Image {
+            id: image(),
+            name: "debian".into(),
+            files: vec![ImageFile {
+                role: Role::Disk,
+                source: self.dir.path().join("image").to_str().unwrap().into(),
+                sha256: hex(&Sha256::digest(vec![7; 4096])),
+                size_bytes: 4096,
+                format: Some(Format::Raw),
+            }],
+            command_line: String::new(),
+        }];
+        desired
+    }
+
+    fn disks(&self) -> PathBuf {
+        self.dir.path().join("pool/disks").join(vm().to_string())
+    }
+
+    fn names(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(self.disks()) else { return vec![] };
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    async fn prepare(&self, desired: &Desired) -> Result<(), String> {
+        self.storage.prepare(vm(), desired).await.map(|_| ()).map_err(|e| e.reason())
+    }
+
+    async fn delete(&self, desired: &Desired) -> Result<(), String> {
+        self.storage.delete(vm(), desired).await.map_err(|e| e.reason())
+    }
+}
+
+fn info(path: &Path) -> serde_json::Value {
+    let output = Command::new("qemu-img").args(["info", "--output=json", "-f", "qcow2"]).arg(path).output().unwrap();
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test]
+async fn disks_are_made_once_as_overlays_that_belong_to_the_vms_user() {
+    let place = Place::new();
+    place.prepare(&place.desired()).await.unwrap();
+    assert_eq!(place.names(), ["data.0.qcow2", "root.0.qcow2"]);
+    let root = place.disks().join("root.0.qcow2");
+    let facts = info(&root);
+    assert_eq!(facts["virtual-size"], 4096);
+    assert_eq!(facts["backing-filename-format"], "raw");
+    assert_eq!(facts["backing-filename"], format!("../../images/{}/disk", image()));
+    assert_eq!(info(&place.disks().join("data.0.qcow2"))["virtual-size"], 1 << 20);
+    if let Some(user) = place.user {
+        for path in [root.clone(), place.disks()] {
+            let metadata = fs::metadata(path).unwrap();
+            assert_eq!((metadata.uid(), metadata.gid()), (user.uid, user.gid));
+        }
+    }
+    let before = fs::metadata(&root).unwrap().ino();
+    place.prepare(&place.desired()).await.unwrap();
+    assert_eq!(fs::metadata(&root).unwrap().ino(), before, "what is there is used");
+}
+
+/// P5.
+#[tokio::test]
+async fn a_disk_that_should_be_there_is_never_made_anew() {
+    let place = Place::new();
+    let exist = Desired { disks: DisksExpected::Exist, ..place.desired() };
+    assert_eq!(place.prepare(&exist).await.unwrap_err(), "disk root is missing in pool p");
+    assert_eq!(place.names(), [""; 0]);
+    place.prepare(&place.desired()).await.unwrap();
+    place.prepare(&exist).await.unwrap();
+    fs::remove_file(place.disks().join("data.0.qcow2")).unwrap();
+    assert_eq!(place.prepare(&exist).await.unwrap_err(), "disk data is missing in pool p");
+    assert_eq!(place.names(), ["root.0.qcow2"]);
+    // Made anew only under another generation.
+    let anew = Desired { disk_generation: 1, ..place.desired() };
+    place.prepare(&anew).await.unwrap();
+    assert_eq!(place.names(), ["data.1.qcow2", "root.0.qcow2", "root.1.qcow2"]);
+}
+
+/// P5.
+#[tokio::test]
+async fn a_deletion_removes_this_vms_disks_and_nothing_else() {
+    let place = Place::new();
+    place.prepare(&place.desired()).await.unwrap();
+    place.delete(&place.desired()).await.unwrap();
+    assert!(!place.disks().exists());
+    place.delete(&place.desired()).await.unwrap();
+
+    place.prepare(&place.desired()).await.unwrap();
+    fs::write(place.disks().join("precious"), "x").unwrap();
+    place.delete(&place.desired()).await.unwrap();
+    assert_eq!(place.names(), ["precious"]);
+    assert!(place.dir.path().join("pool/images").join(image().to_string()).join("disk").exists());
+
+    // Without the pool nobody can say what is in it.
+    fs::rename(place.dir.path().join("pool"), place.dir.path().join("away")).unwrap();
+    let error = place.delete(&place.desired()).await.unwrap_err();
+    assert!(error.starts_with("pool p cannot be used"), "{error}");
+}
+
+#[tokio::test]
+async fn what_stands_in_a_disks_place_is_not_touched() {
+    let place = Place::new();
+    fs::create_dir_all(place.disks()).unwrap();
+    let secret = place.dir.path().join("secret");
+    fs::write(&secret, "secret").unwrap();
+    symlink(&secret, place.disks().join("root.0.qcow2")).unwrap();
+    let error = place.prepare(&place.desired()).await.unwrap_err();
+    assert!(error.contains("not a regular file"), "{error}");
+    place.delete(&place.desired()).await.unwrap();
+    assert_eq!(fs::read_to_string(&secret).unwrap(), "secret", "the link went, not what it leads to");
+}
+
+#[tokio::test]
+async fn a_tool_that_fails_leaves_nothing_and_its_words_are_passed_on() {
+    let tools = tempfile::tempdir().unwrap();
+    fs::set_permissions(tools.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let tool = |name: &str, words: &str| {
+        let path = tools.path().join(name);
+        // Writes a part of its file first, whatever its name is: the argument after `--`.
+        let script = format!(
+            "#!/bin/sh\nwhile [ \"$1\" != -- ]; do shift; done\necho part > \"$2\"\necho '{words}' >&2\nexit 1\n"
+        );
+        fs::write(&path, script).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    };
+    let place = Place::with(tool("full", "qemu-img: x: No space left on device"));
+    assert_eq!(place.prepare(&place.desired()).await.unwrap_err(), "pool p is full: disk root could not be written");
+    assert_eq!(place.names(), [""; 0]);
+    let place = Place::with(tool("broken", "qemu-img: it is Monday"));
+    let error = place.prepare(&place.desired()).await.unwrap_err();
+    assert_eq!(error, "qemu-img could not make disk root: qemu-img: it is Monday");
+    assert_eq!(place.names(), [""; 0]);
+}
