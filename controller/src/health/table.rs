@@ -285,6 +285,13 @@ impl HealthTable {
         now.since(host.counted) > self.timings.silence()
     }
 
+    /// What silence until `now` proves, whether or not a verdict was given: the brake withholds verdicts, and time passes
+    /// all the same.
+    #[must_use]
+    pub fn proven(&self, host: HostId, now: Tick) -> Liveness {
+        self.hosts.get(&host).map_or(self.floor, |h| h.out).liveness(now)
+    }
+
     /// When the newest heartbeat of this term came.
     #[must_use]
     pub fn last_heartbeat(&self, host: HostId) -> Option<Tick> {

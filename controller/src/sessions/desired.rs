@@ -73,7 +73,7 @@ pub(crate) fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> 
                     plan.misplaced.insert(id);
                 }
             }
-            None if is_unreadable(state, id) => {}
+            None if state.is_unreadable(&Key::Vm(id)) => {}
             None if seen.state.executes() => {
                 plan.unknown.insert(id);
             }
@@ -83,10 +83,6 @@ pub(crate) fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> 
         }
     }
     plan
-}
-
-fn is_unreadable(state: &State, id: VmId) -> bool {
-    !state.unreadable().is_empty() && state.unreadable().contains_key(&Key::Vm(id).to_string())
 }
 
 /// The message that tells `host` what to do with a VM. `None`: the VM has changed since, and will be planned anew.
@@ -134,4 +130,145 @@ fn images(state: &State, spec: &VmSpec) -> Vec<v1::Image> {
     let kernel = spec.kernel.iter().map(|k| k.image);
     let ids: BTreeSet<_> = kernel.chain(spec.disks.iter().filter_map(|d| d.image)).collect();
     ids.into_iter().filter_map(|id| state.image(id)).map(convert::image).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use uncloud_proto::clock::WallTime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        model::{
+            host::{Accelerator, AcceleratorKind},
+            vm::{Failover, Machine, OnDiskLoss, RestartPolicy},
+        },
+        state::command::{Command, Context, HostFacts, NewVm, PowerChange},
+    };
+
+    fn host(n: u128) -> HostId {
+        HostId::from_uuid(Uuid::from_u128(n))
+    }
+
+    fn vm(n: u128) -> VmId {
+        VmId::from_uuid(Uuid::from_u128(n))
+    }
+
+    fn carry_out(state: &mut State, command: &Command) {
+        let cx = Context { now: WallTime(1), silent: Arc::default(), cpu_overcommit_percent: 400 };
+        let decision = state.decide(command, &cx).unwrap();
+        state.absorb(&decision.change, Revision(state.revision().0 + 1));
+    }
+
+    /// Host 1 with VM 1 on it.
+    fn cluster() -> State {
+        let mut state = State::default();
+        let facts = HostFacts {
+            id: host(1),
+            name: "host-1".into(),
+            labels: BTreeMap::new(),
+            vcpus: 4,
+            memory_mib: 4096,
+            pools: Vec::new(),
+            accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
+            agent_version: "0".into(),
+            boot_id: Uuid::from_u128(9),
+        };
+        carry_out(&mut state, &Command::RegisterHost { host: Box::new(facts) });
+        let new = NewVm {
+            id: vm(1),
+            name: "web".into(),
+            owner: "default".into(),
+            labels: BTreeMap::new(),
+            spec: VmSpec {
+                vcpus: 1,
+                memory_mib: 64,
+                machine: Machine::Q35,
+                kernel: None,
+                disks: Vec::new(),
+                nics: Vec::new(),
+                restart: RestartPolicy::OnFailure,
+                failover: Failover::Fast,
+                on_disk_loss: OnDiskLoss::Wait,
+                priority: 0,
+                host_labels: BTreeMap::new(),
+                anti_affinity_group: None,
+                stop_grace_seconds: 60,
+                extra: Default::default(),
+            },
+            image_names: Vec::new(),
+            desired: Desired::Running,
+        };
+        carry_out(&mut state, &Command::CreateVm { request: None, vm: Box::new(new) });
+        state
+    }
+
+    fn seen(n: u128, incarnation: u64, state: ObservedState) -> BTreeMap<VmId, Seen> {
+        [(vm(n), Seen { incarnation: Incarnation(incarnation), state, sequence: 1 })].into()
+    }
+
+    #[test]
+    fn what_belongs_here_is_told_whether_it_was_reported_or_not() {
+        let mut state = cluster();
+        for seen in [BTreeMap::new(), seen(1, 1, ObservedState::Running)] {
+            let plan = plan(&state, host(1), &seen);
+            let wanted = plan.vms[&vm(1)];
+            assert_eq!((plan.vms.len(), plan.misplaced.len(), plan.unknown.len()), (1, 0, 0));
+            let message = message(&state, host(1), vm(1), wanted).unwrap();
+            assert_eq!((message.disposition(), message.incarnation), (v1::Disposition::Run, 1));
+            assert_eq!(message.spec.unwrap().memory_mib, 64);
+        }
+        let before = plan(&state, host(1), &BTreeMap::new());
+        carry_out(&mut state, &Command::SetDesired { vm: vm(1), desired: PowerChange::ForceStop });
+        let after = plan(&state, host(1), &BTreeMap::new());
+        assert_ne!(before, after, "a change is sent");
+        let stop = message(&state, host(1), vm(1), after.vms[&vm(1)]).unwrap();
+        assert!(stop.disposition() == v1::Disposition::Stop && stop.stop_force);
+        carry_out(&mut state, &Command::DeleteVm { vm: vm(1) });
+        let plan = plan(&state, host(1), &BTreeMap::new());
+        let delete = message(&state, host(1), vm(1), plan.vms[&vm(1)]).unwrap();
+        assert_eq!(delete.disposition(), v1::Disposition::Delete);
+    }
+
+    #[test]
+    fn what_belongs_elsewhere_is_to_be_forgotten_and_counts_while_it_executes() {
+        let state = cluster();
+        for (observed, misplaced) in [(ObservedState::Running, true), (ObservedState::Stopped, false)] {
+            let plan = plan(&state, host(2), &seen(1, 1, observed));
+            assert_eq!(plan.vms[&vm(1)], Wanted::Forget(Incarnation(1)));
+            assert_eq!(plan.misplaced.contains(&vm(1)), misplaced);
+            let message = message(&state, host(2), vm(1), plan.vms[&vm(1)]).unwrap();
+            assert_eq!((message.disposition(), message.spec), (v1::Disposition::Forget, None));
+        }
+        // An agent obeys nothing that is older than what it has.
+        let plan = plan(&state, host(2), &seen(1, 7, ObservedState::Running));
+        assert_eq!(plan.vms[&vm(1)], Wanted::Forget(Incarnation(7)));
+        // A plan that is overtaken never makes another host run it.
+        assert_eq!(message(&state, host(2), vm(1), Wanted::AsRecorded(Revision(1))), None);
+    }
+
+    #[test]
+    fn what_nobody_knows_is_left_alone_while_it_executes() {
+        let state = cluster();
+        let executing = plan(&state, host(1), &seen(5, 3, ObservedState::Running));
+        assert!(executing.unknown.contains(&vm(5)) && !executing.vms.contains_key(&vm(5)));
+        let stopped = plan(&state, host(1), &seen(5, 3, ObservedState::Stopped));
+        assert_eq!(stopped.vms[&vm(5)], Wanted::Forget(Incarnation(3)));
+    }
+
+    #[test]
+    fn of_a_vm_whose_record_cannot_be_read_nothing_is_said() {
+        let mut state = cluster();
+        state.absorb_unreadable(Key::Vm(vm(5)).to_string(), "bad JSON".into(), Revision(9));
+        for observed in [ObservedState::Running, ObservedState::Stopped] {
+            let plan = plan(&state, host(1), &seen(5, 3, observed));
+            assert!(!plan.vms.contains_key(&vm(5)) && plan.misplaced.is_empty() && plan.unknown.is_empty());
+        }
+        // Nor if it was read before, and belongs here.
+        state.absorb_unreadable(Key::Vm(vm(1)).to_string(), "bad JSON".into(), Revision(10));
+        let plan = plan(&state, host(1), &seen(1, 1, ObservedState::Running));
+        assert!(plan.vms.is_empty(), "{plan:?}");
+    }
 }

@@ -9,6 +9,8 @@
 //! * A heartbeat is answered only if the leadership is valid at a moment that was read after the heartbeat was received
 //!   (L2), `health/` grants it (L4), and nothing that belongs elsewhere may execute on the host (S3). S3 is judged by the
 //!   newest committed state and everything that the host reported before the heartbeat.
+//! * Another machine with a host's id, or the same one after a reboot, registers only once the leases of before have surely run
+//!   out (S4, [`other_machine`]).
 //! * A host is granted leases only after `RegisterHost` is stored, with no verdict between (L4), and is told what to run only
 //!   after that.
 
@@ -37,9 +39,9 @@ use super::{
 use crate::{
     health::Grant,
     leadership::{Leader, LeaderSlot, WriteError},
-    model::{Liveness, host::Pool},
+    model::{Liveness, host::Pool, vm::Failover},
     report,
-    state::command::{Command, Refusal},
+    state::command::{Command, HostFacts, Refusal},
 };
 
 /// How long an agent may take to say Hello.
@@ -120,6 +122,40 @@ async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> 
     Ok(greeting)
 }
 
+/// Refuses another machine that uses a host's id while a VM of the first machine may execute (S4). After a reboot the
+/// same machine is another one; its agent calls again until the leases of before have surely run out.
+///
+/// The session has the claim on the host id by now, so the first machine is granted nothing meanwhile.
+fn other_machine(leader: &Leader, facts: &HostFacts) -> Result<(), End> {
+    let proven = leader.health().proven(facts.id, leader.clock.now());
+    let may_execute = leader.mirror.read(|state| {
+        let known = state.host(facts.id)?;
+        if known.record.boot_id == facts.boot_id {
+            return None;
+        }
+        known.vms.iter().filter_map(|&vm| state.vm(vm)).find_map(|vm| {
+            let waits = match vm.record.spec.failover {
+                Failover::Fast => proven == Liveness::Up,
+                Failover::Patient => proven != Liveness::Dead,
+                // No lease binds it, and no time proves anything: an operator who copies a state directory is on his own.
+                Failover::Hold => false,
+            };
+            waits.then(|| vm.record.name.clone())
+        })
+    });
+    match may_execute {
+        None => Ok(()),
+        Some(name) => Err(End::goodbye(
+            v1::GoodbyeReason::DuplicateHost,
+            format!(
+                "host {} was another machine, or this one before it was restarted, and VM `{name}` may still execute there; \
+                 wait until its lease has run out, and give each host a state directory of its own",
+                facts.id
+            ),
+        )),
+    }
+}
+
 /// A session that has been welcomed.
 struct Session<'a> {
     leader: &'a Leader,
@@ -149,6 +185,7 @@ impl<'a> Session<'a> {
         let host = facts.id;
         let pools = facts.pools.clone();
         let pending = |e: &dyn std::error::Error| End::goodbye(v1::GoodbyeReason::DeclaredDead, e.to_string());
+        other_machine(leader, &facts)?;
         let entry = leader.health().enter(host).map_err(|e| pending(&e))?;
         let register = leader.writer.submit(Command::RegisterHost { host: Box::new(facts) });
         tokio::select! {
