@@ -10,11 +10,11 @@ use crate::{output, watch::Step};
 pub(crate) struct Arguments {
     /// Only events of this VM, host or image (name, UUID or unique prefix of one).
     subject: Option<String>,
-    /// Goes on with new events until Ctrl-C.
+    /// Shows up to 100 of the newest, then goes on with new ones until Ctrl-C.
     #[arg(short, long)]
     follow: bool,
     /// How many of the newest events at the most, up to 1000.
-    #[arg(short = 'n', long, default_value = "100", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(short = 'n', long, conflicts_with = "follow", default_value = "100", value_parser = clap::value_parser!(u32).range(1..=1000))]
     limit: u32,
     /// With --follow: only events after this revision.
     #[arg(long, requires = "follow", default_value = "0", hide_default_value = true, value_name = "REVISION",
