@@ -1,6 +1,6 @@
 //! `ImageService`.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prost::Message as _;
 use tonic::{Code, Request, Response, Status};
@@ -24,8 +24,8 @@ use crate::{
         image::{DiskFormat, FileRole, ImageFile},
     },
     state::{
-        ImageEntry,
-        command::{Answer, Command, Refusal, RequestId},
+        self, ImageEntry,
+        command::{Answer, Command, Decision, Refusal, RequestId},
     },
 };
 
@@ -43,25 +43,26 @@ impl Images {
         let request_id = request_id(&request);
         let NewImage { name, kind, files, command_line } = validate::create_image(request)?;
         let leader = self.context.leader()?;
-        // Not for safety, the state decides; but so that nobody waits ten minutes to hear it.
-        if request_id.is_none() && leader.mirror.read(|state| state.images().any(|(_, e)| e.record.name == name)) {
-            return Err(Refusal::ImageNameTaken(name).into());
+        let record = |files: Vec<ImageFile>| ImageRecord {
+            id: ImageId::from_uuid(Uuid::new_v4()),
+            name: name.clone(),
+            kind,
+            files,
+            command_line: command_line.clone(),
+            created: leader.clock.wall(),
+            extra: Extra::default(),
+        };
+        let command = |files| Command::CreateImage { request: request_id.clone(), image: Box::new(record(files)) };
+        // A repeated request has its answer, and a taken name is taken, whatever the files are now. (What is decided
+        // here is not written; the writer decides again.)
+        if let Some(image) = answered(&leader, &command(Vec::new()))? {
+            return Ok(image);
         }
         let mut checked = Vec::with_capacity(files.len());
         for (i, file) in files.into_iter().enumerate() {
             checked.push(inspect(&leader, i, file).await?);
         }
-        let image = ImageRecord {
-            id: ImageId::from_uuid(Uuid::new_v4()),
-            name,
-            kind,
-            files: checked,
-            command_line,
-            created: leader.clock.wall(),
-            extra: Extra::default(),
-        };
-        let command = Command::CreateImage { request: request_id, image: Box::new(image) };
-        match self.context.submit(&leader, command).await? {
+        match self.context.submit(&leader, command(checked)).await? {
             Committed { answer: Answer::Image(record), revision, replayed } => {
                 Ok(convert::image(&ImageEntry { record, revision: replayed.unwrap_or(revision) }))
             }
@@ -77,6 +78,21 @@ fn request_id(request: &v1::CreateImageRequest) -> Option<RequestId> {
     let mut rest = request.clone();
     let id = std::mem::take(&mut rest.request_id);
     Some(RequestId { id, fingerprint: fingerprint(&rest.encode_to_vec(), []) })
+}
+
+/// The answer that was given to this request before.
+fn answered(leader: &Leader, command: &Command) -> Result<Option<v1::Image>, Status> {
+    let cx = state::command::Context {
+        now: leader.clock.wall(),
+        silent: Arc::default(),
+        cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
+    };
+    match leader.mirror.read(|state| state.decide(command, &cx))? {
+        Decision { replayed: Some(revision), answer: Answer::Image(record), .. } => {
+            Ok(Some(convert::image(&ImageEntry { record, revision })))
+        }
+        Decision { .. } => Ok(None),
+    }
 }
 
 /// Has the connected hosts look at a file, one after the other, until one can use it.

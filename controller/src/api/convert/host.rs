@@ -44,10 +44,7 @@ pub(crate) fn host(entry: &HostEntry, extras: &HostExtras) -> v1::Host {
         name: record.name.clone(),
         labels: record.labels.clone().into_iter().collect(),
         capacity: Some(v1::Resources { vcpus: record.vcpus, memory_mib: record.memory_mib }),
-        promised: Some(v1::Resources {
-            vcpus: entry.promised.vcpus,
-            memory_mib: entry.promised.memory_mib,
-        }),
+        promised: Some(v1::Resources { vcpus: entry.promised.vcpus, memory_mib: entry.promised.memory_mib }),
         pools: record.pools.iter().map(|p| pool(p, live)).collect(),
         accelerator: Some(v1::Accelerator { kind: kind.into(), why: record.accelerator.why.clone() }),
         mode: mode.into(),

@@ -144,7 +144,7 @@ async fn a_vm_that_nobody_knows_is_left_alone_and_shown() {
     let sequence = agent.heartbeat().await;
     agent.renewal(sequence).await;
     let host = node.hosts().get_host(v1::GetHostRequest { host: "host-1".into() }).await.unwrap().into_inner();
-    assert_eq!(host.host.unwrap().unknown_vms, [stranger.vm_id.clone()]);
+    assert_eq!(host.host.unwrap().unknown_vms, std::slice::from_ref(&stranger.vm_id));
     let status = node.cluster().get_status(v1::GetStatusRequest {}).await.unwrap().into_inner();
     assert!(status.warnings.iter().any(|w| w.contains("knows nothing about")), "{:?}", status.warnings);
 }

@@ -70,7 +70,7 @@ async fn an_image_is_checked_by_a_host_that_has_its_files() {
     let image = node.images().create_image(once.clone()).await.unwrap().into_inner().image.unwrap();
     assert_eq!(image.files[0].sha256, facts().sha256);
     assert_eq!(image.files[0].virtual_size_bytes, 1 << 30);
-    assert_eq!(node.images().create_image(once).await.unwrap().into_inner().image.unwrap(), image);
+    assert_eq!(node.images().create_image(once.clone()).await.unwrap().into_inner().image.unwrap(), image);
     let taken = node.images().create_image(request("debian")).await.unwrap_err();
     assert_eq!(taken.code(), Code::AlreadyExists);
 
@@ -94,8 +94,15 @@ async fn an_image_is_checked_by_a_host_that_has_its_files() {
     assert_eq!(used.code(), Code::FailedPrecondition);
     let listed = node.images().list_images(v1::ListImagesRequest {}).await.unwrap().into_inner().images;
     assert_eq!(listed, [image]);
+
+    // The answer to a request that is repeated needs no host.
     one.abort();
     two.abort();
+    super::harness::eventually("the hosts have gone", || async {
+        node.leader.sessions.connected().is_empty().then_some(())
+    })
+    .await;
+    assert_eq!(node.images().create_image(once).await.unwrap().into_inner().image.unwrap(), listed[0]);
 }
 
 #[tokio::test]
