@@ -359,11 +359,10 @@ fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
 /// The VM stays with a host that is lost.
 pub(super) fn mark_unreachable(draft: &mut Draft<'_>, entry: &VmEntry, reason: String) -> Result<(), Refusal> {
     let current = entry.current_status();
-    // A host that only had to remove its disks never had the VM itself.
-    let phase = match current {
-        Some(s) if s.phase == Phase::Deleting => Phase::Deleting,
-        Some(_) | None => Phase::Unreachable,
-    };
+    // Where only disks are left to be removed, no guest may execute.
+    let only_disks = entry.record.desired == Desired::Deleted
+        && current.is_some_and(|s| s.phase == Phase::Deleting || s.phase == Phase::Stopped);
+    let phase = if only_disks { Phase::Deleting } else { Phase::Unreachable };
     if current.is_some_and(|s| s.phase == phase && s.reason == reason) {
         return Ok(());
     }

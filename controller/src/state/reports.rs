@@ -69,13 +69,14 @@ fn phase(entry: &VmEntry) -> Option<Phase> {
     entry.current_status().map(|s| s.phase)
 }
 
-/// The guest switched itself off. That is what its user wants from now on, unless a restart is on its way, which the
-/// agent carries out when it learns of it.
+/// The guest switched itself off. That is what its user wants from now on. But if the agent has not carried out the
+/// newest restart yet, one is on its way to it, and when that arrives it starts the guest again under this incarnation:
+/// whatever the user has asked for since, it is not over for good.
 fn powered_off(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, on: &str) -> Result<(), Refusal> {
+    if report.restarts_done < entry.record.restarts {
+        return observe(draft, entry, report, Phase::Stopping);
+    }
     match entry.record.desired {
-        Desired::Running if report.restarts_done < entry.record.restarts => {
-            observe(draft, entry, report, Phase::Stopping)
-        }
         Desired::Running => {
             let record = VmRecord { desired: Desired::Stopped, ..(*entry.record).clone() };
             draft.vm_event(&record, EventType::PoweredOff, format!("the guest switched itself off {on}; it stays off"));

@@ -1,1 +1,11 @@
-//! Tests of the state.
+//! Tests of the state, rule by rule, and a random one over all rules. After every change the copy in memory is compared
+//! with one that is rebuilt from the records.
+
+mod failover;
+mod fixtures;
+mod hosts;
+mod images;
+mod properties;
+mod reports;
+mod unreadable;
+mod vms;
