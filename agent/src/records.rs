@@ -10,7 +10,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -425,16 +425,12 @@ fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error 
 fn make_dir(path: &Path) -> Result<(), Error> {
     // The VM user passes through on the way to its sockets, so others may search, whatever the umask says.
     match fs::DirBuilder::new().mode(0o755).recursive(false).create(path) {
-        Ok(()) => {
-            let open = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755));
-            fs::set_permissions(path, open).map_err(io_error("open up", path))
-        }
+        Ok(()) => fs::set_permissions(path, fs::Permissions::from_mode(0o755)).map_err(io_error("open up", path)),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            if let Some(parent) = path.parent() {
-                fs::create_dir_all(parent).map_err(io_error("make", parent))?;
-            }
-            fs::create_dir(path).map_err(io_error("make", path))
+            let parent = path.parent().unwrap_or(path);
+            fs::create_dir_all(parent).map_err(io_error("make", parent))?;
+            make_dir(path)
         }
         Err(source) => Err(Error::Io { what: "make", path: path.to_owned(), source }),
     }

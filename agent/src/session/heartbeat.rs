@@ -36,7 +36,7 @@ impl Heartbeats {
     /// Older ones will not be answered any more: the stream keeps the order.
     pub fn answered(&mut self, sequence: u64) -> Option<Tick> {
         let index = self.sent.iter().position(|(s, _)| *s == sequence)?;
-        self.sent.drain(..=index).last().map(|(_, at)| at)
+        self.sent.drain(..=index).next_back().map(|(_, at)| at)
     }
 }
 

@@ -449,7 +449,7 @@ fn end_of_goodbye(goodbye: &v1::Goodbye, served: bool) -> End {
 fn end_of_status(status: &tonic::Status, served: bool) -> End {
     let words = format!("{}: {}", status.code(), status.message());
     if let Some(leader) = status.metadata().get(LEADER_METADATA_KEY).and_then(|v| v.to_str().ok()) {
-        return End::NotLeader(Some(leader.to_owned()));
+        return End::NotLeader(Some(leader.to_owned()).filter(|l| !l.is_empty()));
     }
     match (status.code(), served) {
         (tonic::Code::InvalidArgument | tonic::Code::PermissionDenied | tonic::Code::Unauthenticated, _) => {

@@ -45,6 +45,9 @@ pub struct Streams {
     open: Arc<Semaphore>,
 }
 
+/// How long the leader may take to read the end of a stream, of which this host keeps a megabyte or two.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
+
 type Sender = mpsc::Sender<AttachStreamRequest>;
 
 impl Streams {
@@ -62,13 +65,20 @@ impl Streams {
         sender.try_send(first).expect("the queue is new");
         let mut client = AgentServiceClient::new(channel);
         let answer = time::timeout(ACCEPT_TIMEOUT, client.attach_stream(ReceiverStream::new(receiver))).await;
-        let incoming = match answer {
+        let mut incoming = match answer {
             Ok(Ok(response)) => response.into_inner(),
             Ok(Err(status)) => return debug!(stream = request.stream_id, "the stream was not taken: {status}"),
             Err(_) => return debug!(stream = request.stream_id, "the stream was not taken in time"),
         };
-        if let Err(problem) = self.carry(&request, &sender, incoming).await {
+        if let Err(problem) = self.carry(&request, &sender, &mut incoming).await {
             let _ = sender.send(AttachStreamRequest { message: Some(Message::Error(problem)) }).await;
+        }
+        // To drop the answers now would break off the stream, and what is still on its way would be lost. So: say that
+        // this was all, and wait until the leader has it and ends its side.
+        drop(sender);
+        let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
+        if time::timeout(FLUSH_TIMEOUT, rest).await.is_err() {
+            debug!(stream = request.stream_id, "the leader did not take the end of the stream");
         }
     }
 
@@ -76,7 +86,7 @@ impl Streams {
         &self,
         request: &OpenStream,
         sender: &Sender,
-        incoming: Streaming<AttachStreamResponse>,
+        incoming: &mut Streaming<AttachStreamResponse>,
     ) -> Result<(), String> {
         let Ok(_open) = self.open.try_acquire() else {
             return Err(format!("this host has {MOST} consoles and logs open already; close some"));
@@ -97,7 +107,7 @@ impl Streams {
         vm: VmId,
         history_bytes: u32,
         sender: &Sender,
-        mut incoming: Streaming<AttachStreamResponse>,
+        incoming: &mut Streaming<AttachStreamResponse>,
     ) -> Result<(), String> {
         let console = {
             let mut consoles = self.consoles.lock().unwrap_or_else(PoisonError::into_inner);

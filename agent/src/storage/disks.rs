@@ -179,3 +179,23 @@ fn remove_one(removal: &Removal) -> Result<(), Error> {
         Err(e) => Err(io_error("remove", &removal.dir)(e)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// P5: even if it appeared while another was being made.
+    #[test]
+    fn a_disk_that_is_there_is_never_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, temporary) = (dir.path().join("vm/root.0.qcow2"), dir.path().join("vm/.root.0.qcow2.tmp"));
+        fs::create_dir(dir.path().join("vm")).unwrap();
+        fs::write(&path, "data").unwrap();
+        fs::write(&temporary, "empty").unwrap();
+        let (name, pool) = ("root".to_owned(), "p".to_owned());
+        let disk = DiskPlan { name, pool, path, temporary, base: None, size_bytes: 512 };
+        put_in_place(&disk).unwrap();
+        assert_eq!(fs::read_to_string(&disk.path).unwrap(), "data");
+        assert!(!disk.temporary.exists());
+    }
+}

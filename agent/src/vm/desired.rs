@@ -438,7 +438,7 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
         "" => None,
         id => Some(id.parse().map_err(|e| unusable(field("image"), format!("{e}")))?),
     };
-    if d.size_bytes % 512 != 0 || d.size_bytes > 64 << 40 {
+    if !d.size_bytes.is_multiple_of(512) || d.size_bytes > 64 << 40 {
         return Err(unusable(field("size_bytes"), "is not a multiple of 512 up to 64 TiB"));
     }
     if d.size_bytes == 0 && image.is_none() {

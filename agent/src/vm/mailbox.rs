@@ -135,6 +135,12 @@ impl Mailbox {
         }
     }
 
+    /// Takes only the end of a session, if there was one.
+    #[must_use]
+    pub fn take_session_ended(&self) -> Option<Generations> {
+        self.lock().mail.session_ended.take()
+    }
+
     /// Closes it, unless there is mail.
     #[must_use]
     pub fn close(&self) -> bool {

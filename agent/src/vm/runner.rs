@@ -6,7 +6,7 @@
 //! When the agent stops, the task just ends: QEMU and its keeper go on, and the next agent adopts them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     future::{Future, pending},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -22,7 +22,7 @@ use uncloud_proto::{
 
 use super::{
     hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
-    mailbox::{Mail, Mailbox},
+    mailbox::{Generations, Mail, Mailbox},
     state::{Effect, Event, Lease, Moment, ReportState, VmState},
 };
 use crate::{
@@ -178,8 +178,7 @@ impl<H: Hypervisor> Runner<H> {
     /// Returns whether the VM is over.
     async fn mail(&mut self, mail: Mail) -> bool {
         if let Some(generations) = mail.session_ended {
-            let generation = generations.of(self.state.record().desired.class());
-            self.handle(Event::SessionEnded(generation)).await;
+            self.handle(self.session_ended(generations)).await;
         }
         if let Some((desired, acceptance)) = mail.desired {
             info!(incarnation = %desired.incarnation, disposition = ?desired.disposition, ?acceptance, "desired");
@@ -189,6 +188,10 @@ impl<H: Hypervisor> Runner<H> {
             self.handle(Event::Wake).await;
         }
         mail.over && self.leave().await
+    }
+
+    fn session_ended(&self, generations: Generations) -> Event {
+        Event::SessionEnded(generations.of(self.state.record().desired.class()))
     }
 
     /// Drops the record. Returns whether the task may end: not when the leader has named the VM again meanwhile.
@@ -210,12 +213,18 @@ impl<H: Hypervisor> Runner<H> {
     }
 
     async fn handle(&mut self, event: Event) {
-        let mut next = Some(event);
-        while let Some(event) = next.take() {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
             let at = self.moment();
             self.now = at.now;
+            // P1: looked at after the lease. A generation that a later session was granted must not be taken for the
+            // one that the word of an ended session waits for; that session's end was put here before.
+            if let Some(generations) = self.mailbox.take_session_ended() {
+                let effects = self.state.on(self.session_ended(generations), at);
+                events.extend(self.perform(&effects).await);
+            }
             let effects = self.state.on(event, at);
-            next = self.perform(&effects).await;
+            events.extend(self.perform(&effects).await);
         }
         // What was prepared and not used is of no use: the next start prepares anew.
         self.prepared = None;
@@ -364,4 +373,50 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use uncloud_proto::clock::WallTime;
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        lease::LeaseClass,
+        vm::{
+            fake::{FakeHypervisor, World, desired},
+            state::Acceptance,
+        },
+    };
+
+    /// P1: the runner hears of a new lease generation by itself, whatever else makes it look, and that may be before it
+    /// has taken the mail which says that the session of its word is over.
+    #[tokio::test]
+    async fn a_new_lease_is_never_seen_before_the_end_of_the_session() {
+        let dir = tempfile::tempdir().unwrap();
+        let now = Tick::from_boot(Duration::from_secs(100));
+        let clock = Clock::custom(move || now, || WallTime(0));
+        let lease = Arc::new(LeaseFile::open(&dir.path().join("lease"), Uuid::from_u128(1)).unwrap());
+        let world = Arc::new(World::default());
+        let hypervisor = FakeHypervisor { world, lease: Arc::clone(&lease), clock: clock.clone() };
+        let host = Host {
+            hypervisor: Arc::new(hypervisor),
+            lease: Arc::clone(&lease),
+            clock,
+            dirs: VmDirs::at(dir.path().to_owned()),
+            outbox: SharedOutbox::default(),
+        };
+        let (vm, mailbox) = (VmId::from_uuid(Uuid::from_u128(1)), Mailbox::default());
+        let mut runner = Runner::new(vm, VmState::new(vm), host, mailbox.clone(), Directory::default());
+
+        let waits_for = lease.word(LeaseClass::Fast).generation.wrapping_add(1);
+        runner.handle(Event::Desired(Box::new(desired(1)), Acceptance::Expected(waits_for))).await;
+        mailbox.session_ended(Generations { fast: waits_for.wrapping_sub(1), patient: 0 });
+        let word = lease.renew(LeaseClass::Fast, now.after(Duration::from_secs(6)), now);
+        assert_eq!(word.generation, waits_for);
+        runner.handle(Event::Wake).await;
+        assert!(runner.work.is_none(), "nothing is prepared");
+    }
 }

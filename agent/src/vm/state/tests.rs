@@ -462,7 +462,11 @@ impl Driver {
                 self.env.executing = Some((incarnation, generation));
                 self.event(Event::Started(incarnation, generation))?;
             } else {
-                self.event(if self.secs % 2 == 0 { Event::StartFailed("no".into()) } else { Event::StartFenced })?;
+                self.event(if self.secs.is_multiple_of(2) {
+                    Event::StartFailed("no".into())
+                } else {
+                    Event::StartFenced
+                })?;
             }
         } else if std::mem::take(&mut self.env.deleting) {
             self.event(if good { Event::DisksDeleted } else { Event::DeleteFailed("no".into()) })?;
@@ -529,9 +533,8 @@ impl Driver {
             Step::Unwritable => {
                 if self.env.preparing || self.env.deleting || self.env.launching.is_some() {
                     // Only right after the effect; an answer that is under way must not be confused with it.
-                    let started = self.env.launching.take().is_some();
+                    self.env.launching = None;
                     (self.env.preparing, self.env.deleting) = (false, false);
-                    let _ = started;
                     self.event(Event::PersistFailed("no".into()))?;
                 }
                 Ok(())
@@ -540,7 +543,7 @@ impl Driver {
                 // A launch that was under way may have come about.
                 let record = self.state.record().clone();
                 if let Some(launch) = self.env.launching.take()
-                    && self.secs % 2 == 0
+                    && self.secs.is_multiple_of(2)
                 {
                     self.env.executing = Some(launch);
                 }
