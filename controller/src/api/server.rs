@@ -1,12 +1,16 @@
 //! Puts the services on a listener.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
-use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time,
+};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Server};
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tracing::warn;
 use uncloud_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
     v1::{
@@ -30,6 +34,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const MAX_STREAMS: u32 = 1024;
 /// Headers of one request, in bytes.
 const MAX_HEADERS: u32 = 16 * 1024;
+
+/// How long to wait when no connection can be accepted. Trying at once would keep a CPU busy and fill the log.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(500);
 
 /// The largest message that a user may send, in bytes. A VM with everything that is allowed has less than half of that.
 const MAX_REQUEST_BYTES: usize = 1024 * 1024;
@@ -83,17 +90,40 @@ pub async fn serve(listener: TcpListener, slot: LeaderSlot, stop: CancellationTo
         .add_service(AgentServiceServer::new(Agents { context }).max_decoding_message_size(MAX_MESSAGE_BYTES));
 
     let server = Server::builder()
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(accept(listener), stop.clone().cancelled_owned());
     tokio::select! {
         result = server => Ok(result?),
         () = tell_health(slot, health, stop) => unreachable!("health is told for ever"),
     }
+}
+
+/// The connections that come in. Never ends: when there are no file descriptors left, it waits until there are again.
+fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
+    futures_util::stream::unfold(listener, |listener| async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    // Without this, small messages wait for each other, up to 40 ms.
+                    if let Err(error) = stream.set_nodelay(true) {
+                        warn!("TCP_NODELAY cannot be set: {error}");
+                    }
+                    return Some((Ok(stream), listener));
+                }
+                // The peer has given up before its turn came.
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
+                Err(error) => {
+                    warn!("a connection cannot be accepted: {error}");
+                    time::sleep(ACCEPT_AGAIN).await;
+                }
+            }
+        }
+    })
 }
 
 /// Says SERVING while this process leads.

@@ -32,7 +32,7 @@ use super::{
     desired::{self, Plan, Wanted},
     job::{self, Job, JobResult},
     outgoing::{End, Item, Outgoing},
-    parse::{self, Greeting},
+    parse::{self, Greeting, Reported},
     registry::{Claim, LiveFacts, Order},
     rules::{OnHeartbeat, Rules},
 };
@@ -52,6 +52,8 @@ const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 const HEARTBEATS_PER_LEASE: u32 = 6;
 /// How long a job waits that the writer had no room for.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
+/// How long a registration waits for room. Shorter than the lease that the host may still have.
+const GREETING_PATIENCE: Duration = Duration::from_secs(3);
 /// VMs in one message: with 4 KiB each, 2 MiB, well below the limit of a message.
 const VMS_PER_MESSAGE: usize = 500;
 
@@ -187,18 +189,12 @@ impl<'a> Session<'a> {
         let pending = |e: &dyn std::error::Error| End::goodbye(v1::GoodbyeReason::DeclaredDead, e.to_string());
         other_machine(leader, &facts)?;
         let entry = leader.health().enter(host).map_err(|e| pending(&e))?;
-        let register = leader.writer.submit(Command::RegisterHost { host: Box::new(facts) });
-        tokio::select! {
+        let rules = Rules::new(&vms);
+        let acks = tokio::select! {
             biased;
             () = claim.replaced.cancelled() => return Err(replaced()),
-            result = register => result.map_err(refused)?,
+            stored = store_greeting(leader, facts, vms) => stored.map_err(refused)?,
         };
-        let rules = Rules::new(&vms);
-        let stored = job::run(&leader.writer, host, Job { reports: vms, commands: Vec::new() }).await;
-        match stored.failed {
-            None => {}
-            Some(error) => return Err(refused(error)),
-        }
         leader.health().register(entry, leader.clock.now()).map_err(|e| pending(&e))?;
 
         let mut session = Self {
@@ -215,7 +211,7 @@ impl<'a> Session<'a> {
             facts: LiveFacts { free_bytes, ..LiveFacts::default() },
             withheld: false,
         };
-        session.welcome(&stored.acks)?;
+        session.welcome(&acks)?;
         Ok(session)
     }
 
@@ -408,6 +404,39 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         self.out.send(Message::Ack(v1::ReportAck { entries: acks }))
+    }
+}
+
+/// Stores a host's registration, and then what it reported. After a takeover all hosts do this at once, so what the writer
+/// has no room for is tried again for a while: that is cheaper than a new session.
+async fn store_greeting(
+    leader: &Leader,
+    facts: HostFacts,
+    vms: Vec<Reported>,
+) -> Result<Vec<v1::ReportAckEntry>, WriteError> {
+    let host = facts.id;
+    let give_up = time::Instant::now() + GREETING_PATIENCE;
+    let register = Command::RegisterHost { host: Box::new(facts) };
+    loop {
+        match leader.writer.submit(register.clone()).await {
+            Ok(_) => break,
+            Err(WriteError::Overloaded) if time::Instant::now() < give_up => time::sleep(BUSY_PAUSE).await,
+            Err(error) => return Err(error),
+        }
+    }
+    let mut job = Job { reports: vms, commands: Vec::new() };
+    let mut acks = Vec::new();
+    loop {
+        let result = job::run(&leader.writer, host, job).await;
+        acks.extend(result.acks);
+        match result.failed {
+            None => return Ok(acks),
+            Some(WriteError::Overloaded) if time::Instant::now() < give_up => {
+                time::sleep(BUSY_PAUSE).await;
+                job = Job { reports: result.reports_again, commands: result.commands_again };
+            }
+            Some(error) => return Err(error),
+        }
     }
 }
 
