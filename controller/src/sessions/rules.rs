@@ -39,7 +39,7 @@ pub(crate) struct Rules {
     unclean: BTreeSet<VmId>,
     /// VMs that execute here and that nobody knows.
     unknown: BTreeSet<VmId>,
-    last_heartbeat: u64,
+    last_heartbeat: Option<u64>,
 }
 
 /// What to do after a plan.
@@ -131,10 +131,10 @@ impl Rules {
 
     /// A heartbeat came.
     pub(crate) fn heartbeat(&mut self, sequence: u64) -> OnHeartbeat {
-        if sequence <= self.last_heartbeat {
+        if self.last_heartbeat.is_some_and(|last| sequence <= last) {
             return OnHeartbeat::Stale;
         }
-        self.last_heartbeat = sequence;
+        self.last_heartbeat = Some(sequence);
         if self.unclean.is_empty() {
             OnHeartbeat::Ask
         } else {

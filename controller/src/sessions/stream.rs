@@ -10,7 +10,7 @@
 //!   (L2), `health/` grants it (L4), and nothing that belongs elsewhere may execute on the host (S3). S3 is judged by the
 //!   newest committed state and everything that the host reported before the heartbeat.
 //! * Another machine with a host's id, or the same one after a reboot, registers only once the leases of before have surely run
-//!   out (S4, [`other_machine`]).
+//!   out (S6, [`other_machine`]).
 //! * A host is granted leases only after `RegisterHost` is stored, with no verdict between (L4), and is told what to run only
 //!   after that.
 
@@ -124,7 +124,7 @@ async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> 
     Ok(greeting)
 }
 
-/// Refuses another machine that uses a host's id while a VM of the first machine may execute (S4). After a reboot the
+/// Refuses another machine that uses a host's id while a VM of the first machine may execute (S6). After a reboot the
 /// same machine is another one; its agent calls again until the leases of before have surely run out.
 ///
 /// The session has the claim on the host id by now, so the first machine is granted nothing meanwhile.

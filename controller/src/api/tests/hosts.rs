@@ -172,3 +172,40 @@ async fn a_watch_of_hosts_shows_when_one_falls_silent_and_when_it_is_cordoned() 
     })
     .await;
 }
+
+#[tokio::test]
+async fn s6_another_machine_with_a_hosts_id_waits_until_the_lease_of_before_has_run_out() {
+    let node = Node::start(SHORT).await;
+    let (mut before, _) = Agent::join(&node, hello(1, 10)).await;
+    let vm = node.create("web").await;
+    before.desired(&vm.id).await;
+    before.report(&vm.id, 1, 1, v1::AgentVmState::Running).await;
+    let granted = node.leader.clock.now();
+    let sequence = before.heartbeat().await;
+    before.renewal(sequence).await;
+    drop(before);
+
+    // The host has been restarted, or its state directory copied: nobody can tell. It calls again and again.
+    let mut refused = 0;
+    let welcomed = async {
+        loop {
+            let mut agent = Agent::dial(&node, hello(1, 11)).await;
+            let answer = agent.until("an answer", |m| match m {
+                session_response::Message::Welcome(w) => Some(Ok(w)),
+                session_response::Message::Goodbye(g) => Some(Err(g)),
+                _ => None,
+            });
+            match answer.await {
+                Ok(welcome) => break welcome,
+                Err(goodbye) => assert_eq!(goodbye.reason(), v1::GoodbyeReason::DuplicateHost),
+            }
+            refused += 1;
+            time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let welcome = time::timeout(super::harness::LIMIT, welcomed).await.unwrap();
+    let waited = node.leader.clock.now().since(granted);
+    assert!(waited >= SHORT.wait(SHORT.fast), "welcomed after {waited:?}");
+    assert!(refused > 0);
+    assert_eq!(welcome.vms.len(), 1);
+}
