@@ -269,7 +269,7 @@ struct Log {
 struct Watcher {
     root: PathBuf,
     seen: Arc<Mutex<Seen>>,
-    /// Processes that are something else: when they were first seen, and when they started.
+    /// Processes that are something else, and neither keeper nor QEMU: when they were first seen, and when they started.
     others: HashMap<u32, (Instant, u64)>,
     /// Pairs of QEMU processes that have been reported.
     reported: HashSet<(u32, u32)>,
@@ -341,8 +341,14 @@ impl Watcher {
                 continue;
             }
             match proc_table::look(pid) {
-                Look::Ours(p) if p.kind == Kind::Qemu && p.vm_dir.starts_with(&self.root) => found.push(p),
-                Look::Ours(_) | Look::Other => {
+                // A keeper's child is a keeper until its `exec`: it is looked at each time.
+                Look::Ours(p) => {
+                    self.others.remove(&pid);
+                    if p.kind == Kind::Qemu && p.vm_dir.starts_with(&self.root) {
+                        found.push(p);
+                    }
+                }
+                Look::Other => {
                     if let Some((_, start)) = proc_table::stat(pid) {
                         let entry = self.others.entry(pid).or_insert((now, start));
                         if entry.1 != start {

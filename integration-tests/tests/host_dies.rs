@@ -75,7 +75,7 @@ async fn a_vm_with_its_disk_on_the_dead_host_waits_says_why_and_comes_back_with_
     cluster.host(&host)?.cut_power();
     let unreachable = cluster.api.wait_phase(&waits.id, VmPhase::Unreachable, secs(15)).await?;
     let reason = unreachable.status.as_ref().map(|s| s.reason.clone()).unwrap_or_default();
-    assert!(reason.contains(specs::LOCAL), "the reason names the pool: {reason}");
+    assert!(reason.contains(&host) && reason.contains("disks"), "the reason names host and cause: {reason}");
     let explain = v1::ExplainVmRequest { vm: waits.id.clone(), owner: String::new() };
     let explained = cluster.api.vms().explain_vm(explain).await?.into_inner();
     assert!(!explained.summary.is_empty());
