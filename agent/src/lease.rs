@@ -345,6 +345,7 @@ mod tests {
         assert!(!word(0, 10).valid_at(ms(10)));
         assert!(word(3, 10).permits(3, ms(9)));
         assert!(!word(4, 10).permits(3, ms(9)));
+        assert!(!word(3, 10).permits(3, ms(10)));
     }
 
     #[test]

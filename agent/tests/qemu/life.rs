@@ -1,6 +1,11 @@
 //! A VM's life on one host: start, stop, crash, and the agent that comes back.
 
-use std::{fs, os::unix::net::UnixListener, time::Duration};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixListener,
+    time::Duration,
+};
 
 use rustix::process::Signal;
 use uncloud_agent::{
@@ -108,15 +113,27 @@ async fn adoption_needs_one_free_socket_of_the_real_qemu() {
     let _held = std::os::unix::net::UnixStream::connect(run.join("qmp1.sock")).unwrap();
     fs::remove_file(run.join("qmp0.sock")).unwrap();
     let impostor = UnixListener::bind(run.join("qmp0.sock")).unwrap();
-    impostor.set_nonblocking(true).unwrap();
+    let vm = host.vm;
+    // It speaks QMP as well as QEMU does, and says whatever is wanted of it.
+    std::thread::spawn(move || {
+        for connection in impostor.incoming() {
+            let mut connection = BufReader::new(connection.unwrap());
+            if connection.get_mut().write_all(b"{\"QMP\": {}}\n").is_err() {
+                continue;
+            }
+            for id in 0.. {
+                let answer = format!("{{\"id\": {id}, \"return\": {{\"UUID\": \"{vm}\", \"status\": \"stolen\"}}}}\n");
+                match connection.read_line(&mut String::new()) {
+                    Ok(1..) if connection.get_mut().write_all(answer.as_bytes()).is_ok() => {}
+                    Ok(_) | Err(_) => break,
+                }
+            }
+        }
+    });
 
     let Adoption::Running(instance) = adopt(&host.launch.vm_dir, host.vm).await else { panic!("it runs") };
     assert_eq!(instance.qemu_pid(), pid);
     assert_eq!(instance.status().await.unwrap(), "running");
-    let (mut said, _) = impostor.accept().expect("it was connected to");
-    let mut bytes = Vec::new();
-    std::io::Read::read_to_end(&mut said, &mut bytes).unwrap();
-    assert!(bytes.is_empty(), "nothing is said to a process that is not QEMU: {bytes:?}");
 }
 
 /// A QEMU that hangs is alive: it must not be taken for gone, and can be killed.
@@ -199,6 +216,31 @@ async fn qemu_and_keeper_run_without_privileges_in_little_memory() {
         .sum();
     println!("the keeper has {own} KiB of its own");
     assert!(own < 2048, "{rollup}");
+}
+
+/// What QEMU inherits does not depend on its own precautions, nor on the agent's.
+#[tokio::test]
+async fn what_the_keeper_starts_has_nothing_that_it_does_not_need() {
+    let mut host = Host::new();
+    let leak = fs::File::open("/dev/zero").unwrap();
+    rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+    host.pretend("umask; pwd; ls -l /proc/$BASHPID/fd; exec grep -E 'NoNewPrivs|SigIgn' /proc/self/status");
+    let Err(LaunchError::Failed { reason }) = host.try_start().await else { panic!("it is no QEMU") };
+    for line in ["NoNewPrivs:1", "0077"] {
+        assert!(reason.lines().any(|l| l == line), "{line}: {reason}");
+    }
+    let ignored = reason.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?, 16).ok()).unwrap();
+    for signal in [Signal::HUP, Signal::INT, Signal::PIPE, Signal::TERM] {
+        assert_eq!(ignored >> (signal.as_raw() - 1) & 1, 0, "{signal:?}: {reason}");
+    }
+    assert!(reason.lines().any(|l| l == host.path("run").to_str().unwrap()), "{reason}");
+    assert!(reason.contains("-> /dev/null") && reason.contains(host.path("lock").to_str().unwrap()), "{reason}");
+    assert!(!reason.contains("/dev/zero") && !reason.contains("lease") && !reason.contains(".json"), "{reason}");
+
+    // A shell would change this.
+    host.launch.argv = ["grep", "SigBlk", "/proc/self/status"].map(Into::into).into();
+    let Err(LaunchError::Failed { reason }) = host.try_start().await else { panic!("it is no QEMU") };
+    assert_eq!(reason, "SigBlk:0000000000000000");
 }
 
 /// Whatever it finds, it says what it measured, soon, and leaves nothing behind.

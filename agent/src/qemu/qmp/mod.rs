@@ -319,7 +319,7 @@ mod tests {
         let (client, mut events, mut qemu) = connected().await;
         let late = client.execute_within("stop", None, SHORT).await;
         assert!(matches!(late, Err(Error::Timeout { .. })));
-        assert_eq!(events.next().await, None);
+        assert_eq!(timeout(COMMAND_LIMIT, events.next()).await, Ok(None));
         assert!(matches!(client.execute("cont", None).await, Err(Error::Closed)));
         assert_eq!(qemu.hear().await["execute"], "stop");
         assert_eq!(qemu.0.read_u8().await.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
