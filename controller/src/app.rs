@@ -80,7 +80,8 @@ async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &
     };
     // A process is a candidate once: after a restart it is another.
     let id = ControllerId::from_uuid(uuid::Uuid::new_v4());
-    let candidate = Candidate { id, address: config.address() };
+    let predecessor = succeed(&config.data_dir, id);
+    let candidate = Candidate { id, address: config.address(), predecessor };
     let campaign = Campaign::new(store.clone(), clock.clone(), candidate);
     let controllers = if config.controllers.is_empty() { vec![config.address()] } else { config.controllers.clone() };
     let settings = Settings {
@@ -98,6 +99,17 @@ async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &
         };
         lead(&campaign, &store, clock, id, elected, &settings, slot, stop).await;
     }
+}
+
+/// Leaves this process's id in the data directory and returns the one that was there. The directory is locked.
+fn succeed(data_dir: &Path, id: ControllerId) -> Option<ControllerId> {
+    let path = data_dir.join("controller-id");
+    let predecessor = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+    if let Err(error) = fs::write(&path, format!("{id}\n")) {
+        // Without it the next start only takes a little longer.
+        warn!("cannot write {}: {error}", path.display());
+    }
+    predecessor
 }
 
 async fn connect(endpoints: &[String]) -> Store {

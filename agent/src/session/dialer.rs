@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-/// Shortest and longest wait between two dials. The longest is a third of the short lease, so that a host which lost
-/// its leader finds the next one in time.
+/// Shortest and longest wait between two dials. The longest is a small part of the short lease, because what a host that
+/// lost its leader has left of it after the election of the next one is little.
 const SHORTEST: Duration = Duration::from_millis(200);
-const LONGEST: Duration = Duration::from_secs(2);
+const LONGEST: Duration = Duration::from_millis(700);
 /// So many hints are followed at once. Two controllers that name each other must not keep an agent spinning.
 const HINTS_AT_ONCE: u32 = 2;
 /// After a controller refused this host for good, so long until it is asked again.

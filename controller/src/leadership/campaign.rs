@@ -35,6 +35,9 @@ pub struct Candidate {
     pub id: ControllerId,
     /// Where it serves.
     pub address: String,
+    /// The process that had this one's data directory before. It is surely dead, because the directory is locked; so
+    /// its leader key need not run out by itself, which after a restart of etcd would take a whole TTL and more.
+    pub predecessor: Option<ControllerId>,
 }
 
 /// Stands for election again and again.
@@ -105,12 +108,18 @@ impl Campaign {
     }
 
     async fn look_and_claim(&self) -> Result<Look, Error> {
-        if let Some(value) = self.store.get(&Key::Leader).await? {
+        if let Some((value, term)) = self.store.leader().await? {
             let leader = match Record::from_json(&Key::Leader, &value) {
                 Ok(Record::Leader(leader)) => Some((*leader).clone()),
                 Ok(_) | Err(_) => None,
             };
-            return Ok(Look::Led(leader));
+            match leader {
+                Some(leader) if Some(leader.id) == self.candidate.predecessor => {
+                    info!(%term, "the leader of before was this controller's own predecessor, which is dead: its key goes");
+                    self.store.remove_leader(term).await?;
+                }
+                leader => return Ok(Look::Led(leader)),
+            }
         }
         // Read before the grant is sent: the validity runs from here (T1).
         let sent = self.clock.now();
@@ -201,7 +210,7 @@ impl Campaign {
 
     /// Gives the leadership up, so that nobody has to wait for the lease. What fails is left to run out.
     pub async fn resign(&self, token: &LeaderToken, lease: i64) {
-        if let Err(error) = self.store.resign(token).await {
+        if let Err(error) = self.store.remove_leader(token.term()).await {
             debug!("could not resign: {}", report(&error));
             return;
         }

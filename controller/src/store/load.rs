@@ -1,7 +1,7 @@
 //! Reading: the whole state at one revision, one key, events.
 
 use etcd_client::{GetOptions, SortOrder, SortTarget};
-use uncloud_proto::ids::Revision;
+use uncloud_proto::ids::{Revision, Term};
 use uuid::Uuid;
 
 use super::{Error, LOAD_TIMEOUT, REQUEST_TIMEOUT, Store, limited};
@@ -72,15 +72,14 @@ impl Store {
         Ok(Loaded { revision: Revision(revision.unwrap_or(0)), entries })
     }
 
-    /// Reads one key. `None`: it is not there.
-    ///
-    /// # Errors
-    ///
-    /// When etcd does not answer.
-    pub async fn get(&self, key: &Key) -> Result<Option<Vec<u8>>, Error> {
+    /// The leader key: its value and the revision at which it was created. `None`: nobody leads.
+    pub(crate) async fn leader(&self) -> Result<Option<(Vec<u8>, Term)>, Error> {
         let mut kv = self.kv();
-        let mut answer = limited(REQUEST_TIMEOUT, kv.get(key.to_string(), None)).await?;
-        Ok(answer.take_kvs().into_iter().next().map(|kv| kv.into_key_value().1))
+        let mut answer = limited(REQUEST_TIMEOUT, kv.get(Key::Leader.to_string(), None)).await?;
+        Ok(answer.take_kvs().into_iter().next().map(|kv| {
+            let term = Term(kv.create_revision());
+            (kv.into_key_value().1, term)
+        }))
     }
 
     /// The newest events, newest first: of one subject (the nil UUID: the cluster), or of all.

@@ -1,7 +1,7 @@
 //! Writing. Every transaction compares the leader key's create revision with the term.
 
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
-use uncloud_proto::ids::Revision;
+use uncloud_proto::ids::{Revision, Term};
 
 use super::{Error, REQUEST_TIMEOUT, Retention, RetentionLeases, Store, limited};
 use crate::{
@@ -120,9 +120,10 @@ impl Store {
         Ok(if answer.succeeded() { Claim::Won(Revision(header.revision())) } else { Claim::Taken })
     }
 
-    /// Deletes the leader key, if it is still the one that `token` was made for.
-    pub(crate) async fn resign(&self, token: &LeaderToken) -> Result<(), Error> {
-        let txn = Txn::new().when([token.compare()]).and_then([TxnOp::delete(Key::Leader.to_string(), None)]);
+    /// Deletes the leader key, if it is still the one that was created at this revision.
+    pub(crate) async fn remove_leader(&self, term: Term) -> Result<(), Error> {
+        let same = Compare::create_revision(Key::Leader.to_string(), CompareOp::Equal, term.0);
+        let txn = Txn::new().when([same]).and_then([TxnOp::delete(Key::Leader.to_string(), None)]);
         let mut kv = self.kv();
         limited(REQUEST_TIMEOUT, kv.txn(txn)).await?;
         Ok(())

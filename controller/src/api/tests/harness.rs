@@ -72,7 +72,8 @@ impl Node {
         });
 
         let id = ControllerId::from_uuid(Uuid::new_v4());
-        let campaign = Campaign::new(store.clone(), clock.clone(), Candidate { id, address: address.clone() });
+        let campaign =
+            Campaign::new(store.clone(), clock.clone(), Candidate { id, address: address.clone(), predecessor: None });
         let elected = time::timeout(LIMIT, campaign.win(|_| {})).await.expect("an election is won");
         let keeper = elected.keeper();
         let keep = tokio::spawn(async move { campaign.keep(&keeper).await });

@@ -30,7 +30,7 @@ async fn term(data_dir: &Path) -> Term {
     let clock = Clock::system();
     let store = eventually("etcd serves", async || Store::connect(&[etcd.endpoint().to_owned()]).await.ok()).await;
     let id = ControllerId::from_uuid(Uuid::from_u128(0xc));
-    let candidate = Candidate { id, address: "127.0.0.1:1".into() };
+    let candidate = Candidate { id, address: "127.0.0.1:1".into(), predecessor: None };
     let campaign = Campaign::new(store.clone(), clock.clone(), candidate);
     let elected = campaign.win(|_| {}).await;
     let keeping = elected.keeper();
