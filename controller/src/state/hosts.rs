@@ -227,7 +227,7 @@ pub(super) fn declare_lapsed(
 
 fn displace(draft: &mut Draft<'_>, vm: VmId, liveness: Liveness) -> Result<(), Refusal> {
     let entry = draft.vm(vm)?;
-    if entry.record.spec.failover == Failover::Hold && liveness == Liveness::Dead && !entry.ended_for_good() {
+    if entry.record.spec.failover == Failover::Hold && liveness != Liveness::Up && !entry.ended_for_good() {
         let reason = "its host is down, and `failover: hold` keeps it there; it may still execute";
         return mark_unreachable(draft, &entry, reason.into());
     }
