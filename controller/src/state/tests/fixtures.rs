@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The id of the shared pool `shared`.
-pub(super) const SHARED: Uuid = Uuid::from_u128(0x5_4a_4e_d);
+pub(super) const SHARED: Uuid = Uuid::from_u128(0x54a4ed);
 
 pub(super) fn host_id(n: u128) -> HostId {
     HostId::from_uuid(Uuid::from_u128(0xa000 + n))
