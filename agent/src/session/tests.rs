@@ -357,6 +357,26 @@ async fn a_vm_starts_only_when_its_host_has_a_lease() {
     machine.world.assert_p1();
 }
 
+/// The lease of a VM's class decides, from its first word on: what is fast, patient or pinned is not known before.
+#[tokio::test]
+async fn a_vm_of_any_class_starts_under_its_first_incarnation() {
+    let (machine, mut leader) = (Machine::new(), Leader::start().await);
+    let agent = machine.start(&[leader.address]).await;
+    let mut talk = leader.session().await;
+    talk.welcome(1, vec![]).await;
+    talk.beats(Renewals::Granted, 2).await;
+    let classes = [v1::FailoverPolicy::Fast, v1::FailoverPolicy::Patient, v1::FailoverPolicy::Hold];
+    for (n, class) in (1..).zip(classes) {
+        let mut wanted = run(n, 1);
+        wanted.spec.as_mut().unwrap().failover = class.into();
+        talk.want(vec![wanted]).await;
+        talk.until(Renewals::Granted, n, 1, AgentVmState::Running).await;
+    }
+    assert_eq!(machine.world.launched(), [1, 1, 1]);
+    agent.stop().await;
+    machine.world.assert_p1();
+}
+
 /// L2: what answers no heartbeat of this session grants nothing.
 #[tokio::test]
 async fn a_renewal_of_an_unknown_heartbeat_grants_nothing() {

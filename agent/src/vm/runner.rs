@@ -26,7 +26,7 @@ use super::{
     state::{Effect, Event, Lease, Moment, ReportState, VmState},
 };
 use crate::{
-    lease::LeaseFile,
+    lease::{LeaseClass, LeaseFile},
     records::{Record, VmDirs},
     session::outbox::SharedOutbox,
 };
@@ -215,12 +215,18 @@ impl<H: Hypervisor> Runner<H> {
     async fn handle(&mut self, event: Event) {
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            let at = self.moment();
+            // The lease that counts is the one of the class that the VM has once the event has been taken in. Both are looked
+            // at now, before the session's end.
+            let before = self.moment(self.state.record().desired.class());
+            let at = match &event {
+                Event::Desired(desired, _) => self.moment(desired.class()),
+                _ => before,
+            };
             self.now = at.now;
             // P1: looked at after the lease. A generation that a later session was granted must not be taken for the
             // one that the word of an ended session waits for; that session's end was put here before.
             if let Some(generations) = self.mailbox.take_session_ended() {
-                let effects = self.state.on(self.session_ended(generations), at);
+                let effects = self.state.on(self.session_ended(generations), before);
                 events.extend(self.perform(&effects).await);
             }
             let effects = self.state.on(event, at);
@@ -230,9 +236,9 @@ impl<H: Hypervisor> Runner<H> {
         self.prepared = None;
     }
 
-    fn moment(&self) -> Moment {
+    fn moment(&self, class: LeaseClass) -> Moment {
         let now = self.host.clock.now();
-        let word = self.host.lease.word(self.state.record().desired.class());
+        let word = self.host.lease.word(class);
         let lease = Lease { generation: word.generation, valid: word.valid_at(now) };
         Moment { now, wall: self.host.clock.wall(), lease }
     }
@@ -383,12 +389,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::{
-        lease::LeaseClass,
-        vm::{
-            fake::{FakeHypervisor, World, desired},
-            state::Acceptance,
-        },
+    use crate::vm::{
+        fake::{FakeHypervisor, World, desired},
+        state::Acceptance,
     };
 
     /// P1: the runner hears of a new lease generation by itself, whatever else makes it look, and that may be before it
