@@ -425,3 +425,79 @@ fn host_of(root: &Path, vm_dir: &Path) -> String {
     let inside = vm_dir.strip_prefix(root).ok().and_then(|p| p.components().next());
     inside.map(|c| c.as_os_str().to_string_lossy().into_owned()).unwrap_or_default()
 }
+
+/// A check that cannot fail is worth nothing.
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::process::CommandExt as _,
+        process::{Child, Command, Stdio},
+    };
+
+    use super::*;
+
+    const VM: &str = "6f3c0f0a-24a5-4d3c-a0e0-2b3b8a7f0a11";
+    const SOON: Duration = Duration::from_secs(10);
+
+    /// Something that looks like a QEMU of [`VM`] on this host until it is killed.
+    fn qemu(root: &Path, host: &str) -> Child {
+        let run = root.join(host).join("state/vms").join(VM).join("run");
+        fs::create_dir_all(&run).unwrap();
+        let mut command = Command::new("sh");
+        command.arg0("/usr/bin/qemu-system-x86_64").args(["-c", "read nothing", "-uuid", VM]).current_dir(run);
+        command.stdin(Stdio::piped()).spawn().unwrap()
+    }
+
+    async fn wait_instances(checker: &Checker, n: usize) {
+        wait_for("instances", SOON, async || match checker.instances(VM) {
+            found if found.len() == n => Ok(()),
+            found => Err(format!("{found:?}")),
+        })
+        .await
+        .unwrap();
+    }
+
+    #[tokio::test]
+    async fn one_after_the_other_is_fine_and_two_at_once_are_not() {
+        let root = tempfile::tempdir().unwrap();
+        let mut checker = Checker::start(root.path());
+        let mut first = qemu(root.path(), "host-1");
+        wait_instances(&checker, 1).await;
+        assert_eq!(checker.running(VM).unwrap().pid, first.id());
+        first.kill().unwrap();
+        // Not reaped: a zombie executes nothing.
+        checker.wait_gone(VM, SOON).await.unwrap();
+        let mut second = qemu(root.path(), "host-2");
+        wait_instances(&checker, 2).await;
+        assert_eq!(checker.running(VM).unwrap().host, "host-2");
+        checker.finish().unwrap();
+
+        let mut checker = Checker::start(root.path());
+        let mut third = qemu(root.path(), "host-1");
+        wait_instances(&checker, 2).await;
+        for child in [&mut first, &mut second, &mut third] {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let problem = checker.finish().unwrap_err().to_string();
+        assert!(problem.contains("P1 broken") && problem.contains(VM), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn a_counter_that_jumps_back_and_an_alarm_of_the_guest_are_noticed() {
+        let root = tempfile::tempdir().unwrap();
+        let log = |host: &str, text: &str| {
+            let run = root.path().join(host).join("state/vms").join(VM).join("run");
+            fs::create_dir_all(&run).unwrap();
+            fs::write(run.join("serial.log"), text).unwrap();
+        };
+        let mut checker = Checker::start(root.path());
+        log("host-1", "MICRO 00000000 aaaaaaaa\r\nHB 00000001 aaaaaaaa\r\n");
+        checker.wait_line(VM, "HB 00000001", Instant::now() - SOON, SOON).await.unwrap();
+        assert_eq!(checker.count(VM), 1);
+        log("host-2", "MICRO 00000000 bbbbbbbb\r\nSPLITBRAIN 00000009 bbbbbbbb\r\n");
+        checker.wait_line(VM, "SPLITBRAIN", Instant::now() - SOON, SOON).await.unwrap();
+        let problem = checker.finish().unwrap_err().to_string();
+        assert!(problem.contains("does not go on") && problem.contains("SPLITBRAIN"), "{problem}");
+    }
+}

@@ -207,6 +207,84 @@ async fn a_second_controller_waits_its_turn_and_takes_over_when_the_first_is_gon
     cluster.finish().await
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_hangs_for_a_while_touches_no_vm() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(2).default_leases().start().await?;
+    cluster.allow_error("etcd");
+    let vms = running_vms(&cluster, 1).await?;
+    let etcd = cluster.etcd.as_ref().context("an etcd")?;
+    etcd.signal(Signal::STOP)?;
+    // While etcd hangs nobody leads for long: a write is refused, in bounded time.
+    let asked = Instant::now();
+    let refused = cluster.api.create(specs::micro("in-vain")).await.err().context("nothing can be stored")?;
+    eprintln!("refused after {:.2?}: {refused}", asked.elapsed());
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    assert!(asked.elapsed() < secs(5), "{:?}", asked.elapsed());
+    etcd.signal(Signal::CONT)?;
+    cluster.controller.wait_serving().await?;
+    cluster.wait_hosts().await?;
+    assert_untouched(&cluster, &vms).await?;
+    // What was refused as unknown may have been stored; it is there once or not at all.
+    let list = cluster.api.vms().list_vms(v1::ListVmsRequest::default()).await?.into_inner().vms;
+    assert!(list.iter().filter(|vm| vm.name == "in-vain").count() <= 1);
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_wakes_up_too_late_writes_nothing() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(0).start().await?;
+    let etcd = cluster.etcd.as_ref().context("an etcd")?;
+    let (endpoint, mut store) = (etcd.endpoint().to_owned(), etcd.client().await?);
+    let dir = cluster.path().join("second");
+    std::fs::create_dir(&dir)?;
+    let listen = format!("127.0.0.1:{}", harness::process::free_port()?);
+    let mut second = harness::controller::Controller::spawn(&dir, &listen, vec!["--etcd".into(), endpoint.into()])?;
+    let stopped = |name: &str| {
+        let mut request =
+            specs::with(specs::micro(name), |s| s.disks = vec![v1::Disk { size_bytes: 512, ..Default::default() }]);
+        request.set_desired(PowerState::Stopped);
+        request
+    };
+    cluster.api.create(stopped("before")).await?;
+
+    for round in 0..3 {
+        // Calls wait in the sockets of the one that is stopped. It wakes up with them, and with an old term.
+        let (asleep, awake) =
+            if round % 2 == 0 { (&cluster.controller, &mut second) } else { (&second, &mut cluster.controller) };
+        let api = asleep.api().clone();
+        api.vm("before").await.ok();
+        asleep.signal(Signal::STOP)?;
+        let late: Vec<_> = (0..10)
+            .map(|n| {
+                let (api, request) = (api.clone(), stopped(&format!("late-{round}-{n}")));
+                tokio::spawn(async move { api.create(request).await })
+            })
+            .collect();
+        awake.wait_serving().await?;
+        wait_for("the other one leads", secs(15), async || {
+            let made = awake.api().create(stopped(&format!("new-{round}"))).await;
+            made.map(drop).map_err(|s| s.to_string())
+        })
+        .await?;
+        let newest = store.get("/uncloud/v1/leader", None).await?;
+        let term = newest.kvs()[0].create_revision();
+        asleep.signal(Signal::CONT)?;
+        for call in late {
+            let answer = call.await?;
+            let status = answer.err().context("one that no longer leads has acknowledged a write")?;
+            assert!(matches!(status.code(), Code::Unavailable | Code::FailedPrecondition), "{status}");
+        }
+        let now = store.get("/uncloud/v1/leader", None).await?;
+        assert_eq!(now.kvs()[0].create_revision(), term, "the new leader leads on");
+        let list = v1::ListVmsRequest { page_size: 1000, ..Default::default() };
+        let vms = awake.api().vms().list_vms(list).await?.into_inner().vms;
+        assert!(!vms.iter().any(|vm| vm.name.starts_with("late")), "{vms:?}");
+        assert_eq!(vms.len(), 2 + round);
+    }
+    second.process().terminate(secs(15)).await?;
+    cluster.finish().await
+}
+
 /// Command lines with `text` in them.
 fn processes_with(text: &str) -> Vec<String> {
     let lines = harness::proc_table::pids().into_iter().filter_map(|pid| {

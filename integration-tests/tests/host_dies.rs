@@ -8,6 +8,8 @@ use uncloud_proto::v1::{FailoverPolicy, HostState, VmPhase};
 
 /// The promise P4, at the default settings.
 const BACK_WITHIN: Duration = secs(10);
+/// The same when the leader dies at the same moment.
+const BOTH_WITHIN: Duration = secs(15);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn vms_of_a_host_without_power_run_elsewhere_within_ten_seconds() -> anyhow::Result<()> {
@@ -59,6 +61,23 @@ async fn vms_of_a_host_without_power_run_elsewhere_within_ten_seconds() -> anyho
         cluster.checker.wait_beats(&vm.id, 3, secs(10)).await?;
         assert_eq!(cluster.checker.instances(&vm.id).len(), 2, "{:?}", cluster.checker.instances(&vm.id));
     }
+    cluster.finish().await
+}
+
+/// The wait starts at the takeover: the new leader counts every host as alive until then.
+#[tokio::test(flavor = "multi_thread")]
+async fn when_leader_and_host_die_together_the_vm_is_back_within_fifteen_seconds() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(3).default_leases().start().await?;
+    let vm = cluster.run(specs::micro("unlucky")).await?;
+    let cut = Instant::now();
+    cluster.controller.kill();
+    cluster.host_of(&vm)?.cut_power();
+    cluster.controller.start_again().await?;
+    let moved = cluster.api.wait_moved(&vm, secs(30)).await?;
+    let took = cut.elapsed();
+    eprintln!("leader and host died together: Running on {} after {took:.2?}", host_of(&moved));
+    assert!(took <= BOTH_WITHIN, "{took:?}");
+    cluster.checker.wait_beats(&vm.id, 1, secs(10)).await?;
     cluster.finish().await
 }
 
