@@ -63,6 +63,15 @@ impl Controller {
         &mut self.process
     }
 
+    /// SIGSTOP; returns when it stands still.
+    ///
+    /// # Errors
+    ///
+    /// It does not run.
+    pub async fn freeze(&self) -> anyhow::Result<()> {
+        self.process.freeze().await
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();

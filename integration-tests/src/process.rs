@@ -13,6 +13,8 @@ use anyhow::{Context as _, bail};
 pub use rustix::process::Signal;
 use rustix::process::{Pid, kill_process, set_parent_process_death_signal};
 
+use crate::{proc_table, wait_for};
+
 /// How a process is started, each time.
 #[derive(Clone, Debug)]
 pub struct Spec {
@@ -125,6 +127,28 @@ impl Process {
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = self.pid().with_context(|| format!("{} does not run", self.spec.name))?;
         kill_process(to_pid(pid)?, signal).with_context(|| format!("send {signal:?} to {}", self.spec.name))
+    }
+
+    /// SIGSTOP; returns when the last of its threads stands still, so that nothing that is sent afterwards is answered.
+    ///
+    /// # Errors
+    ///
+    /// It does not run, or does not stand still within a second.
+    pub async fn freeze(&self) -> anyhow::Result<()> {
+        self.signal(Signal::STOP)?;
+        let pid = self.pid().context("it runs")?;
+        wait_for(&format!("{} stands still", self.spec.name), Duration::from_secs(1), async || {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(|e| e.to_string())?;
+            for thread in threads.filter_map(Result::ok) {
+                let id = thread.file_name().to_string_lossy().parse().unwrap_or(pid);
+                match proc_table::stat(id) {
+                    Some(('T', _)) | None => {}
+                    Some((state, _)) => return Err(format!("thread {id} is {state}")),
+                }
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// SIGKILL; returns when it is gone.

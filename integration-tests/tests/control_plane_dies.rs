@@ -98,12 +98,14 @@ async fn assert_all_there(cluster: &Cluster, ids: &[String]) -> anyhow::Result<(
     Ok(())
 }
 
+/// Everybody who asked while it was down was told UNAVAILABLE. The one call that was on its way when it died is broken off:
+/// nobody was left to answer it.
 fn assert_refusals_are_clear(refusals: &[tonic::Status]) {
     assert!(!refusals.is_empty(), "somebody must have been refused while it was down");
-    for status in refusals {
-        assert_eq!(status.code(), Code::Unavailable, "{status}");
-        assert!(!status.message().is_empty());
-    }
+    let (clear, other): (Vec<_>, Vec<_>) = refusals.iter().partition(|s| s.code() == Code::Unavailable);
+    assert!(clear.iter().all(|s| !s.message().is_empty()));
+    assert!(other.len() <= 1, "{other:?}");
+    assert!(other.iter().all(|s| matches!(s.code(), Code::Cancelled | Code::Unknown)), "{other:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -115,8 +117,12 @@ async fn a_controller_that_is_killed_and_started_again_touches_no_vm_and_loses_n
 
     let down = Instant::now();
     cluster.controller.kill();
-    let refused = cluster.api.vm(&vms[0].0.id).await.err().context("nobody is there")?;
-    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    // A call on the connection that is just breaking may be told that instead.
+    wait_for("UNAVAILABLE", secs(2), async || match cluster.api.vm(&vms[0].0.id).await {
+        Err(status) if status.code() == Code::Unavailable => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await?;
     cluster.controller.start_again().await?;
     eprintln!("the controller leads again {:.2?} after it was killed", down.elapsed());
     cluster.wait_hosts().await?;
@@ -253,7 +259,7 @@ async fn a_leader_that_wakes_up_too_late_writes_nothing() -> anyhow::Result<()> 
             if round % 2 == 0 { (&cluster.controller, &mut second) } else { (&second, &mut cluster.controller) };
         let api = asleep.api().clone();
         api.vm("before").await.ok();
-        asleep.signal(Signal::STOP)?;
+        asleep.freeze().await?;
         let late: Vec<_> = (0..10)
             .map(|n| {
                 let (api, request) = (api.clone(), stopped(&format!("late-{round}-{n}")));

@@ -46,8 +46,11 @@ async fn a_cluster_comes_up_runs_a_vm_and_leaves_no_process_behind_on_ctrl_c() -
         other => Err(format!("{other:?}")),
     })
     .await?;
-    let told = fs::read_to_string(dir.path().join("out"))?;
-    assert!(told.contains(&listen), "it does not say how to talk to it: {told}");
+    wait_for("it says how to talk to it", secs(5), async || {
+        let told = fs::read_to_string(dir.path().join("out")).map_err(|e| e.to_string())?;
+        if told.contains(&listen) { Ok(()) } else { Err(told) }
+    })
+    .await?;
 
     // An empty disk: the firmware finds nothing to boot, and QEMU runs.
     let disk = v1::Disk { size_bytes: 1 << 20, ..Default::default() };
