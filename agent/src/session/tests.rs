@@ -48,7 +48,7 @@ use crate::{
     },
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(10);
 const LEASE: Duration = Duration::from_secs(6);
 
 fn vm(n: u128) -> VmId {
@@ -161,8 +161,17 @@ impl Talk {
         }
     }
 
+    async fn beats_until(&mut self, condition: impl Fn() -> bool) {
+        let deadline = time::Instant::now() + LIMIT;
+        while !condition() {
+            assert!(time::Instant::now() < deadline, "the condition does not come true");
+            self.beats(Renewals::Granted, 1).await;
+        }
+    }
+
     async fn until_ended_by_agent(&mut self) {
-        while self.step(Renewals::Withheld).await.is_some() {}
+        let ended = async { while self.step(Renewals::Withheld).await.is_some() {} };
+        time::timeout(LIMIT, ended).await.expect("the agent does not end the session");
     }
 
     async fn ack(&self, n: u128) {
@@ -527,9 +536,7 @@ async fn an_agent_that_is_restarted_adopts_its_vms_and_says_so_at_once() {
     machine.world.end(vm(1), ExitKind::Signaled(11));
     let report = talk.until(Renewals::Granted, 1, 1, AgentVmState::Running).await;
     assert_eq!(report.last_exit.map(|x| x.signal), None, "it still ran when this was said");
-    while machine.world.launched().len() < 2 {
-        talk.beats(Renewals::Granted, 1).await;
-    }
+    talk.beats_until(|| machine.world.launched().len() == 2).await;
     agent.stop().await;
     machine.world.assert_p1();
 }
@@ -559,9 +566,7 @@ async fn a_vm_that_belongs_elsewhere_is_killed_and_its_record_goes_when_the_lead
     assert!(dir.join(vm(1).to_string()).exists());
     talk.ack(1).await;
     talk.ack(2).await;
-    while fs::read_dir(&dir).unwrap().count() > 0 {
-        talk.beats(Renewals::Granted, 1).await;
-    }
+    talk.beats_until(|| fs::read_dir(&dir).unwrap().count() == 0).await;
     // It may come back.
     talk.want(vec![run(1, 3)]).await;
     talk.until(Renewals::Granted, 1, 3, AgentVmState::Running).await;
