@@ -234,8 +234,18 @@ async fn a_second_controller_on_the_same_etcd_waits_and_takes_over() {
     second.stop();
 }
 
+/// What a command says that must end by itself with an error.
 fn fails(mut command: Command) -> String {
-    let Output { status, stderr, .. } = command.output().unwrap();
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let begin = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if begin.elapsed() > LIMIT {
+            child.kill().unwrap();
+            panic!("it should have refused to start: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let Output { status, stderr, .. } = child.wait_with_output().unwrap();
     assert!(!status.success());
     String::from_utf8(stderr).unwrap()
 }

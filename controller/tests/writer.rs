@@ -13,7 +13,7 @@ use support::*;
 use tokio::time;
 use uncloud_controller::{
     leadership::{Compacted, WriteError},
-    model::{Key, Record},
+    model::{EventType, Key, Record},
     state::command::{Answer, Command, ObservedState, PowerChange, Refusal, VmObservation},
 };
 use uncloud_proto::ids::{Incarnation, Revision};
@@ -45,6 +45,21 @@ async fn concurrent_creates_share_transactions_and_each_gets_its_own_answer_once
     assert!(end.0 - start.0 < 32, "64 VMs took {} transactions", end.0 - start.0);
     let events: BTreeSet<String> = etcd.keys("/uncloud/v1/events/").await.into_iter().map(|(key, _)| key).collect();
     assert!(events.len() >= 128, "no event has overwritten another one: {}", events.len());
+}
+
+#[tokio::test]
+async fn events_of_one_transaction_do_not_overwrite_each_other() {
+    let etcd = Etcd::start().await;
+    let reign = Reign::begin(&etcd.store().await).await;
+    let note = |n: u32| Command::Note { event: EventType::SettingsChanged, message: format!("note {n}") };
+    let writer = &reign.leader.writer;
+    let noted = futures_util::future::join_all((0..40).map(|n| writer.submit(note(n)))).await;
+    let revisions: BTreeSet<Revision> = noted.into_iter().map(|n| n.unwrap().revision).collect();
+    assert!(revisions.len() < 40, "some share a transaction");
+    let events = reign.leader.store.list_events(None, 100).await.unwrap();
+    let notes: Vec<String> = events.into_iter().map(|e| e.event.message).filter(|m| m.starts_with("note")).collect();
+    let expected: Vec<String> = (0..40).rev().map(|n| format!("note {n}")).collect();
+    assert_eq!(notes, expected, "newest first");
 }
 
 #[tokio::test]

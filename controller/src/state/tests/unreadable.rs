@@ -115,6 +115,17 @@ fn a_host_with_an_unreadable_record_is_left_alone_with_its_vms() {
 }
 
 #[test]
+fn nothing_is_written_over_what_cannot_be_read() {
+    let mut world = World::with_hosts(0);
+    spoil(&mut world, &Key::Image(image_id(1)));
+    let create = Command::CreateImage { request: None, image: Box::new(image(1, ImageKind::Disk)) };
+    assert_eq!(world.refused(create), Refusal::Unreadable(Key::Image(image_id(1)).to_string()));
+    spoil(&mut world, &Key::Cluster);
+    let set = Command::SetLeases { fast_lease_ms: 6000, patient_lease_ms: 60_000 };
+    assert_eq!(world.refused(set), Refusal::Unreadable(Key::Cluster.to_string()));
+}
+
+#[test]
 fn an_image_may_be_used_by_a_vm_that_cannot_be_read() {
     let mut world = World::with_hosts(1);
     world.ok(Command::CreateImage { request: None, image: Box::new(image(1, ImageKind::Disk)) });
