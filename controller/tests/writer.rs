@@ -117,6 +117,30 @@ async fn garbage_is_reported_and_left_alone_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn an_unreadable_record_of_the_leases_keeps_nobody_from_leading_and_is_left_alone() {
+    let etcd = Etcd::start().await;
+    let garbage = b"{\"fast_lease_ms\": ".as_slice();
+    etcd.client().await.put(Key::Cluster.to_string(), garbage, None).await.unwrap();
+    let reign = Reign::begin(&etcd.store().await).await;
+    reign.submit(register(1)).await.unwrap();
+    reign.submit(create(1, None)).await.unwrap();
+    assert!(reign.leader.is_valid());
+    // A predecessor may have granted anything: nothing is declared lapsed for as long as the longest lease there is.
+    reign.resign().await;
+    let reign = Reign::begin(&etcd.store().await).await;
+    let begin = reign.leader.clock.now();
+    let verdicts = |seconds| {
+        let now = begin.after(Duration::from_secs(seconds));
+        let mut health = reign.leader.health();
+        health.tick(now);
+        health.release_brake(now);
+        health.tick(now).len()
+    };
+    assert_eq!((verdicts(3590), verdicts(3700)), (0, 1));
+    assert_eq!(etcd.get(&Key::Cluster.to_string()).await.unwrap().0, garbage);
+}
+
+#[tokio::test]
 async fn fields_of_a_newer_program_survive_a_rewrite() {
     let etcd = Etcd::start().await;
     let store = etcd.store().await;
