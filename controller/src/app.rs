@@ -80,7 +80,9 @@ async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &
     };
     // A process is a candidate once: after a restart it is another.
     let id = ControllerId::from_uuid(uuid::Uuid::new_v4());
-    let predecessor = succeed(&config.data_dir, id);
+    // With an etcd of its own only: there, whoever copies the data directory has copied the cluster, too. With a shared etcd
+    // the copy of a directory in use would take a living leader's key away.
+    let predecessor = if config.etcd.is_empty() { succeed(&config.data_dir, id) } else { None };
     let candidate = Candidate { id, address: config.address(), predecessor };
     let campaign = Campaign::new(store.clone(), clock.clone(), candidate);
     let controllers = if config.controllers.is_empty() { vec![config.address()] } else { config.controllers.clone() };

@@ -36,7 +36,8 @@ pub struct Candidate {
     /// Where it serves.
     pub address: String,
     /// The process that had this one's data directory before. It is surely dead, because the directory is locked; so
-    /// its leader key need not run out by itself, which after a restart of etcd would take a whole TTL and more.
+    /// its leader key need not run out by itself, which after a restart of etcd would take a whole TTL and more. `None` with
+    /// an etcd that others use, too.
     pub predecessor: Option<ControllerId>,
 }
 
