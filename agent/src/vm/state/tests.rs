@@ -88,6 +88,23 @@ fn a_word_waits_for_the_lease_of_its_own_session() {
     assert!(state.on(word(desired(1), Acceptance::Firm(1)), moment(14, 1, true)).contains(&Effect::Prepare));
 }
 
+/// V1: a stop in between does not make an incarnation good that may run elsewhere.
+#[test]
+fn what_was_fenced_and_then_stopped_is_still_fenced() {
+    let mut state = VmState::new(vm());
+    state.on(word(desired(1), Acceptance::Firm(1)), moment(10, 1, true));
+    state.on(Event::Prepared, moment(20, 2, true));
+    let at = moment(21, 2, true);
+    for disposition in [Disposition::Stop, Disposition::Delete] {
+        state.on(word(Desired { disposition, ..desired(1) }, Acceptance::Firm(2)), at);
+        assert_eq!(shown(&state), ReportState::Stopped, "{disposition:?}");
+        state.on(Event::DeleteFailed("no".into()), at);
+        let again = Desired { restarts: 1, ..desired(1) };
+        assert!(!state.on(word(again, Acceptance::Firm(2)), at).contains(&Effect::Prepare), "{disposition:?}");
+        assert_eq!(shown(&state), ReportState::Fenced, "{disposition:?}");
+    }
+}
+
 #[test]
 fn a_keeper_that_refuses_a_start_makes_it_fenced() {
     let mut state = VmState::new(vm());
