@@ -123,6 +123,11 @@ async fn a_controller_that_is_killed_and_started_again_touches_no_vm_and_loses_n
         other => Err(format!("{other:?}")),
     })
     .await?;
+    // Down until somebody who wrote has been told so, too.
+    wait_for("a refusal", secs(20), async || {
+        writer.look(|t| if t.refusals.is_empty() { Err("none yet".into()) } else { Ok(()) })
+    })
+    .await?;
     cluster.controller.start_again().await?;
     eprintln!("the controller leads again {:.2?} after it was killed", down.elapsed());
     cluster.wait_hosts().await?;
