@@ -363,7 +363,11 @@ impl VmDirs {
             }
             let Ok(vm) = name.parse::<VmId>() else { continue };
             match self.read(vm) {
-                Loaded::Missing if !entry.path().join("keeper.json").exists() => self.remove(vm)?,
+                Loaded::Missing if !entry.path().join("keeper.json").exists() => {
+                    if let Err(error) = self.remove(vm) {
+                        tracing::warn!(%vm, %error, "cannot remove an empty directory");
+                    }
+                }
                 found => loaded.push((vm, found)),
             }
         }

@@ -283,7 +283,7 @@ fn disks_go_only_after_the_vm_and_only_when_the_leader_says_delete() {
     let mut state = running();
     let forget = Desired { disposition: Disposition::Forget, spec: None, ..desired(2) };
     assert_eq!(state.on(word(forget, Acceptance::Firm(1)), moment(20, 1, true)), [Effect::Persist, Effect::Kill]);
-    state.on(Event::Ended(exit(1, ExitKind::Signaled(9))), moment(20, 1, true));
+    assert_eq!(state.on(Event::Ended(exit(1, ExitKind::Signaled(9))), moment(20, 1, true)), [Effect::Persist]);
     assert!(shown(&state) == ReportState::Forgotten && state.is_over());
 }
 
