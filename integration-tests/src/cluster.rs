@@ -22,6 +22,7 @@ use crate::{
     logs,
     netns::Network,
     paths,
+    proc_table::{self, Kind},
     process::free_port,
     slots::{Share, Slot},
     specs, wait_for,
@@ -300,6 +301,12 @@ impl Cluster {
         let vm = self.api.wait_running(&vm.id, Duration::from_secs(60)).await?;
         self.checker.wait_beats(&vm.id, 1, Duration::from_secs(60)).await?;
         Ok(vm)
+    }
+
+    /// Whether a QEMU of this VM is in the process table at this moment. (The checker's newest look is a little older.)
+    #[must_use]
+    pub fn executes(&self, vm: &str) -> bool {
+        proc_table::under(self.path()).iter().any(|p| p.vm == vm && p.kind == Kind::Qemu)
     }
 
     /// Runs the `uncloud` command.

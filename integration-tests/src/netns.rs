@@ -68,9 +68,11 @@ impl Network {
         run(&["ip", "netns", "add", &name])?;
         run(&["ip", "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &name])?;
         run(&["ip", "link", "set", &port, "master", &self.id, "up"])?;
-        run(&["ip", "-n", &name, "address", "add", &address, "dev", "eth0"])?;
-        run(&["ip", "-n", &name, "link", "set", "lo", "up"])?;
-        run(&["ip", "-n", &name, "link", "set", "eth0", "up"])?;
+        // Not `ip -n`, which makes mounts and so does not work where `/` is no mount point, as in a chroot.
+        let enter = format!("--net=/run/netns/{name}");
+        run(&["nsenter", &enter, "--", "ip", "address", "add", &address, "dev", "eth0"])?;
+        run(&["nsenter", &enter, "--", "ip", "link", "set", "lo", "up"])?;
+        run(&["nsenter", &enter, "--", "ip", "link", "set", "eth0", "up"])?;
         Ok(name)
     }
 

@@ -98,7 +98,7 @@ async fn a_vm_with_its_disk_on_the_dead_host_waits_says_why_and_comes_back_with_
     let explain = v1::ExplainVmRequest { vm: waits.id.clone(), owner: String::new() };
     let explained = cluster.api.vms().explain_vm(explain).await?.into_inner();
     assert!(!explained.summary.is_empty());
-    assert!(cluster.checker.running(&waits.id).is_none());
+    assert!(!cluster.executes(&waits.id));
 
     cluster.host(&host)?.start_again()?;
     cluster.wait_hosts().await?;

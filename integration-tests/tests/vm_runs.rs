@@ -93,7 +93,7 @@ async fn a_vm_is_created_talks_stops_starts_and_goes_without_a_trace() -> anyhow
     let stopped = cluster.api.wait_phase(id, VmPhase::Stopped, secs(20)).await?;
     assert_eq!(stopped.desired(), PowerState::Stopped);
     cluster.checker.wait_line(id, "BYE", before, secs(1)).await?;
-    assert!(cluster.checker.running(id).is_none(), "QEMU still runs");
+    assert!(!cluster.executes(id), "QEMU still runs");
     let counted = cluster.checker.count(id);
 
     // Start: a new incarnation, the same disk.
@@ -139,7 +139,7 @@ async fn a_guest_that_powers_itself_off_stays_off_and_one_that_panics_comes_back
     console.type_line("poweroff").await?;
     let off = cluster.api.wait_phase(id, VmPhase::Stopped, secs(20)).await?;
     assert_eq!(off.desired(), PowerState::Stopped, "who powered itself off is stopped");
-    assert!(cluster.checker.running(id).is_none());
+    assert!(!cluster.executes(id));
 
     cluster.api.start(id).await?;
     cluster.api.wait_moved(&off, secs(30)).await?;
