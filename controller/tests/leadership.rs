@@ -60,6 +60,29 @@ async fn a_killed_leader_is_succeeded_only_after_it_has_stopped_counting_itself(
 }
 
 #[tokio::test]
+async fn a_process_whose_term_ended_without_a_resignation_does_not_wait_for_its_own_key() {
+    // etcd was killed and is back with the leader key and a new TTL: here the key stays for ever, because nobody ends its lease.
+    let etcd = Etcd::start().await;
+    let store = etcd.store().await;
+    let campaign = campaign(&store, "127.0.0.1:1");
+    let first = win(&campaign).await;
+    let (value, _) = etcd.get(&Key::Leader.to_string()).await.unwrap();
+    etcd.client().await.put(Key::Leader.to_string(), value, None).await.unwrap();
+    assert_eq!(etcd.keys(&Key::Leader.to_string()).await[0].1, 0, "the key stays");
+
+    let second = win(&campaign).await;
+    assert!(second.term > first.term);
+    // Somebody else's key is nobody else's to take.
+    let (value, _) = etcd.get(&Key::Leader.to_string()).await.unwrap();
+    etcd.client().await.put(Key::Leader.to_string(), value, None).await.unwrap();
+    let other = support::campaign(&store, "127.0.0.1:2");
+    let mut hints = Vec::new();
+    let waits = tokio::time::timeout(Duration::from_secs(1), other.win(|hint| hints.push(hint))).await;
+    assert!(waits.is_err(), "it took a living leader's key");
+    assert_eq!(hints.first(), Some(&Some("127.0.0.1:1".to_owned())));
+}
+
+#[tokio::test]
 async fn a_leader_that_hears_nothing_from_etcd_stops_in_time() {
     // T1
     let etcd = Etcd::start().await;

@@ -119,6 +119,13 @@ impl Campaign {
                     info!(%term, "the leader of before was this controller's own predecessor, which is dead: its key goes");
                     self.store.remove_leader(term).await?;
                 }
+                // A term of this very process, which has ended, or else it would not stand again: etcd was away when it
+                // resigned, or a claim was answered too late. Waiting for the TTL, which etcd starts anew when it is
+                // back, would cost the hosts their leases. What is left of the old term cannot write (T2).
+                Some(leader) if leader.id == self.candidate.id => {
+                    info!(%term, "the leader key is of an earlier term of this process: it goes");
+                    self.store.remove_leader(term).await?;
+                }
                 leader => return Ok(Look::Led(leader)),
             }
         }
