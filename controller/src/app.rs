@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use rustix::fs::FlockOperation;
-use tokio::{net::TcpListener, task::JoinHandle, time};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uncloud_proto::{clock::Clock, ids::ControllerId};
@@ -20,7 +20,7 @@ use uncloud_proto::{clock::Clock, ids::ControllerId};
 use crate::{
     api,
     config::Config,
-    leadership::{Campaign, Candidate, Elected, Leader, LeaderSlot, Settings},
+    leadership::{Campaign, Candidate, Elected, Follower, Leader, LeaderSlot, LeaderToken, Settings, WarmCopy},
     reconcile, report,
     store::{Store, embedded::EmbeddedEtcd},
 };
@@ -50,13 +50,16 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
 
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
-    let slot = LeaderSlot::default();
+    let part = Part { slot: LeaderSlot::default(), copy: WarmCopy::default() };
+    let (store, known) = watch::channel(None);
     let served = CancellationToken::new();
-    let server = tokio::spawn(api::serve(listener, slot.clone(), served.clone()));
+    let serving =
+        api::Serving { slot: part.slot.clone(), copy: part.copy.clone(), store: known, address: config.address() };
+    let server = tokio::spawn(api::serve(listener, serving, served.clone()));
     info!(address = %config.listen, "serving");
 
     // Ends by itself when `stop` fires, after a hand-over.
-    elections(&config, &clock, &endpoints, &slot, &stop).await;
+    elections(&config, &clock, &endpoints, &part, &store, &stop).await;
 
     served.cancel();
     match time::timeout(SERVER_END, server).await {
@@ -71,20 +74,36 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
     Ok(())
 }
 
-/// Stands for election and leads, again and again. Returns when a term has ended and `stop` has fired.
-async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &LeaderSlot, stop: &CancellationToken) {
+/// What this process is at the moment: the leader, or one that follows.
+struct Part {
+    slot: LeaderSlot,
+    copy: WarmCopy,
+}
+
+/// Stands for election and leads, again and again, and follows whoever leads otherwise. Returns when a term has ended and
+/// `stop` has fired.
+async fn elections(
+    config: &Config,
+    clock: &Clock,
+    endpoints: &[String],
+    part: &Part,
+    known: &watch::Sender<Option<Store>>,
+    stop: &CancellationToken,
+) {
     let store = tokio::select! {
         biased;
         () = stop.cancelled() => return,
         store = connect(endpoints) => store,
     };
+    known.send_replace(Some(store.clone()));
     // A process is a candidate once: after a restart it is another.
     let id = ControllerId::from_uuid(uuid::Uuid::new_v4());
     // With an etcd of its own only: there, whoever copies the data directory has copied the cluster, too. With a shared etcd
     // the copy of a directory in use would take a living leader's key away.
     let predecessor = if config.etcd.is_empty() { succeed(&config.data_dir, id) } else { None };
     let candidate = Candidate { id, address: config.address(), predecessor };
-    let campaign = Campaign::new(store.clone(), clock.clone(), candidate);
+    let campaign = Campaign::new(store.clone(), clock.clone(), candidate).woken_by(part.copy.leader_gone());
+    let mut follower = Follower::new(store.clone(), part.copy.clone());
     let controllers = if config.controllers.is_empty() { vec![config.address()] } else { config.controllers.clone() };
     let settings = Settings {
         timings: config.timings(),
@@ -97,9 +116,10 @@ async fn elections(config: &Config, clock: &Clock, endpoints: &[String], slot: &
             biased;
             // An election that is won at this very moment is left to run out.
             () = stop.cancelled() => return,
-            elected = campaign.win(|hint| slot.clear(hint)) => elected,
+            elected = campaign.win(|hint| part.slot.clear(hint)) => elected,
+            never = follower.run() => match never {},
         };
-        lead(&campaign, &store, clock, id, elected, &settings, slot, stop).await;
+        lead(&campaign, &mut follower, &store, clock, id, elected, &settings, &part.slot, stop).await;
     }
 }
 
@@ -134,6 +154,7 @@ async fn connect(endpoints: &[String]) -> Store {
 #[expect(clippy::too_many_arguments, reason = "the parts of a process meet here and nowhere else")]
 async fn lead(
     campaign: &Campaign,
+    follower: &mut Follower,
     store: &Store,
     clock: &Clock,
     id: ControllerId,
@@ -146,13 +167,25 @@ async fn lead(
     let lease = elected.lease();
     let keeping = elected.keeper();
     let term = async {
-        match Leader::begin(store.clone(), clock.clone(), id, elected, settings.clone()).await {
+        let mirror = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Some(elected.token),
+            () = stop.cancelled() => return Some(elected.token),
+            caught_up = follower.catch_up(elected.term) => match caught_up {
+                Ok(mirror) => mirror,
+                Err(error) => {
+                    warn!("elected, but {}", report(&error));
+                    return Some(elected.token);
+                }
+            },
+        };
+        match Leader::begin(store.clone(), clock.clone(), id, elected, settings.clone(), mirror).await {
             Ok((leader, writer)) => {
                 reign(leader, slot, stop).await;
                 finish(writer).await
             }
             Err((error, token)) => {
-                warn!("elected, but the state cannot be read: {}", report(&error));
+                warn!("elected, but the term cannot begin: {}", report(&error));
                 Some(token)
             }
         }
@@ -191,7 +224,7 @@ async fn reign(leader: Arc<Leader>, slot: &LeaderSlot, stop: &CancellationToken)
     }
 }
 
-async fn finish(writer: JoinHandle<crate::leadership::LeaderToken>) -> Option<crate::leadership::LeaderToken> {
+async fn finish(writer: JoinHandle<LeaderToken>) -> Option<LeaderToken> {
     match time::timeout(TERM_END, writer).await {
         Ok(Ok(token)) => Some(token),
         Ok(Err(error)) => {

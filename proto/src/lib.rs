@@ -28,6 +28,13 @@ pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 /// Metadata key in which a controller that does not lead names the address of the one that does.
 pub const LEADER_METADATA_KEY: &str = "uncloud-leader";
 
+/// Metadata key by which a read says how new its answer must be: `linearizable` (the default: it shows everything that was
+/// acknowledged before it was asked for, on whichever controller) or `stale` (whatever this controller has at hand).
+pub const READ_METADATA_KEY: &str = "uncloud-read";
+
+/// Metadata key of a call that one controller passes on to another. It is passed on once.
+pub const FORWARDED_METADATA_KEY: &str = "uncloud-forwarded";
+
 /// Wall-clock time on the wire.
 #[must_use]
 pub fn timestamp_from_millis(ms: u64) -> prost_types::Timestamp {

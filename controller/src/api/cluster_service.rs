@@ -10,7 +10,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use super::{
-    context::{Context, timely},
+    context::{Context, Freshness, timely},
     convert, error,
     validate::{self, VmRef},
     watch::{self, End, Sink},
@@ -207,22 +207,23 @@ async fn send_events(
 #[tonic::async_trait]
 impl ClusterService for Cluster {
     async fn get_status(&self, _: Request<v1::GetStatusRequest>) -> Result<Response<v1::GetStatusResponse>, Status> {
-        Ok(Response::new(self.context.read(|leader, state| Ok(status(leader, state)))?))
+        Ok(Response::new(self.context.read(|leader, state| Ok(status(leader, state))).await?))
     }
 
     async fn list_events(
         &self,
         request: Request<v1::ListEventsRequest>,
     ) -> Result<Response<v1::ListEventsResponse>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let filter = validate::list_events(request.into_inner())?;
-        let leader = self.context.leader()?;
-        let (subject, revision) = self
-            .context
-            .read(|_, state| Ok((filter.subject.as_ref().map(|s| subject(state, s)).transpose()?, state.revision())))?;
-        let stored = timely(async {
-            leader.store.list_events(subject, filter.limit).await.map_err(|e| error::store_failed(&e))
-        })
-        .await?;
+        let store = self.context.store()?;
+        let readable = self.context.readable(freshness).await?;
+        let (subject, revision) = self.context.read_in(&readable, |state| {
+            Ok((filter.subject.as_ref().map(|s| subject(state, s)).transpose()?, state.revision()))
+        })?;
+        let stored =
+            timely(async { store.list_events(subject, filter.limit).await.map_err(|e| error::store_failed(&e)) })
+                .await?;
         // What was stored since belongs to no revision that this answer could name.
         let events = stored.iter().filter(|e| e.revision <= revision).map(|e| convert::event(&e.event, e.revision));
         Ok(Response::new(v1::ListEventsResponse { events: events.collect(), revision: revision.0 }))
@@ -234,27 +235,33 @@ impl ClusterService for Cluster {
         &self,
         request: Request<v1::WatchEventsRequest>,
     ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let (filter, resume) = validate::watch_events(request.into_inner())?;
-        let leader = self.context.leader()?;
-        let (subject, now) = self
-            .context
-            .read(|_, state| Ok((filter.subject.as_ref().map(|s| subject(state, s)).transpose()?, state.revision())))?;
+        let store = self.context.store()?;
+        let readable = self.context.readable(freshness).await?;
+        let (subject, now) = self.context.read_in(&readable, |state| {
+            Ok((filter.subject.as_ref().map(|s| subject(state, s)).transpose()?, state.revision()))
+        })?;
         let from = resume.unwrap_or(now);
+        let mirror = readable.mirror().clone();
         let (mut feed, initial) = timely(async {
-            let feed = leader.mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
+            let feed = mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
             if resume.is_some() {
                 return Ok((feed, Vec::new()));
             }
-            let mut initial =
-                leader.store.list_events(subject, filter.limit).await.map_err(|e| error::store_failed(&e))?;
+            let mut initial = store.list_events(subject, filter.limit).await.map_err(|e| error::store_failed(&e))?;
             initial.retain(|e| e.revision <= from);
             // Oldest first, so that a reader sees them in the order in which they happened.
             initial.reverse();
             Ok((feed, initial))
         })
         .await?;
-        let context = self.context.clone();
-        let stream = watch::spawn(self.context.clone(), leader, move |sink| async move {
+        let over = async move {
+            // The feed has its end with the copy.
+            mirror.retired().cancelled().await;
+            error::copy_retired()
+        };
+        let stream = watch::spawn(over, move |sink| async move {
             let work = async {
                 if resume.is_none() {
                     for stored in initial {
@@ -266,10 +273,7 @@ impl ClusterService for Cluster {
                 }
                 let mut complete = from.0;
                 loop {
-                    let item = feed
-                        .next()
-                        .await
-                        .map_err(|lagged| End::Because(error::missed_changes(lagged, context.hint())))?;
+                    let item = feed.next().await.map_err(|lagged| End::Because(error::missed_changes(lagged)))?;
                     send_events(&sink, complete, &item, subject).await?;
                     complete = item.revision.0;
                 }

@@ -29,6 +29,7 @@ use super::{
 use crate::{
     leadership::Leader,
     sessions::{AskError, PIECES, Pipe},
+    state::State,
 };
 
 /// How long a client may take to say whose console it wants, and an agent to attach.
@@ -96,7 +97,7 @@ async fn join(
     mut request: v1::OpenStream,
 ) -> Result<(Joined, mpsc::Sender<Bytes>, CancellationToken), Status> {
     let leader = context.leader()?;
-    let host = find(context, vm, &mut request)?;
+    let host = find(context, vm, &mut request).await?;
     let (to_user, output) = mpsc::channel(PIECES);
     let (input, from_user) = mpsc::channel(PIECES);
     let done = leader.cancel.child_token();
@@ -124,8 +125,8 @@ struct Where {
 }
 
 /// Which host has the VM.
-fn find(context: &Context, vm: &VmRef, request: &mut v1::OpenStream) -> Result<Where, Status> {
-    context.read(|_, state| {
+async fn find(context: &Context, vm: &VmRef, request: &mut v1::OpenStream) -> Result<Where, Status> {
+    let read = |_: &Leader, state: &State| {
         let id: VmId = state.resolve_vm(&vm.vm, &vm.owner)?;
         request.vm_id = id.to_string();
         let host = state.vm(id).and_then(|entry| entry.record.placement.host);
@@ -135,7 +136,8 @@ fn find(context: &Context, vm: &VmRef, request: &mut v1::OpenStream) -> Result<W
         };
         let name = state.host(host).map_or_else(|| host.to_string(), |h| h.record.name.clone());
         Ok(Where { id: host, name })
-    })
+    };
+    context.read(read).await
 }
 
 fn unreachable_host(host: &Where, error: AskError) -> Status {

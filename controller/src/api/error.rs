@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tonic::{Code, Status, metadata::MetadataMap};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
-use uncloud_proto::LEADER_METADATA_KEY;
+use uncloud_proto::{LEADER_METADATA_KEY, READ_METADATA_KEY};
 
 use super::validate::Violations;
 use crate::{
-    leadership::{Compacted, Lagged, NotLeader, WriteError},
+    leadership::{Compacted, Lagged, NotLeader, Stale, WriteError},
     report,
     state::command::Refusal,
     store,
@@ -133,6 +133,34 @@ pub(crate) fn store_failed(error: &store::Error) -> Status {
     }
 }
 
+/// This controller cannot say what is newest. Another may.
+pub(crate) fn stale(error: &Stale) -> Status {
+    Status::with_error_details(
+        Code::Unavailable,
+        format!(
+            "{}; ask another controller, or accept an older answer (metadata {READ_METADATA_KEY}: stale)",
+            report(error)
+        ),
+        ErrorDetails::with_retry_info(Some(RETRY_NO_LEADER)),
+    )
+}
+
+/// This controller has not read the state yet.
+pub(crate) fn no_copy() -> Status {
+    Status::with_error_details(
+        Code::Unavailable,
+        "this controller has not read the state from etcd yet; ask another one, or try again in a second",
+        ErrorDetails::with_retry_info(Some(RETRY_NO_LEADER)),
+    )
+}
+
+/// The copy that a stream was about is no longer kept.
+pub(crate) fn copy_retired() -> Status {
+    Status::unavailable(
+        "this controller reads its copy of the state anew; resume from the newest revision you saw, here or elsewhere",
+    )
+}
+
 /// A watch cannot begin where it should.
 pub(crate) fn cannot_resume(error: Compacted) -> Status {
     match error {
@@ -148,19 +176,38 @@ fn list_again() -> Status {
     Status::out_of_range("the history since that revision is gone; list again, and watch from the list's revision")
 }
 
-/// A watch has missed changes. `hint` is where the leader is, if the term is over.
-pub(crate) fn missed_changes(lagged: Lagged, hint: Option<String>) -> Status {
+/// A watch has missed changes.
+pub(crate) fn missed_changes(lagged: Lagged) -> Status {
     match lagged {
         Lagged::TooSlow => Status::unavailable(
             "this watch was not read fast enough and was cut off; resume from the newest revision you saw",
         ),
-        Lagged::Ended => term_ended(hint),
+        Lagged::Ended => copy_retired(),
     }
 }
 
 /// This controller stopped leading before it did anything.
 pub(crate) fn not_taken(hint: Option<String>) -> Status {
     NotLeader { hint }.into()
+}
+
+/// The leader could not be reached, so nothing has been done.
+pub(crate) fn leader_not_reached(leader: &str) -> Status {
+    let message =
+        format!("the leader at {leader} cannot be reached from here; nothing was done; try again in a second");
+    let details = ErrorDetails::with_retry_info(Some(RETRY_NO_LEADER));
+    Status::with_error_details_and_metadata(Code::Unavailable, message, details, leader_metadata(None))
+}
+
+/// The leader was lost while it had a call that was passed on to it.
+pub(crate) fn leader_lost(leader: &str) -> Status {
+    Status::with_error_details(
+        Code::Unavailable,
+        format!(
+            "the leader at {leader} was lost before it answered; look before you repeat it, or repeat a create with the same request_id"
+        ),
+        ErrorDetails::with_retry_info(Some(RETRY_NO_LEADER)),
+    )
 }
 
 /// The term has ended, and with it every stream.

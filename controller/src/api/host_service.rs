@@ -32,7 +32,7 @@ pub(super) struct Hosts {
 impl Hosts {
     async fn set_mode(&self, host: String, mode: HostMode, reason: String) -> Result<Option<v1::Host>, Status> {
         timely(async {
-            let id = self.context.read(|_, state| Ok(state.resolve_host(&host)?))?;
+            let id = self.context.read(|_, state| Ok(state.resolve_host(&host)?)).await?;
             let leader = self.context.leader()?;
             self.context.submit(&leader, Command::SetHostMode { host: id, mode, reason }).await?;
             let shown = leader.mirror.read(|state| state.host(id).map(|entry| shown(&leader, entry)));
@@ -65,23 +65,29 @@ fn sorted<'a>(leader: &Leader, state: &'a State) -> Vec<v1::Host> {
 #[tonic::async_trait]
 impl HostService for Hosts {
     async fn list_hosts(&self, _: Request<v1::ListHostsRequest>) -> Result<Response<v1::ListHostsResponse>, Status> {
-        let answer = self.context.read(|leader, state| {
-            Ok(v1::ListHostsResponse { hosts: sorted(leader, state), revision: state.revision().0 })
-        })?;
+        let answer = self
+            .context
+            .read(|leader, state| {
+                Ok(v1::ListHostsResponse { hosts: sorted(leader, state), revision: state.revision().0 })
+            })
+            .await?;
         Ok(Response::new(answer))
     }
 
     async fn get_host(&self, request: Request<v1::GetHostRequest>) -> Result<Response<v1::GetHostResponse>, Status> {
         let host = validate::host_ref(request.into_inner().host)?;
-        let answer = self.context.read(|leader, state| {
-            let id = state.resolve_host(&host)?;
-            let entry = state.host(id).ok_or(Refusal::NoHost(host))?;
-            let vms = state.vms_on(id).filter_map(|vm| state.vm(vm)).take(VMS_SHOWN);
-            Ok(v1::GetHostResponse {
-                host: Some(shown(leader, entry)),
-                vms: vms.map(|vm| convert::vm(state, vm)).collect(),
+        let answer = self
+            .context
+            .read(|leader, state| {
+                let id = state.resolve_host(&host)?;
+                let entry = state.host(id).ok_or(Refusal::NoHost(host))?;
+                let vms = state.vms_on(id).filter_map(|vm| state.vm(vm)).take(VMS_SHOWN);
+                Ok(v1::GetHostResponse {
+                    host: Some(shown(leader, entry)),
+                    vms: vms.map(|vm| convert::vm(state, vm)).collect(),
+                })
             })
-        })?;
+            .await?;
         Ok(Response::new(answer))
     }
 
@@ -109,7 +115,7 @@ impl HostService for Hosts {
     ) -> Result<Response<v1::RemoveHostResponse>, Status> {
         let host = validate::host_ref(request.into_inner().host)?;
         timely(async {
-            let id = self.context.read(|_, state| Ok(state.resolve_host(&host)?))?;
+            let id = self.context.read(|_, state| Ok(state.resolve_host(&host)?)).await?;
             let leader = self.context.leader()?;
             self.context.submit(&leader, Command::RemoveHost { host: id }).await?;
             // Its session, if it has one, sees that the record is gone and ends; should the host have registered again

@@ -43,19 +43,17 @@ pub(super) async fn open(
     from: Option<Revision>,
 ) -> Result<watch::Stream<v1::WatchHostsResponse>, Status> {
     let leader = context.leader()?;
-    let now = context.read(|_, state| Ok(state.revision()))?;
+    let now = context.read(|_, state| Ok(state.revision())).await?;
     let initial = from.is_none();
     let from = from.unwrap_or(now);
     let feed = leader.mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
-    let end_context = context.clone();
-    Ok(watch::spawn(context.clone(), leader.clone(), move |sink| async move {
-        let mut watch = Watch { context: end_context, leader, seen: BTreeMap::new(), complete: from, sink };
+    Ok(watch::spawn(context.clone().term_over(leader.clone()), move |sink| async move {
+        let mut watch = Watch { leader, seen: BTreeMap::new(), complete: from, sink };
         watch.run(feed, initial).await
     }))
 }
 
 struct Watch {
-    context: Context,
     leader: Arc<Leader>,
     seen: BTreeMap<HostId, Look>,
     /// Everything up to here has been sent.
@@ -74,7 +72,7 @@ impl Watch {
             let result = tokio::select! {
                 item = feed.next() => match item {
                     Ok(item) => self.change(&item).await,
-                    Err(lagged) => return End::Because(error::missed_changes(lagged, self.context.hint())),
+                    Err(lagged) => return End::Because(error::missed_changes(lagged)),
                 },
                 _ = ticker.tick() => self.look_again().await,
             };

@@ -12,7 +12,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use super::{
-    context::{Context, timely, within},
+    context::{Context, Freshness, timely, within},
     convert,
     validate::{self, NewFile, NewImage, Violations, quoted},
     vm_service::{fingerprint, wrong_answer},
@@ -230,16 +230,22 @@ impl ImageService for Images {
     }
 
     async fn get_image(&self, request: Request<v1::GetImageRequest>) -> Result<Response<v1::GetImageResponse>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let image = validate::image_ref(request.into_inner().image)?;
-        let image = self.context.read(|_, state| {
+        let readable = self.context.readable(freshness).await?;
+        let image = self.context.read_in(&readable, |state| {
             let id = state.resolve_image(&image)?;
             Ok(state.image(id).map(convert::image))
         })?;
         Ok(Response::new(v1::GetImageResponse { image }))
     }
 
-    async fn list_images(&self, _: Request<v1::ListImagesRequest>) -> Result<Response<v1::ListImagesResponse>, Status> {
-        let answer = self.context.read(|_, state| {
+    async fn list_images(
+        &self,
+        request: Request<v1::ListImagesRequest>,
+    ) -> Result<Response<v1::ListImagesResponse>, Status> {
+        let readable = self.context.readable(Freshness::of(request.metadata())?).await?;
+        let answer = self.context.read_in(&readable, |state| {
             let mut images: Vec<_> = state.images().map(|(_, entry)| entry).collect();
             images.sort_by(|a, b| (&a.record.name, a.record.id).cmp(&(&b.record.name, b.record.id)));
             let images = images.into_iter().map(convert::image).collect();
@@ -254,7 +260,7 @@ impl ImageService for Images {
     ) -> Result<Response<v1::DeleteImageResponse>, Status> {
         let image = validate::image_ref(request.into_inner().image)?;
         timely(async {
-            let id = self.context.read(|_, state| Ok(state.resolve_image(&image)?))?;
+            let id = self.context.read(|_, state| Ok(state.resolve_image(&image)?)).await?;
             let leader = self.context.leader()?;
             self.context.submit(&leader, Command::DeleteImage { image: id }).await?;
             Ok(Response::new(v1::DeleteImageResponse {}))

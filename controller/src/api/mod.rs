@@ -1,6 +1,7 @@
 //! The gRPC API: one file per service. Each parses a request, calls, and maps the answer.
 //!
-//! Only the leader serves; any other controller answers UNAVAILABLE and names the leader. Server reflection (v1 and v1alpha)
+//! Every controller serves all of it: reads and watches from its own copy, and what needs the leader is passed on to it
+//! (`forward.rs`); when there is none, it answers UNAVAILABLE. Server reflection (v1 and v1alpha)
 //! and `grpc.health.v1` are always there, so that `grpcurl` works with nothing else.
 //!
 //! `context.rs` finds the leadership, `validate/` checks requests (pure), `convert/` makes answers (pure), `error.rs` makes
@@ -12,6 +13,7 @@ mod console;
 mod context;
 pub(crate) mod convert;
 mod error;
+mod forward;
 mod host_service;
 mod host_watch;
 mod image_service;
@@ -23,4 +25,4 @@ mod vm_service;
 mod vm_watch;
 mod watch;
 
-pub use server::{Error, serve};
+pub use server::{Error, Serving, serve};

@@ -4,6 +4,7 @@ use std::{io, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::watch,
     time,
 };
 use tokio_stream::Stream;
@@ -21,10 +22,13 @@ use uncloud_proto::{
 };
 
 use super::{
-    agent_service::Agents, cluster_service::Cluster, context::Context, host_service::Hosts, image_service::Images,
-    vm_service::Vms,
+    agent_service::Agents, cluster_service::Cluster, context::Context, forward::ForwardLayer, host_service::Hosts,
+    image_service::Images, vm_service::Vms,
 };
-use crate::leadership::LeaderSlot;
+use crate::{
+    leadership::{LeaderSlot, WarmCopy},
+    store::Store,
+};
 
 /// How often an idle peer is asked whether it is alive, and how long it may take to answer. A host that falls silent must
 /// lose its session well within its lease (6 s), so that a new one can take its place; a stream without this stays open for
@@ -56,14 +60,28 @@ pub enum Error {
     Transport(#[from] tonic::transport::Error),
 }
 
+/// What is served from.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    /// The leadership of this process.
+    pub slot: LeaderSlot,
+    /// Its copy of the state.
+    pub copy: WarmCopy,
+    /// etcd, once it has been reached.
+    pub store: watch::Receiver<Option<Store>>,
+    /// Where others reach this controller, `HOST:PORT`.
+    pub address: String,
+}
+
 /// Serves until `stop` fires and the connections have ended.
 ///
 /// # Errors
 ///
 /// When the server cannot be set up, or its listener fails.
-pub async fn serve(listener: TcpListener, slot: LeaderSlot, stop: CancellationToken) -> Result<(), Error> {
+pub async fn serve(listener: TcpListener, serving: Serving, stop: CancellationToken) -> Result<(), Error> {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let context = Context { slot: slot.clone() };
+    let Serving { slot, copy, store, address } = serving;
+    let context = Context { slot: slot.clone(), copy: copy.clone(), store };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -90,6 +108,7 @@ pub async fn serve(listener: TcpListener, slot: LeaderSlot, stop: CancellationTo
         .add_service(AgentServiceServer::new(Agents { context }).max_decoding_message_size(MAX_MESSAGE_BYTES));
 
     let server = Server::builder()
+        .layer(ForwardLayer::new(slot.clone(), copy.clone(), address))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(MAX_STREAMS)
@@ -98,7 +117,7 @@ pub async fn serve(listener: TcpListener, slot: LeaderSlot, stop: CancellationTo
         .serve_with_incoming_shutdown(accept(listener), stop.clone().cancelled_owned());
     tokio::select! {
         result = server => Ok(result?),
-        () = tell_health(slot, health, stop) => unreachable!("health is told for ever"),
+        () = tell_health(slot, copy, health, stop) => unreachable!("health is told for ever"),
     }
 }
 
@@ -126,20 +145,25 @@ fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
     })
 }
 
-/// Says SERVING while this process leads.
-async fn tell_health(slot: LeaderSlot, health: HealthReporter, stop: CancellationToken) {
-    let mut changed = slot.changed();
+/// Says SERVING while this process leads, or follows a leader with a copy of its own.
+async fn tell_health(slot: LeaderSlot, copy: WarmCopy, health: HealthReporter, stop: CancellationToken) {
+    let mut leads = slot.changed();
+    let mut follows = copy.changed();
     loop {
-        let leads = changed.borrow_and_update().is_ok() && !stop.is_cancelled();
-        let status = if leads { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let leading = leads.borrow_and_update().is_ok();
+        let following = follows.serves();
+        let status = if (leading || following) && !stop.is_cancelled() {
+            ServingStatus::Serving
+        } else {
+            ServingStatus::NotServing
+        };
         for name in HEALTH_NAMES {
             health.set_service_status(name, status).await;
         }
         tokio::select! {
-            Ok(()) = changed.changed() => {}
-            () = stop.cancelled(), if leads => {}
-            // Nothing changes any more.
-            else => std::future::pending().await,
+            Ok(()) = leads.changed() => {}
+            () = follows.changed() => {}
+            () = stop.cancelled(), if status == ServingStatus::Serving => {}
         }
     }
 }

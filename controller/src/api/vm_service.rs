@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::{
     console,
-    context::{Context, timely},
+    context::{Context, Freshness, timely},
     convert,
     validate::{self, VmRef},
     vm_watch, watch,
@@ -40,8 +40,8 @@ pub(super) struct Vms {
 }
 
 impl Vms {
-    fn resolve(&self, vm: &VmRef) -> Result<VmId, Status> {
-        self.context.read(|_, state| Ok(state.resolve_vm(&vm.vm, &vm.owner)?))
+    async fn resolve(&self, vm: &VmRef) -> Result<VmId, Status> {
+        self.context.read(|_, state| Ok(state.resolve_vm(&vm.vm, &vm.owner)?)).await
     }
 
     /// Has a command about a VM carried out and shows the VM as it is then.
@@ -53,7 +53,7 @@ impl Vms {
     ) -> Result<Option<v1::Vm>, Status> {
         let vm = validate::vm_ref(vm, owner)?;
         timely(async {
-            let id = self.resolve(&vm)?;
+            let id = self.resolve(&vm).await?;
             let leader = self.context.leader()?;
             let committed = self.context.submit(&leader, command(id)).await?;
             Ok(Some(shown(&leader, id, committed)?))
@@ -199,9 +199,11 @@ impl VmService for Vms {
     }
 
     async fn get_vm(&self, request: Request<v1::GetVmRequest>) -> Result<Response<v1::GetVmResponse>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let v1::GetVmRequest { vm, owner } = request.into_inner();
         let vm = validate::vm_ref(vm, owner)?;
-        let vm = self.context.read(|_, state| {
+        let readable = self.context.readable(freshness).await?;
+        let vm = self.context.read_in(&readable, |state| {
             let id = state.resolve_vm(&vm.vm, &vm.owner)?;
             Ok(state.vm(id).map(|entry| convert::vm(state, entry)))
         })?;
@@ -209,8 +211,10 @@ impl VmService for Vms {
     }
 
     async fn list_vms(&self, request: Request<v1::ListVmsRequest>) -> Result<Response<v1::ListVmsResponse>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let wanted = validate::list_vms(request.into_inner())?;
-        let answer = self.context.read(|_, state| {
+        let readable = self.context.readable(freshness).await?;
+        let answer = self.context.read_in(&readable, |state| {
             let host = wanted.host.as_ref().map(|h| state.resolve_host(h)).transpose()?;
             let matches = |entry: &VmEntry| {
                 let record = &entry.record;
@@ -263,8 +267,9 @@ impl VmService for Vms {
     type WatchVmsStream = watch::Stream<v1::WatchVmsResponse>;
 
     async fn watch_vms(&self, request: Request<v1::WatchVmsRequest>) -> Result<Response<Self::WatchVmsStream>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
         let request = validate::watch_vms(request.into_inner())?;
-        Ok(Response::new(timely(vm_watch::open(&self.context, request)).await?))
+        Ok(Response::new(timely(vm_watch::open(&self.context, freshness, request)).await?))
     }
 
     async fn explain_vm(
@@ -273,11 +278,14 @@ impl VmService for Vms {
     ) -> Result<Response<v1::ExplainVmResponse>, Status> {
         let v1::ExplainVmRequest { vm, owner } = request.into_inner();
         let vm = validate::vm_ref(vm, owner)?;
-        let answer = self.context.read(|leader, state| {
-            let id = state.resolve_vm(&vm.vm, &vm.owner)?;
-            let entry = state.vm(id).ok_or(Refusal::NoVm(vm.vm))?;
-            Ok(explain(leader, state, entry))
-        })?;
+        let answer = self
+            .context
+            .read(|leader, state| {
+                let id = state.resolve_vm(&vm.vm, &vm.owner)?;
+                let entry = state.vm(id).ok_or(Refusal::NoVm(vm.vm))?;
+                Ok(explain(leader, state, entry))
+            })
+            .await?;
         Ok(Response::new(answer))
     }
 

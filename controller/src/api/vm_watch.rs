@@ -9,13 +9,13 @@ use uncloud_proto::{
 };
 
 use super::{
-    context::Context,
+    context::{Context, Freshness},
     convert, error,
     validate::WatchVms,
     watch::{self, End, Sink},
 };
 use crate::{
-    leadership::{FeedItem, FeedStream, Leader},
+    leadership::{FeedItem, FeedStream, Mirror},
     model::{EventType, Key, Record, Subject, VmRecord},
     state::VmEntry,
 };
@@ -33,9 +33,13 @@ impl Filter {
 }
 
 /// Opens a watch. Whether it can begin where it should is known before the stream is.
-pub(crate) async fn open(context: &Context, request: WatchVms) -> Result<watch::Stream<v1::WatchVmsResponse>, Status> {
-    let leader = context.leader()?;
-    let (filter, now, known) = context.read(|_, state| {
+pub(crate) async fn open(
+    context: &Context,
+    freshness: Freshness,
+    request: WatchVms,
+) -> Result<watch::Stream<v1::WatchVmsResponse>, Status> {
+    let readable = context.readable(freshness).await?;
+    let (filter, now, known) = context.read_in(&readable, |state| {
         let vm = match &request.vm {
             None => None,
             // A watch that resumes may be about a VM that is gone by now.
@@ -54,18 +58,22 @@ pub(crate) async fn open(context: &Context, request: WatchVms) -> Result<watch::
         Ok((filter, state.revision(), known))
     })?;
     let from = request.from.unwrap_or(now);
-    let feed = leader.mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
+    let mirror = readable.mirror().clone();
+    let feed = mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
     let initial = request.from.is_none();
-    let end_context = context.clone();
-    Ok(watch::spawn(context.clone(), leader.clone(), move |sink| async move {
-        let mut watch = Watch { context: end_context, leader, filter, known, complete: from, sink };
+    let retired = mirror.retired().clone();
+    let over = async move {
+        retired.cancelled().await;
+        error::copy_retired()
+    };
+    Ok(watch::spawn(over, move |sink| async move {
+        let mut watch = Watch { mirror, filter, known, complete: from, sink };
         watch.run(feed, initial).await
     }))
 }
 
 struct Watch {
-    context: Context,
-    leader: Arc<Leader>,
+    mirror: Mirror,
     filter: Filter,
     /// What the client may be shown as deleted: the records that VMs had. They are shared with the state.
     known: BTreeMap<VmId, Arc<VmRecord>>,
@@ -82,7 +90,7 @@ impl Watch {
         loop {
             let item = match feed.next().await {
                 Ok(item) => item,
-                Err(lagged) => return End::Because(error::missed_changes(lagged, self.context.hint())),
+                Err(lagged) => return End::Because(error::missed_changes(lagged)),
             };
             if let Err(end) = self.change(&item).await {
                 return end;
@@ -105,7 +113,7 @@ impl Watch {
     }
 
     fn look(&self, id: VmId) -> Option<v1::Vm> {
-        self.leader.mirror.read(|state| state.vm(id).map(|entry| convert::vm(state, entry)))
+        self.mirror.read(|state| state.vm(id).map(|entry| convert::vm(state, entry)))
     }
 
     async fn change(&mut self, item: &FeedItem) -> Result<(), End> {
@@ -126,12 +134,12 @@ impl Watch {
     fn event(&mut self, item: &FeedItem, id: VmId, fate: Fate) -> Option<Event> {
         match fate {
             Fate::Changed => {
-                let entry: VmEntry = self.leader.mirror.read(|state| state.vm(id).cloned())?;
+                let entry: VmEntry = self.mirror.read(|state| state.vm(id).cloned())?;
                 if !self.filter.matches(id, &entry.record.owner) {
                     return None;
                 }
                 self.known.insert(id, entry.record.clone());
-                Some(Event::Vm(self.leader.mirror.read(|state| convert::vm(state, &entry))))
+                Some(Event::Vm(self.mirror.read(|state| convert::vm(state, &entry))))
             }
             Fate::Deleted => {
                 let (name, owner) = match self.known.remove(&id) {

@@ -1,13 +1,10 @@
-//! The frame of all watches: a task that sends until the client goes, the term ends or the client falls behind.
+//! The frame of all watches: a task that sends until the client goes, what it watches is over, or the client falls behind.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
-
-use super::context::Context;
-use crate::leadership::Leader;
 
 /// Messages that wait for a client. Beyond that the watch waits for it, and is cut off when the feed's backlog is full.
 const QUEUE: usize = 256;
@@ -44,8 +41,12 @@ impl From<ClientGone> for End {
     }
 }
 
-/// Runs a watch in a task of its own. `body` gets the sink and returns why it ends.
-pub(crate) fn spawn<T, F>(context: Context, leader: Arc<Leader>, body: impl FnOnce(Sink<T>) -> F) -> Stream<T>
+/// Runs a watch in a task of its own. `over` is ready when what it shows is over, and says why; `body` gets the sink and returns
+/// why it ends by itself.
+pub(crate) fn spawn<T, F>(
+    over: impl Future<Output = Status> + Send + 'static,
+    body: impl FnOnce(Sink<T>) -> F,
+) -> Stream<T>
 where
     T: Send + 'static,
     F: Future<Output = End> + Send + 'static,
@@ -56,7 +57,7 @@ where
         let end = tokio::select! {
             biased;
             () = sender.closed() => End::ClientGone,
-            () = leader.cancel.cancelled() => End::Because(context.term_ended()),
+            status = over => End::Because(status),
             end = body => end,
         };
         match end {

@@ -4,7 +4,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time;
+use tokio::{sync::Notify, time};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 use uncloud_proto::{
@@ -47,6 +47,8 @@ pub struct Campaign {
     store: Store,
     clock: Clock,
     candidate: Candidate,
+    /// Told when the leader key is gone, so that a clean hand-over takes no longer than a look.
+    leader_gone: Arc<Notify>,
 }
 
 /// An election that was won.
@@ -67,8 +69,14 @@ pub struct Elected {
 impl Campaign {
     /// Prepares to stand.
     #[must_use]
-    pub const fn new(store: Store, clock: Clock, candidate: Candidate) -> Self {
-        Self { store, clock, candidate }
+    pub fn new(store: Store, clock: Clock, candidate: Candidate) -> Self {
+        Self { store, clock, candidate, leader_gone: Arc::default() }
+    }
+
+    /// Looks at once whenever this is told that nobody leads.
+    #[must_use]
+    pub fn woken_by(self, leader_gone: Arc<Notify>) -> Self {
+        Self { leader_gone, ..self }
     }
 
     /// Waits until this process is the leader. `hint` is called with the address of whoever else is.
@@ -94,7 +102,8 @@ impl Campaign {
                     }
                     hint(address);
                     complained = false;
-                    time::sleep(LOOK_EVERY).await;
+                    // Its end is told, or found by looking.
+                    let _ = time::timeout(LOOK_EVERY, self.leader_gone.notified()).await;
                 }
                 Err(error) => {
                     hint(None);

@@ -1,6 +1,6 @@
 //! What has been committed, as it is committed: for watches, sessions and the reconciler.
 //!
-//! A bounded history of this term is kept in memory; what came before is asked of etcd (`store/history.rs`).
+//! A bounded history is kept in memory; what came before is asked of etcd (`store/history.rs`).
 
 use std::{
     collections::VecDeque,
@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::sync::broadcast;
-use uncloud_proto::ids::{Revision, Term};
+use uncloud_proto::ids::Revision;
 
 use crate::{
     state::command::Change,
@@ -49,8 +49,8 @@ pub enum Lagged {
     /// It was too slow.
     #[error("too slow: changes were missed; resume from the newest revision that was seen")]
     TooSlow,
-    /// The term is over.
-    #[error("this controller no longer leads")]
+    /// This controller reads its copy anew.
+    #[error("this controller reads its copy of the state anew")]
     Ended,
 }
 
@@ -63,7 +63,6 @@ pub struct Feed {
 
 #[derive(Debug)]
 struct Shared {
-    term: Term,
     history: Mutex<History>,
     sender: broadcast::Sender<Arc<FeedItem>>,
 }
@@ -77,21 +76,24 @@ struct History {
 }
 
 impl Feed {
-    /// A feed whose first change comes after `loaded`, the revision at which the state was read in `term`.
-    pub(super) fn new(store: Store, term: Term, loaded: Revision) -> Self {
-        // Between the leader key and the reading of the state nothing was written: only the leader writes.
-        let complete_after = Revision(term.0);
-        let history =
-            Mutex::new(History { complete_after, newest: loaded.max(complete_after), items: VecDeque::new() });
+    /// A feed whose first change comes after `loaded`, the revision at which the state was read.
+    pub(super) fn new(store: Store, loaded: Revision) -> Self {
+        let history = Mutex::new(History { complete_after: loaded, newest: loaded, items: VecDeque::new() });
         let sender = broadcast::Sender::new(BACKLOG);
-        Self { shared: Arc::new(Shared { term, history, sender }), store }
+        Self { shared: Arc::new(Shared { history, sender }), store }
+    }
+
+    /// Nothing of ours was changed at this revision.
+    pub(super) fn pass(&self, revision: Revision) {
+        let mut history = self.history();
+        history.newest = history.newest.max(revision);
     }
 
     /// A change was committed.
     pub(super) fn publish(&self, item: FeedItem) {
         let item = Arc::new(item);
         let mut history = self.history();
-        history.newest = item.revision;
+        history.newest = history.newest.max(item.revision);
         history.items.push_back(item.clone());
         if history.items.len() > HISTORY
             && let Some(dropped) = history.items.pop_front()
@@ -109,38 +111,41 @@ impl Feed {
     ///
     /// When they are no longer kept, or `from` lies in the future.
     pub async fn subscribe(&self, from: Revision) -> Result<FeedStream, Compacted> {
-        if let Some(stream) = self.in_memory(from)? {
-            return Ok(stream);
-        }
-        if from.0 >= self.shared.term.0 {
-            // Changes of this term, but more than are kept.
-            return Err(Compacted::Gone(from));
-        }
-        let older = self.store.history(from, self.shared.term).await.map_err(|error| match error {
+        let complete_after = match self.in_memory(from) {
+            InMemory::All(stream) => return Ok(stream),
+            InMemory::After(revision) => revision,
+            InMemory::Future(receiver) => {
+                // Another controller may have seen more. Has it happened, then everything that comes after it comes here, too;
+                // what still comes of before it has been seen.
+                if from > self.store.revision().await.map_err(Compacted::Store)? {
+                    return Err(Compacted::Future(from));
+                }
+                return Ok(FeedStream { backlog: VecDeque::new(), receiver, seen: from });
+            }
+        };
+        let older = self.store.history(from, complete_after).await.map_err(|error| match error {
             store::Error::Compacted(_) => Compacted::Gone(from),
             other => Compacted::Store(other),
         })?;
-        let Some(mut stream) = self.in_memory(Revision(self.shared.term.0))? else {
-            return Err(Compacted::Gone(from));
-        };
-        for logged in older.into_iter().rev() {
+        // More has come meanwhile, and perhaps too much.
+        let InMemory::All(mut stream) = self.in_memory(complete_after) else { return Err(Compacted::Gone(from)) };
+        for logged in older.into_iter().rev().filter(|l| !l.change.mutations.is_empty()) {
             stream.backlog.push_front(Arc::new(FeedItem { revision: logged.revision, change: logged.change }));
         }
         Ok(stream)
     }
 
-    /// `None`: what was asked for is not all in memory.
-    fn in_memory(&self, from: Revision) -> Result<Option<FeedStream>, Compacted> {
+    fn in_memory(&self, from: Revision) -> InMemory {
         let history = self.history();
         if from > history.newest {
-            return Err(Compacted::Future(from));
+            return InMemory::Future(self.shared.sender.subscribe());
         }
         if from < history.complete_after {
-            return Ok(None);
+            return InMemory::After(history.complete_after);
         }
         let backlog = history.items.iter().filter(|item| item.revision > from).cloned().collect();
         let receiver = self.shared.sender.subscribe();
-        Ok(Some(FeedStream { backlog, receiver }))
+        InMemory::All(FeedStream { backlog, receiver, seen: from })
     }
 
     fn history(&self) -> MutexGuard<'_, History> {
@@ -148,11 +153,23 @@ impl Feed {
     }
 }
 
+/// How much of what was asked for is in memory.
+enum InMemory {
+    /// Everything.
+    All(FeedStream),
+    /// Only what came after this.
+    After(Revision),
+    /// It has not been heard of yet. What comes from now on, whatever it is.
+    Future(broadcast::Receiver<Arc<FeedItem>>),
+}
+
 /// One subscriber's stream.
 #[derive(Debug)]
 pub struct FeedStream {
     backlog: VecDeque<Arc<FeedItem>>,
     receiver: broadcast::Receiver<Arc<FeedItem>>,
+    /// Up to here the subscriber knows everything.
+    seen: Revision,
 }
 
 impl FeedStream {
@@ -160,14 +177,19 @@ impl FeedStream {
     ///
     /// # Errors
     ///
-    /// When this subscriber was too slow, or the term is over.
+    /// When this subscriber was too slow, or the feed has ended.
     pub async fn next(&mut self) -> Result<Arc<FeedItem>, Lagged> {
         if let Some(item) = self.backlog.pop_front() {
             return Ok(item);
         }
-        self.receiver.recv().await.map_err(|error| match error {
-            broadcast::error::RecvError::Lagged(_) => Lagged::TooSlow,
-            broadcast::error::RecvError::Closed => Lagged::Ended,
-        })
+        loop {
+            let item = self.receiver.recv().await.map_err(|error| match error {
+                broadcast::error::RecvError::Lagged(_) => Lagged::TooSlow,
+                broadcast::error::RecvError::Closed => Lagged::Ended,
+            })?;
+            if item.revision > self.seen {
+                return Ok(item);
+            }
+        }
     }
 }

@@ -11,20 +11,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uncloud_proto::{
     clock::{Clock, WallTime},
-    ids::{ControllerId, HostId, Revision, Term},
+    ids::{ControllerId, HostId, Term},
 };
 
-use super::{Elected, Feed, LeaderToken, Mirror, Validity, Writer, writer::Work};
+use super::{Elected, LeaderToken, Mirror, Validity, Writer, writer::Work};
 use crate::{
     config::MAX_LEASE,
     health::{HealthTable, Timings},
-    model::{ClusterRecord, EventType, Key, Record},
+    model::{ClusterRecord, EventType, Key},
     report,
     sessions::SessionRegistry,
-    state::{
-        State,
-        command::{Change, Command, Mutation},
-    },
+    state::{State, command::Command},
     store::{Error, Store},
 };
 
@@ -88,7 +85,9 @@ impl Leader {
         !self.cancel.is_cancelled() && self.validity.holds(self.clock.now())
     }
 
-    /// Reads the state and begins the term. The writer runs in the task that is returned, which ends with the term.
+    /// Begins the term with `mirror`, which has everything that was written before the leader key was created
+    /// ([`super::Follower::catch_up`]) and is kept by nobody else from now on. The writer runs in the task that is returned,
+    /// which ends with the term.
     ///
     /// # Errors
     ///
@@ -99,24 +98,21 @@ impl Leader {
         id: ControllerId,
         elected: Elected,
         settings: Settings,
+        mirror: Mirror,
     ) -> Result<(Arc<Self>, JoinHandle<LeaderToken>), (Error, LeaderToken)> {
         let Elected { term, token, validity, cancel, lease: _ } = elected;
-        let (state, leases) = match Self::read(&store, &clock).await {
-            Ok(read) => read,
+        let leases = match store.retention_leases(clock.now(), None).await {
+            Ok(leases) => leases,
             Err(error) => return Err((error, token)),
         };
+        let state = mirror.read(State::clone);
         // Read after the leader key was created, as the health table wants it (L3).
         let took_over = clock.now();
         let stored = Stored::of(&state);
         let longest = stored.longest(settings.timings);
         let hosts = state.hosts().map(|(&id, entry)| (id, entry.record.liveness));
         let health = HealthTable::new(settings.timings, longest, hosts, took_over);
-        for (key, error) in state.unreadable() {
-            warn!(key, "a record in etcd cannot be read and is left alone: {error}");
-        }
 
-        let feed = Feed::new(store.clone(), term, state.revision());
-        let mirror = Mirror::new(state.clone(), feed);
         let (writer, parts) = Writer::queue();
         let leader = Arc::new(Self {
             term,
@@ -136,18 +132,6 @@ impl Leader {
         let task = tokio::spawn(work.run(parts));
         leader.announce(&stored).await;
         Ok((leader, task))
-    }
-
-    async fn read(store: &Store, clock: &Clock) -> Result<(State, crate::store::RetentionLeases), Error> {
-        let leases = store.retention_leases(clock.now(), None).await?;
-        let loaded = store.load().await?;
-        let mut state = State::default();
-        for (key, value, revision) in loaded.entries {
-            absorb_stored(&mut state, &key, &value, revision);
-        }
-        // The revision of the reading, even if the newest change is older.
-        state.absorb(&Change::default(), loaded.revision);
-        Ok((state, leases))
     }
 
     /// Stores what this leader grants, so that its successor waits long enough, and says that there is a new leader.
@@ -207,23 +191,6 @@ impl Stored {
                 ..own
             }),
         }
-    }
-}
-
-/// Takes in what is stored under a key, whatever it is.
-fn absorb_stored(state: &mut State, key: &[u8], value: &[u8], revision: Revision) {
-    let unreadable = |state: &mut State, error: String| {
-        state.absorb_unreadable(String::from_utf8_lossy(key).into_owned(), error, revision);
-    };
-    let Some(parsed) = Key::parse(key) else {
-        return unreadable(state, "not a key that this program knows".into());
-    };
-    match Record::from_json(&parsed, value) {
-        Ok(record) => {
-            let change = Change { mutations: vec![Mutation { key: parsed, value: Some(record) }] };
-            state.absorb(&change, revision);
-        }
-        Err(error) => unreadable(state, report(&error)),
     }
 }
 

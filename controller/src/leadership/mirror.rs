@@ -3,23 +3,31 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use uncloud_proto::ids::Revision;
 
 use super::{Feed, FeedItem};
-use crate::state::{State, command::Change};
+use crate::{
+    state::{State, command::Change},
+    store::Logged,
+};
 
 /// The committed state. Cheap to clone; all clones are the same state.
+///
+/// One at a time takes changes in: while this process leads its writer, as soon as a transaction is answered; otherwise
+/// the follower, as etcd tells them.
 #[derive(Clone, Debug)]
 pub struct Mirror {
     state: Arc<RwLock<State>>,
     feed: Feed,
     changed: watch::Sender<Revision>,
+    retired: CancellationToken,
 }
 
 impl Mirror {
     pub(super) fn new(state: State, feed: Feed) -> Self {
         let changed = watch::Sender::new(state.revision());
-        Self { state: Arc::new(RwLock::new(state)), feed, changed }
+        Self { state: Arc::new(RwLock::new(state)), feed, changed, retired: CancellationToken::new() }
     }
 
     /// Looks at the state. `f` must be short: the writer waits meanwhile.
@@ -39,10 +47,40 @@ impl Mirror {
         &self.feed
     }
 
+    /// Fires when this is no longer kept up to date, because the state is read anew. Who watches it asks again.
+    #[must_use]
+    pub fn retired(&self) -> &CancellationToken {
+        &self.retired
+    }
+
+    /// Waits until everything up to `revision` is in. Cancel safe.
+    pub(super) async fn reached(&self, revision: Revision) {
+        // Cannot fail: the sender lives as long as `self`.
+        let _ = self.changed.subscribe().wait_for(|now| *now >= revision).await;
+    }
+
     /// Takes a committed change in. A reader that comes after this sees it.
     pub(super) fn absorb(&self, change: Change, revision: Revision) {
         self.state.write().unwrap_or_else(PoisonError::into_inner).absorb(&change, revision);
         self.feed.publish(FeedItem { revision, change });
+        self.changed.send_replace(revision);
+    }
+
+    /// Takes in what etcd told.
+    pub(super) fn follow(&self, logged: Logged) {
+        let Logged { revision, change, unreadable, leader: _ } = logged;
+        {
+            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+            state.absorb(&change, revision);
+            for (key, error) in unreadable {
+                state.absorb_unreadable(key, error, revision);
+            }
+        }
+        if change.mutations.is_empty() {
+            self.feed.pass(revision);
+        } else {
+            self.feed.publish(FeedItem { revision, change });
+        }
         self.changed.send_replace(revision);
     }
 }

@@ -1,9 +1,9 @@
 //! Who leads, and what a leader is made of.
 //!
 //! ```text
-//!   campaign ──won──▶ load the state ──▶ lead: writer, sessions, reconciler ──validity over / write lost──▶ campaign
-//!      ▲ stands by while another leads                                                                        │
-//!      └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   campaign ──won──▶ catch up ──▶ lead: writer, sessions, reconciler ──validity over / write lost──▶ read the state, campaign
+//!      ▲ follows while another leads                                                                  │
+//!      └──────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! # Safety argument
@@ -17,7 +17,9 @@
 //!   (`writer.rs`): nothing is decided on a guess.
 
 mod campaign;
+mod copy;
 mod feed;
+mod follow;
 mod leader;
 mod mirror;
 mod token;
@@ -25,9 +27,11 @@ mod validity;
 mod writer;
 
 pub use campaign::{Campaign, Candidate, Elected, Keeping};
+pub use copy::{CopyWatch, Stale, WarmCopy};
 pub use feed::{Compacted, Feed, FeedItem, FeedStream, Lagged};
+pub use follow::{Follower, NotCaughtUp};
 pub use leader::{Leader, LeaderSlot, NotLeader, Settings};
 pub use mirror::Mirror;
 pub use token::LeaderToken;
 pub use validity::Validity;
-pub use writer::{Committed, WriteError, Writer, WriterParts};
+pub use writer::{Committed, NotSettled, WriteError, Writer, WriterParts};

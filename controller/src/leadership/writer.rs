@@ -9,7 +9,7 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use uncloud_proto::{
@@ -76,9 +76,30 @@ struct Job {
 #[derive(Clone, Debug)]
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
+    transactions: watch::Receiver<Transactions>,
+}
+
+/// How many transactions there were in this term.
+#[derive(Clone, Copy, Debug, Default)]
+struct Transactions {
+    sent: u64,
+    /// Of which the outcome is known, and absorbed if they were carried out.
+    settled: u64,
 }
 
 impl Writer {
+    /// Waits until everything that etcd may have stored so far is in the mirror. Until then somebody who follows etcd may have
+    /// seen more than this leader (C2). Cancel safe.
+    ///
+    /// # Errors
+    ///
+    /// When the term ends first.
+    pub async fn settled(&self) -> Result<(), NotSettled> {
+        let mut transactions = self.transactions.clone();
+        let sent = transactions.borrow().sent;
+        transactions.wait_for(|t| t.settled >= sent).await.map(drop).map_err(|_| NotSettled)
+    }
+
     /// Carries a command out. When this returns `Ok`, it is in etcd and in the mirror. Dropping the future does not
     /// take the command back.
     ///
@@ -96,9 +117,15 @@ impl Writer {
     }
 }
 
+/// The term has ended, and perhaps not everything that it stored is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this controller does not lead any more")]
+pub struct NotSettled;
+
 /// The writer's half of the queue.
 pub struct WriterParts {
     jobs: mpsc::Receiver<Job>,
+    transactions: watch::Sender<Transactions>,
 }
 
 impl Writer {
@@ -106,7 +133,8 @@ impl Writer {
     #[must_use]
     pub fn queue() -> (Self, WriterParts) {
         let (sender, jobs) = mpsc::channel(QUEUE);
-        (Self { jobs: sender }, WriterParts { jobs })
+        let (transactions, seen) = watch::channel(Transactions::default());
+        (Self { jobs: sender, transactions: seen }, WriterParts { jobs, transactions })
     }
 }
 
@@ -170,7 +198,7 @@ impl Work {
                 }
             }
             let batch = self.fill(first, &mut parts, &mut carried);
-            if !self.commit(batch).await {
+            if !self.commit(batch, &parts.transactions).await {
                 break;
             }
             self.compact(&mut compaction).await;
@@ -232,7 +260,7 @@ impl Work {
     }
 
     /// Writes a batch and answers everybody in it. `false`: the term is over.
-    async fn commit(&mut self, batch: Batch) -> bool {
+    async fn commit(&mut self, batch: Batch, transactions: &watch::Sender<Transactions>) -> bool {
         let Batch { mutations, waiting, .. } = batch;
         if !self.validity.holds(self.clock.now()) || self.cancel.is_cancelled() {
             answer_all(waiting, &WriteError::NotLeader);
@@ -243,6 +271,7 @@ impl Work {
             self.state.revision()
         } else {
             let mutations: Vec<Mutation> = mutations.into_iter().map(|(key, value)| Mutation { key, value }).collect();
+            transactions.send_modify(|t| t.sent += 1);
             let revision = match self.store.commit(&self.token, &mutations, &self.leases).await {
                 Ok(revision) => revision,
                 Err(CommitError::Deposed) => {
@@ -260,6 +289,7 @@ impl Work {
             // Again, now that the revision is known.
             self.state.absorb(&change, revision);
             self.mirror.absorb(change, revision);
+            transactions.send_modify(|t| t.settled = t.sent);
             revision
         };
         for Waiting { reply, outcome } in waiting {

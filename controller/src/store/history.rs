@@ -1,16 +1,23 @@
-//! What has happened since a revision, from etcd's own history.
+//! What happens in etcd after a revision, as it happens, or until another one.
 //!
-//! A leader has the changes of its own term in memory (`leadership/feed.rs`). What came before is asked of etcd, once,
-//! by a watch from that revision until the leader key of this term, which is always among the changes.
+//! The copy of each controller follows etcd in this way (`leadership/follow.rs`), and a watch that resumes at a revision
+//! that is no longer in memory reads what it has missed (`leadership/feed.rs`).
+//!
+//! All keys are watched, not only ours: then the newest revision that was seen is etcd's own, so it can be told whether a
+//! copy has everything up to a revision. Keys that are not ours are counted and otherwise passed over.
 
 use std::time::Duration;
 
-use etcd_client::{EventType, WatchOptions};
-use uncloud_proto::ids::{Revision, Term};
+use etcd_client::{EventType, WatchOptions, WatchResponse, WatchStream};
+use uncloud_proto::ids::Revision;
 
-use super::{Error, Store, limited};
+use super::{Error, REQUEST_TIMEOUT, Store, limited};
 use crate::{
-    model::{Key, Record, keys::ROOT},
+    model::{
+        Key, LeaderRecord, Record,
+        keys::{ROOT, ROOT_END},
+    },
+    report,
     state::command::{Change, Mutation},
 };
 
@@ -20,64 +27,143 @@ const HISTORY_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_CHANGES: usize = 100_000;
 
 /// What was changed at one revision.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Logged {
     /// The revision.
     pub revision: Revision,
-    /// What was changed. Records that cannot be read are left out.
+    /// What was changed. Records that cannot be read are not in it. Empty if it was none of our keys.
     pub change: Change,
+    /// Keys of ours whose record cannot be read, and why.
+    pub unreadable: Vec<(String, String)>,
+    /// What became of the leader key.
+    pub leader: Option<LeaderChange>,
+}
+
+/// What became of the leader key.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LeaderChange {
+    /// Somebody leads; `None` if the record cannot be read.
+    Leads(Option<LeaderRecord>),
+    /// Nobody does.
+    Gone,
+}
+
+/// Changes as they happen.
+pub(crate) struct Changes(WatchStream);
+
+impl Changes {
+    /// The next ones, oldest first, each revision whole. Waits for them; may be none. Cancel safe.
+    pub(crate) async fn next(&mut self) -> Result<Vec<Logged>, Error> {
+        let message =
+            self.0.message().await?.ok_or_else(|| Error::Protocol("the watch ended without a reason".to_owned()))?;
+        if message.canceled() {
+            return Err(match message.compact_revision() {
+                0 => Error::Protocol(format!("the watch was cancelled: {}", message.cancel_reason())),
+                revision => Error::Compacted(revision),
+            });
+        }
+        Ok(logged(&message))
+    }
+}
+
+/// etcd splits no revision over two messages, unless it is asked to.
+fn logged(message: &WatchResponse) -> Vec<Logged> {
+    let mut list: Vec<Logged> = Vec::new();
+    for event in message.events() {
+        let Some(kv) = event.kv() else { continue };
+        let revision = Revision(kv.mod_revision());
+        if list.last().is_none_or(|last| last.revision != revision) {
+            list.push(Logged { revision, ..Logged::default() });
+        }
+        if let Some(last) = list.last_mut() {
+            last.take(event.event_type(), kv.key(), kv.value());
+        }
+    }
+    list
+}
+
+impl Logged {
+    fn take(&mut self, kind: EventType, key: &[u8], value: &[u8]) {
+        if !(ROOT.as_bytes()..ROOT_END.as_bytes()).contains(&key) {
+            return;
+        }
+        let text = || String::from_utf8_lossy(key).into_owned();
+        let value = match kind {
+            EventType::Put => Some(value),
+            EventType::Delete => None,
+        };
+        let Some(parsed) = Key::parse(key) else {
+            if value.is_some() {
+                self.unreadable.push((text(), "not a key that this program knows".into()));
+            }
+            return;
+        };
+        let record = value.map(|v| Record::from_json(&parsed, v)).transpose();
+        if parsed == Key::Leader {
+            self.leader = Some(match &record {
+                Ok(None) => LeaderChange::Gone,
+                Ok(Some(Record::Leader(leader))) => LeaderChange::Leads(Some((**leader).clone())),
+                Ok(Some(_)) | Err(_) => LeaderChange::Leads(None),
+            });
+        }
+        match record {
+            Ok(value) => self.change.mutations.push(Mutation { key: parsed, value }),
+            Err(error) => self.unreadable.push((text(), report(&error))),
+        }
+    }
 }
 
 impl Store {
-    /// All changes after `from`, up to the one that created the leader key of `term` (not included).
+    /// All changes after `from`, as they happen.
     ///
     /// # Errors
     ///
-    /// [`Error::Compacted`] when etcd no longer has them all.
-    pub async fn history(&self, from: Revision, term: Term) -> Result<Vec<Logged>, Error> {
-        match tokio::time::timeout(HISTORY_TIMEOUT, self.read_history(from, term)).await {
+    /// When etcd does not answer. That the history is gone is said by the first [`Changes::next`].
+    pub(crate) async fn changes(&self, from: Revision) -> Result<Changes, Error> {
+        let mut client = self.client.watch_client().max_decoding_message_size(super::MAX_ANSWER_BYTES);
+        let options = WatchOptions::new().with_all_keys().with_start_revision(from.0 + 1);
+        Ok(Changes(limited(REQUEST_TIMEOUT, client.watch(Vec::new(), Some(options))).await?))
+    }
+
+    /// All changes after `from` up to and with `until`, which has happened.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Compacted`] when etcd no longer has them all, or they are more than anybody wants to read.
+    pub async fn history(&self, from: Revision, until: Revision) -> Result<Vec<Logged>, Error> {
+        let read = async {
+            let mut changes = self.changes(from).await?;
+            let mut all: Vec<Logged> = Vec::new();
+            // Something has happened at every revision, and all keys are watched.
+            while all.last().is_none_or(|last| last.revision < until) {
+                all.extend(changes.next().await?);
+                if all.len() > MAX_CHANGES {
+                    return Err(Error::Compacted(from.0));
+                }
+            }
+            all.retain(|logged| logged.revision <= until);
+            Ok(all)
+        };
+        if from >= until {
+            return Ok(Vec::new());
+        }
+        match tokio::time::timeout(HISTORY_TIMEOUT, read).await {
             Ok(result) => result,
             Err(_) => Err(Error::Timeout(HISTORY_TIMEOUT)),
         }
     }
 
-    async fn read_history(&self, from: Revision, term: Term) -> Result<Vec<Logged>, Error> {
-        let mut client = self.client.watch_client().max_decoding_message_size(super::MAX_ANSWER_BYTES);
-        let options = WatchOptions::new().with_prefix().with_start_revision(from.0 + 1);
-        let mut stream = limited(HISTORY_TIMEOUT, client.watch(ROOT, Some(options))).await?;
-        let mut logged: Vec<Logged> = Vec::new();
-        while let Some(message) = stream.message().await? {
-            if message.canceled() {
-                return Err(match message.compact_revision() {
-                    0 => Error::Protocol(message.cancel_reason().to_owned()),
-                    revision => Error::Compacted(revision),
-                });
-            }
-            for event in message.events() {
-                let Some(kv) = event.kv() else { continue };
-                let revision = Revision(kv.mod_revision());
-                if revision.0 >= term.0 {
-                    return Ok(logged);
-                }
-                let Some(mutation) = mutation(event.event_type(), kv.key(), kv.value()) else { continue };
-                match logged.last_mut() {
-                    Some(last) if last.revision == revision => last.change.mutations.push(mutation),
-                    Some(_) | None => logged.push(Logged { revision, change: Change { mutations: vec![mutation] } }),
-                }
-                if logged.len() > MAX_CHANGES {
-                    return Err(Error::Compacted(from.0));
-                }
-            }
-        }
-        Err(Error::Protocol("the watch ended before the leader key".into()))
+    /// etcd's newest revision, as a quorum of its members knows it: everything that was acknowledged before this was called
+    /// is not newer.
+    ///
+    /// # Errors
+    ///
+    /// When etcd does not answer.
+    pub async fn revision(&self) -> Result<Revision, Error> {
+        let options = etcd_client::GetOptions::new().with_keys_only();
+        let mut kv = self.kv();
+        let answer = limited(REQUEST_TIMEOUT, kv.get(Key::Leader.to_string(), Some(options))).await?;
+        let header = answer.header().ok_or_else(|| Error::Protocol("a range has no header".into()))?;
+        Ok(Revision(header.revision()))
     }
-}
-
-fn mutation(kind: EventType, key: &[u8], value: &[u8]) -> Option<Mutation> {
-    let key = Key::parse(key)?;
-    let value = match kind {
-        EventType::Put => Some(Record::from_json(&key, value).ok()?),
-        EventType::Delete => None,
-    };
-    Some(Mutation { key, value })
 }

@@ -13,7 +13,7 @@ use std::{fmt, time::Duration};
 
 use etcd_client::{Client, ConnectOptions, KvClient};
 
-pub use history::Logged;
+pub use history::{LeaderChange, Logged};
 pub use leases::{Retention, RetentionLeases};
 pub use load::{Loaded, StoredEvent};
 pub(crate) use txn::Claim;
@@ -73,7 +73,9 @@ impl Store {
         let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_keep_alive(Duration::from_secs(2), Duration::from_secs(2))
-            .with_keep_alive_while_idle(true);
+            .with_keep_alive_while_idle(true)
+            // A member that is cut off from the others says so at once, and ends its watches, instead of keeping silent.
+            .with_require_leader(true);
         let client = limited(REQUEST_TIMEOUT, Client::connect(endpoints, Some(options))).await?;
         Ok(Self { client })
     }

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tokio::{task::JoinHandle, time};
 use uncloud_controller::{
     health::Timings,
-    leadership::{Campaign, Candidate, Elected, Leader, LeaderToken, Settings},
+    leadership::{Campaign, Candidate, Elected, Follower, Leader, LeaderToken, Settings},
     model::{
         Desired,
         host::{Accelerator, AcceleratorKind, Pool},
@@ -208,8 +208,11 @@ impl Reign {
             async move { campaign.keep(&keeping).await }
         });
         let id = ControllerId::from_uuid(Uuid::new_v4());
-        let (leader, writer) =
-            Leader::begin(store.clone(), Clock::system(), id, elected, settings()).await.map_err(|e| e.0).unwrap();
+        let mirror = Follower::load(store).await.unwrap();
+        let (leader, writer) = Leader::begin(store.clone(), Clock::system(), id, elected, settings(), mirror)
+            .await
+            .map_err(|e| e.0)
+            .unwrap();
         Self { leader, campaign, lease, keep, writer }
     }
 

@@ -1,6 +1,6 @@
 //! The cluster as a whole: leadership, status, events, reflection and health.
 
-use tokio::{net::TcpListener, time};
+use tokio::{net::TcpListener, sync::watch, time};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
@@ -9,33 +9,55 @@ use tonic_reflection::pb::v1::{
     server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
 };
 use uncloud_proto::{
-    LEADER_METADATA_KEY,
+    FORWARDED_METADATA_KEY, LEADER_METADATA_KEY, READ_METADATA_KEY,
     v1::{
         self, agent_service_client::AgentServiceClient, vm_service_client::VmServiceClient, watch_events_response::Step,
     },
 };
 
-use super::harness::{Agent, LIMIT, LONG, Node, eventually, hello, until};
-use crate::{api, leadership::LeaderSlot};
+use super::harness::{Agent, LIMIT, LONG, Node, eventually, hello, new_vm, until};
+use crate::{
+    api,
+    leadership::{LeaderSlot, WarmCopy},
+};
 
 #[tokio::test]
-async fn who_does_not_lead_names_the_leader_and_is_not_serving() {
+async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    // A leader that cannot be reached: nothing listens there any more.
+    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
     let (slot, stop) = (LeaderSlot::default(), CancellationToken::new());
-    slot.clear(Some("10.0.0.2:7400".to_owned()));
-    let server = tokio::spawn(api::serve(listener, slot, stop.clone()));
+    slot.clear(Some(dead.clone()));
+    let serving =
+        api::Serving { slot, copy: WarmCopy::default(), store: watch::channel(None).1, address: address.to_string() };
+    let server = tokio::spawn(api::serve(listener, serving, stop.clone()));
     let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
 
+    // A read wants a copy, or at least etcd.
     let status = VmServiceClient::new(channel.clone()).list_vms(v1::ListVmsRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
-    assert_eq!(status.metadata().get(LEADER_METADATA_KEY).unwrap(), "10.0.0.2:7400");
+    // A write wants the leader. It was surely not carried out: that is what the key says.
+    let status = VmServiceClient::new(channel.clone()).create_vm(new_vm("web")).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(status.metadata().get(LEADER_METADATA_KEY).unwrap(), "");
+    assert!(status.message().contains(&dead), "{status}");
+    // One that was passed on once is not passed on again.
+    let mut passed_on = tonic::Request::new(new_vm("web"));
+    passed_on.metadata_mut().insert(FORWARDED_METADATA_KEY, "1".parse().unwrap());
+    let status = VmServiceClient::new(channel.clone()).create_vm(passed_on).await.unwrap_err();
+    assert_eq!(status.metadata().get(LEADER_METADATA_KEY).unwrap(), dead.as_str());
     let session = AgentServiceClient::new(channel.clone()).session(tokio_stream::pending()).await.unwrap_err();
-    assert_eq!(session.metadata().get(LEADER_METADATA_KEY).unwrap(), "10.0.0.2:7400");
+    assert_eq!(session.metadata().get(LEADER_METADATA_KEY).unwrap(), dead.as_str());
     // What is wrong with a request is said by any controller.
     let bad = v1::ListVmsRequest { page_size: 5000, ..Default::default() };
     let status = VmServiceClient::new(channel.clone()).list_vms(bad).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
+    let mut odd = tonic::Request::new(v1::ListVmsRequest::default());
+    odd.metadata_mut().insert(READ_METADATA_KEY, "fresh".parse().unwrap());
+    let status = VmServiceClient::new(channel.clone()).list_vms(odd).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(status.message().contains("`stale`"), "{status}");
 
     let check = HealthCheckRequest { service: "uncloud.v1.VmService".to_owned() };
     let health = HealthClient::new(channel).check(check).await.unwrap().into_inner();
@@ -55,23 +77,28 @@ async fn the_end_of_a_term_ends_sessions_and_watches() {
     let goodbye = agent.goodbye().await;
     assert_eq!(goodbye.reason(), v1::GoodbyeReason::NotLeader);
     assert_eq!(goodbye.leader_address, "10.0.0.9:7400");
+    // What follows reads its copy anew after a term.
+    node.leader.mirror.retired().cancel();
     macro_rules! ends {
-        ($stream:ident) => {
+        ($stream:ident, $leader:expr) => {
             loop {
                 match time::timeout(LIMIT, $stream.message()).await.unwrap() {
                     Ok(message) => assert!(message.is_some(), "a watch says why it ends"),
                     Err(status) => {
                         assert_eq!(status.code(), Code::Unavailable);
-                        assert_eq!(status.metadata().get(LEADER_METADATA_KEY).unwrap(), "10.0.0.9:7400");
+                        let named: Option<&str> =
+                            status.metadata().get(LEADER_METADATA_KEY).map(|l| l.to_str().unwrap());
+                        assert_eq!(named, $leader);
                         break;
                     }
                 }
             }
         };
     }
-    ends!(vms);
-    ends!(events);
-    ends!(hosts);
+    // These can be resumed here, too.
+    ends!(vms, None);
+    ends!(events, None);
+    ends!(hosts, Some("10.0.0.9:7400"));
     let status = node.vms().list_vms(v1::ListVmsRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
 }

@@ -5,7 +5,7 @@ use std::{future::Future, sync::Arc, time::Duration};
 use tempfile::TempDir;
 use tokio::{
     net::TcpListener,
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::{self, Instant},
 };
@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::{
     api,
     health::Timings,
-    leadership::{Campaign, Candidate, Leader, LeaderSlot, Settings},
+    leadership::{Campaign, Candidate, Follower, Leader, LeaderSlot, Settings, WarmCopy},
     reconcile,
     store::{Store, embedded::EmbeddedEtcd},
 };
@@ -65,9 +65,16 @@ impl Node {
 
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (slot, stop, clock) = (LeaderSlot::default(), CancellationToken::new(), Clock::system());
+        let (slot, copy) = (LeaderSlot::default(), WarmCopy::default());
+        let (stop, clock) = (CancellationToken::new(), Clock::system());
         let server = tokio::spawn({
-            let serving = api::serve(listener, slot.clone(), stop.clone());
+            let serving = api::Serving {
+                slot: slot.clone(),
+                copy: copy.clone(),
+                store: watch::channel(Some(store.clone())).1,
+                address: address.clone(),
+            };
+            let serving = api::serve(listener, serving, stop.clone());
             async move { serving.await.unwrap() }
         });
 
@@ -83,7 +90,9 @@ impl Node {
             address: address.clone(),
             controllers: vec![address.clone()],
         };
-        let (leader, writer) = Leader::begin(store, clock, id, elected, settings).await.map_err(|e| e.0).unwrap();
+        let mirror = Follower::load(&store).await.unwrap();
+        let (leader, writer) =
+            Leader::begin(store, clock, id, elected, settings, mirror).await.map_err(|e| e.0).unwrap();
         let writer = tokio::spawn(async move { drop(writer.await) });
         let reconciler = tokio::spawn(reconcile::driver::run(leader.clone()));
         slot.set(leader.clone());

@@ -7,7 +7,7 @@ use uncloud_proto::{clock::Clock, ids::ControllerId};
 use super::*;
 use crate::{
     health::Grant,
-    leadership::{Campaign, Candidate, Leader, Settings},
+    leadership::{Campaign, Candidate, Follower, Leader, Settings},
     model::{EventType, vm::VmSpec},
     reconcile,
     state::command::{HostFacts, NewVm},
@@ -41,7 +41,9 @@ async fn term(data_dir: &Path) -> Term {
         address: "127.0.0.1:1".into(),
         controllers: Vec::new(),
     };
-    let (leader, _writer) = Leader::begin(store, clock, id, elected, settings).await.map_err(|(e, _)| e).unwrap();
+    let mirror = Follower::load(&store).await.unwrap();
+    let (leader, _writer) =
+        Leader::begin(store, clock, id, elected, settings, mirror).await.map_err(|(e, _)| e).unwrap();
     tokio::spawn(reconcile::driver::run(Arc::clone(&leader)));
     Term { leader, _etcd: etcd }
 }
