@@ -192,8 +192,9 @@ async fn an_etcd_that_hangs_makes_the_api_unavailable_until_it_goes_on() {
     let refused = vms.create_vm(create("b")).await.unwrap_err();
     assert_eq!(refused.code(), Code::Unavailable, "{refused}");
     assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
-    eventually("it says that it is not sure to lead", || async {
-        controller.logged("leadership is no longer certain").then_some(())
+    eventually("it says that it does not lead any more", || async {
+        let said = controller.logged("leadership is no longer certain") || controller.logged("stepping down");
+        said.then_some(())
     })
     .await;
     kill_process(etcd, Signal::CONT).unwrap();

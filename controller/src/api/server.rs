@@ -107,6 +107,7 @@ pub async fn serve(listener: TcpListener, serving: Serving, stop: CancellationTo
         )
         .add_service(AgentServiceServer::new(Agents { context }).max_decoding_message_size(MAX_MESSAGE_BYTES));
 
+    let own = address.clone();
     let server = Server::builder()
         .layer(ForwardLayer::new(slot.clone(), copy.clone(), address))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
@@ -117,7 +118,7 @@ pub async fn serve(listener: TcpListener, serving: Serving, stop: CancellationTo
         .serve_with_incoming_shutdown(accept(listener), stop.clone().cancelled_owned());
     tokio::select! {
         result = server => Ok(result?),
-        () = tell_health(slot, copy, health, stop) => unreachable!("health is told for ever"),
+        () = tell_health(slot, copy, own, health, stop) => unreachable!("health is told for ever"),
     }
 }
 
@@ -146,12 +147,12 @@ fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
 }
 
 /// Says SERVING while this process leads, or follows a leader with a copy of its own.
-async fn tell_health(slot: LeaderSlot, copy: WarmCopy, health: HealthReporter, stop: CancellationToken) {
+async fn tell_health(slot: LeaderSlot, copy: WarmCopy, own: String, health: HealthReporter, stop: CancellationToken) {
     let mut leads = slot.changed();
     let mut follows = copy.changed();
     loop {
         let leading = leads.borrow_and_update().is_ok();
-        let following = follows.serves();
+        let following = follows.serves(&own);
         let status = if (leading || following) && !stop.is_cancelled() {
             ServingStatus::Serving
         } else {

@@ -23,6 +23,8 @@ use crate::{
 const TTL: Duration = Duration::from_secs(2);
 /// How often it is kept alive: three may be lost.
 const KEEP_ALIVE_EVERY: Duration = Duration::from_millis(500);
+/// How soon the next member of etcd is asked to keep it alive when one has not.
+const NEXT_MEMBER_AFTER: Duration = Duration::from_millis(20);
 /// How often a candidate looks whether the key is free.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// How long a candidate waits after etcd gave no answer.
@@ -209,18 +211,23 @@ impl Campaign {
                     Ok(open) => open,
                     Err(error) => {
                         debug!("the leader key's lease could not be kept alive: {}", report(&error));
+                        ticker.reset_after(NEXT_MEMBER_AFTER);
                         continue;
                     }
                 },
             };
             let sent = self.clock.now();
-            match open.renew(TTL).await {
+            match open.renew().await {
                 Ok(ttl) if ttl.is_zero() => return,
                 Ok(ttl) => {
                     validity.extend(sent, ttl);
                     stream = Some(open);
                 }
-                Err(error) => debug!("the leader key's lease could not be kept alive: {}", report(&error)),
+                Err(error) => {
+                    debug!("the leader key's lease could not be kept alive: {}", report(&error));
+                    // At once, at the next member of etcd.
+                    ticker.reset_after(NEXT_MEMBER_AFTER);
+                }
             }
         }
     }

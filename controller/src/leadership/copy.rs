@@ -29,6 +29,9 @@ use crate::store::{self, LeaderChange, Store};
 /// longer is better off with another controller.
 const FRESH_WITHIN: Duration = Duration::from_secs(4);
 
+/// A copy that has not heard after so long of what etcd's quorum knows follows a member that is not worth it.
+const BEHIND_AFTER: Duration = Duration::from_secs(1);
+
 /// The copy of this process. Cheap to clone; all clones are the same.
 #[derive(Clone, Debug)]
 pub struct WarmCopy {
@@ -36,6 +39,7 @@ pub struct WarmCopy {
     asked: Arc<AtomicU64>,
     newest: Arc<Mutex<Newest>>,
     leader_gone: Arc<Notify>,
+    behind: Arc<Notify>,
     leader: watch::Sender<Option<String>>,
 }
 
@@ -65,6 +69,7 @@ impl Default for WarmCopy {
             asked: Arc::default(),
             newest: Arc::default(),
             leader_gone: Arc::default(),
+            behind: Arc::default(),
             leader: watch::Sender::new(None),
         }
     }
@@ -85,7 +90,12 @@ impl WarmCopy {
     pub async fn fresh(&self, store: &Store) -> Result<Mirror, Stale> {
         let fresh = async {
             let revision = self.newest(store).await.map_err(Stale::Store)?;
-            Ok(self.reached(revision).await)
+            loop {
+                match time::timeout(BEHIND_AFTER, self.reached(revision)).await {
+                    Ok(mirror) => return Ok(mirror),
+                    Err(_) => self.behind.notify_one(),
+                }
+            }
         };
         time::timeout(FRESH_WITHIN, fresh).await.unwrap_or(Err(Stale::Behind))
     }
@@ -153,6 +163,11 @@ impl WarmCopy {
         });
     }
 
+    /// Waits until somebody says that the copy does not get on. Cancel safe.
+    pub(super) async fn behind(&self) {
+        self.behind.notified().await;
+    }
+
     /// Told when nobody leads any more.
     #[must_use]
     pub fn leader_gone(&self) -> Arc<Notify> {
@@ -180,9 +195,10 @@ pub struct CopyWatch {
 }
 
 impl CopyWatch {
-    /// There is a copy to read, and a leader to whom all else can be passed on.
-    pub fn serves(&mut self) -> bool {
-        self.mirror.borrow_and_update().is_some() && self.leader.borrow_and_update().is_some()
+    /// There is a copy to read, and a leader to whom all else can be passed on, who is somebody else than the one at `own`.
+    pub fn serves(&mut self, own: &str) -> bool {
+        let led = self.leader.borrow_and_update().as_ref().is_some_and(|leader| leader != own);
+        self.mirror.borrow_and_update().is_some() && led
     }
 
     /// Waits for a change. For ever, if the copy is gone. Cancel safe.

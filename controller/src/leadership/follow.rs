@@ -134,7 +134,15 @@ impl Follower {
         let mut changes = self.store.changes(newest).await?;
         *broken_since = None;
         loop {
-            for logged in changes.next().await? {
+            let next = tokio::select! {
+                biased;
+                next = changes.next() => next?,
+                () = self.copy.behind() => {
+                    changes.give_up();
+                    return Err(Error::Protocol("an etcd member tells less than the others know".into()));
+                }
+            };
+            for logged in next {
                 let leader = logged.leader.clone();
                 mirror.follow(logged);
                 if let Some(leader) = leader {

@@ -11,7 +11,10 @@ use std::time::Duration;
 use etcd_client::{EventType, WatchOptions, WatchResponse, WatchStream};
 use uncloud_proto::ids::Revision;
 
-use super::{Error, REQUEST_TIMEOUT, Store, limited};
+use super::{
+    Error, REQUEST_TIMEOUT, Store, kv,
+    members::{Member, Members, limited},
+};
 use crate::{
     model::{
         Key, LeaderRecord, Record,
@@ -49,20 +52,36 @@ pub enum LeaderChange {
 }
 
 /// Changes as they happen.
-pub(crate) struct Changes(WatchStream);
+pub(crate) struct Changes {
+    stream: WatchStream,
+    member: Member,
+    members: Members,
+}
 
 impl Changes {
     /// The next ones, oldest first, each revision whole. Waits for them; may be none. Cancel safe.
     pub(crate) async fn next(&mut self) -> Result<Vec<Logged>, Error> {
-        let message =
-            self.0.message().await?.ok_or_else(|| Error::Protocol("the watch ended without a reason".to_owned()))?;
-        if message.canceled() {
-            return Err(match message.compact_revision() {
-                0 => Error::Protocol(format!("the watch was cancelled: {}", message.cancel_reason())),
-                revision => Error::Compacted(revision),
-            });
+        let message = match self.stream.message().await {
+            Ok(Some(message)) if !message.canceled() => return Ok(logged(&message)),
+            Ok(message) => message,
+            Err(error) => {
+                self.give_up();
+                return Err(error.into());
+            }
+        };
+        match message.as_ref().map_or(0, WatchResponse::compact_revision) {
+            0 => {
+                self.give_up();
+                let reason = message.as_ref().map_or("", WatchResponse::cancel_reason);
+                Err(Error::Protocol(format!("the watch ended: {reason}")))
+            }
+            revision => Err(Error::Compacted(revision)),
         }
-        Ok(logged(&message))
+    }
+
+    /// The member that tells them is not to be asked any more.
+    pub(crate) fn give_up(&self) {
+        self.members.failed(&self.member);
     }
 }
 
@@ -120,9 +139,19 @@ impl Store {
     ///
     /// When etcd does not answer. That the history is gone is said by the first [`Changes::next`].
     pub(crate) async fn changes(&self, from: Revision) -> Result<Changes, Error> {
-        let mut client = self.client.watch_client().max_decoding_message_size(super::MAX_ANSWER_BYTES);
+        let member = self.members.current();
+        let mut client = member.client.watch_client().max_decoding_message_size(super::MAX_ANSWER_BYTES);
         let options = WatchOptions::new().with_all_keys().with_start_revision(from.0 + 1);
-        Ok(Changes(limited(REQUEST_TIMEOUT, client.watch(Vec::new(), Some(options))).await?))
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let opened = limited(limit, client.watch(Vec::new(), Some(options))).await;
+        let members = self.members.clone();
+        match opened {
+            Ok(stream) => Ok(Changes { stream, member, members }),
+            Err(error) => {
+                members.failed(&member);
+                Err(error)
+            }
+        }
     }
 
     /// All changes after `from` up to and with `until`, which has happened.
@@ -161,8 +190,12 @@ impl Store {
     /// When etcd does not answer.
     pub async fn revision(&self) -> Result<Revision, Error> {
         let options = etcd_client::GetOptions::new().with_keys_only();
-        let mut kv = self.kv();
-        let answer = limited(REQUEST_TIMEOUT, kv.get(Key::Leader.to_string(), Some(options))).await?;
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let get = |client| {
+            let options = options.clone();
+            async move { kv(&client).get(Key::Leader.to_string(), Some(options)).await }
+        };
+        let answer = self.members.ask(limit, get).await?;
         let header = answer.header().ok_or_else(|| Error::Protocol("a range has no header".into()))?;
         Ok(Revision(header.revision()))
     }

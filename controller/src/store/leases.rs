@@ -6,7 +6,14 @@ use std::time::Duration;
 
 use uncloud_proto::clock::Tick;
 
-use super::{Error, REQUEST_TIMEOUT, Store, limited};
+use super::{
+    Error, REQUEST_TIMEOUT, Store,
+    members::{Member, Members, limited},
+};
+
+/// How long one member may take to keep a lease alive. A leadership is valid for 1.5 s from the last keep-alive that was
+/// answered, and one is sent every 0.5 s: so two more members can be asked in time.
+const KEEP_ALIVE_WITHIN: Duration = Duration::from_millis(450);
 
 /// What goes away by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,24 +94,32 @@ impl Store {
     /// Grants an etcd lease.
     pub(crate) async fn grant(&self, ttl: Duration) -> Result<Granted, Error> {
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-        let mut client = self.client.lease_client();
-        let lease = limited(REQUEST_TIMEOUT, client.grant(seconds, None)).await?;
+        // One that was granted and whose answer was lost runs out by itself.
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let lease =
+            self.members.ask(limit, |client| async move { client.lease_client().grant(seconds, None).await }).await?;
         Ok(Granted { id: lease.id(), ttl: Duration::from_secs(u64::try_from(lease.ttl()).unwrap_or(0)) })
     }
 
     /// Gives an etcd lease back; its keys go.
     pub(crate) async fn revoke(&self, lease: i64) -> Result<(), Error> {
-        let mut client = self.client.lease_client();
-        limited(REQUEST_TIMEOUT, client.revoke(lease)).await?;
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        self.members.ask(limit, |client| async move { client.lease_client().revoke(lease).await }).await?;
         Ok(())
     }
 
     /// Opens a stream on which an etcd lease is kept alive.
     pub(crate) async fn keep_alive(&self, lease: i64) -> Result<KeepAlive, Error> {
-        let mut client = self.client.lease_client();
-        let (keeper, stream) = limited(REQUEST_TIMEOUT, client.keep_alive(lease)).await?;
+        let member = self.members.current();
+        let mut client = member.client.lease_client();
         // Opening the stream sends a first keep-alive whose answer the client takes for itself.
-        Ok(KeepAlive { keeper, stream })
+        match limited(KEEP_ALIVE_WITHIN, client.keep_alive(lease)).await {
+            Ok((keeper, stream)) => Ok(KeepAlive { keeper, stream, member, members: self.members.clone() }),
+            Err(error) => {
+                self.members.failed(&member);
+                Err(error)
+            }
+        }
     }
 }
 
@@ -119,15 +134,26 @@ pub(crate) struct Granted {
 pub(crate) struct KeepAlive {
     keeper: etcd_client::LeaseKeeper,
     stream: etcd_client::LeaseKeepAliveStream,
+    member: Member,
+    members: Members,
 }
 
 impl KeepAlive {
     /// Keeps it alive once more. Returns the TTL that it has again; zero: it is gone.
-    pub(crate) async fn renew(&mut self, limit: Duration) -> Result<Duration, Error> {
-        limited(limit, self.keeper.keep_alive()).await?;
-        match limited(limit, self.stream.message()).await? {
-            Some(answer) => Ok(Duration::from_secs(u64::try_from(answer.ttl()).unwrap_or(0))),
-            None => Err(Error::Protocol("the keep-alive stream ended".into())),
+    /// After an error this stream is of no use any more: a late answer would be taken for the next one's.
+    pub(crate) async fn renew(&mut self) -> Result<Duration, Error> {
+        let answer = async {
+            self.keeper.keep_alive().await?;
+            self.stream.message().await
+        };
+        let answer = match limited(KEEP_ALIVE_WITHIN, answer).await {
+            Ok(Some(answer)) => Ok(Duration::from_secs(u64::try_from(answer.ttl()).unwrap_or(0))),
+            Ok(None) => Err(Error::Protocol("the keep-alive stream ended".into())),
+            Err(error) => Err(error),
+        };
+        if answer.is_err() {
+            self.members.failed(&self.member);
         }
+        answer
     }
 }

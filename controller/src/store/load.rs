@@ -4,7 +4,7 @@ use etcd_client::{GetOptions, SortOrder, SortTarget};
 use uncloud_proto::ids::{Revision, Term};
 use uuid::Uuid;
 
-use super::{Error, LOAD_TIMEOUT, REQUEST_TIMEOUT, Store, limited};
+use super::{Error, LOAD_TIMEOUT, REQUEST_TIMEOUT, Store, kv};
 use crate::model::{
     EventRecord, Key, Record,
     keys::{EVENTS, EVENTS_END, ROOT, ROOT_END},
@@ -48,8 +48,11 @@ impl Store {
                 if let Some(r) = revision {
                     options = options.with_revision(r);
                 }
-                let mut kv = self.kv();
-                let mut page = limited(LOAD_TIMEOUT, kv.get(from.clone(), Some(options))).await?;
+                let get = |client| {
+                    let (from, options) = (from.clone(), options.clone());
+                    async move { kv(&client).get(from, Some(options)).await }
+                };
+                let mut page = self.members.ask(LOAD_TIMEOUT, get).await?;
                 if revision.is_none() {
                     let header = page.header().ok_or_else(|| Error::Protocol("a range has no header".into()))?;
                     revision = Some(header.revision());
@@ -74,8 +77,9 @@ impl Store {
 
     /// The leader key: its value and the revision at which it was created. `None`: nobody leads.
     pub(crate) async fn leader(&self) -> Result<Option<(Vec<u8>, Term)>, Error> {
-        let mut kv = self.kv();
-        let mut answer = limited(REQUEST_TIMEOUT, kv.get(Key::Leader.to_string(), None)).await?;
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let get = |client| async move { kv(&client).get(Key::Leader.to_string(), None).await };
+        let mut answer = self.members.ask(limit, get).await?;
         Ok(answer.take_kvs().into_iter().next().map(|kv| {
             let term = Term(kv.create_revision());
             (kv.into_key_value().1, term)
@@ -93,8 +97,11 @@ impl Store {
             .with_prefix()
             .with_sort(SortTarget::Mod, SortOrder::Descend)
             .with_limit(i64::try_from(limit).unwrap_or(i64::MAX));
-        let mut kv = self.kv();
-        let mut answer = limited(LOAD_TIMEOUT, kv.get(prefix, Some(options))).await?;
+        let get = |client| {
+            let (prefix, options) = (prefix.clone(), options.clone());
+            async move { kv(&client).get(prefix, Some(options)).await }
+        };
+        let mut answer = self.members.ask(LOAD_TIMEOUT, get).await?;
         let mut events: Vec<(Key, StoredEvent)> = answer
             .take_kvs()
             .into_iter()

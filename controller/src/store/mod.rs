@@ -7,11 +7,13 @@ pub mod embedded;
 mod history;
 mod leases;
 mod load;
+mod members;
 mod txn;
 
 use std::{fmt, time::Duration};
 
-use etcd_client::{Client, ConnectOptions, KvClient};
+use etcd_client::{Client, KvClient};
+use members::Members;
 
 pub use history::{LeaderChange, Logged};
 pub use leases::{Retention, RetentionLeases};
@@ -54,7 +56,7 @@ impl From<etcd_client::Error> for Error {
 /// A connection to the etcd cluster. Cheap to clone.
 #[derive(Clone)]
 pub struct Store {
-    client: Client,
+    members: Members,
 }
 
 impl fmt::Debug for Store {
@@ -64,37 +66,22 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Connects, or prepares to: an etcd that is down now is tried again at each request.
+    /// Prepares connections: an etcd that is down now is tried again at each request.
     ///
     /// # Errors
     ///
-    /// When an endpoint is not a URL, or none can be reached.
+    /// When an endpoint is not a URL, or there is none.
     pub async fn connect(endpoints: &[String]) -> Result<Self, Error> {
-        let options = ConnectOptions::new()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_keep_alive(Duration::from_secs(2), Duration::from_secs(2))
-            .with_keep_alive_while_idle(true)
-            // A member that is cut off from the others says so at once, and ends its watches, instead of keeping silent.
-            .with_require_leader(true);
-        let client = limited(REQUEST_TIMEOUT, Client::connect(endpoints, Some(options))).await?;
-        Ok(Self { client })
+        Ok(Self { members: Members::connect(endpoints, rand::random::<u16>().into()).await? })
     }
 
     /// The client itself, for what only tests need.
     #[must_use]
     pub fn client(&self) -> Client {
-        self.client.clone()
-    }
-
-    fn kv(&self) -> KvClient {
-        self.client.kv_client().max_decoding_message_size(MAX_ANSWER_BYTES)
+        self.members.current().client
     }
 }
 
-/// Gives up on a request after a while. What it would have written may have been written all the same.
-async fn limited<T>(limit: Duration, request: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T, Error> {
-    match tokio::time::timeout(limit, request).await {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Error::Timeout(limit)),
-    }
+fn kv(client: &Client) -> KvClient {
+    client.kv_client().max_decoding_message_size(MAX_ANSWER_BYTES)
 }

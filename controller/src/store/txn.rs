@@ -1,9 +1,11 @@
 //! Writing. Every transaction compares the leader key's create revision with the term.
 
+use std::time::Duration;
+
 use etcd_client::{Compare, CompareOp, PutOptions, Txn, TxnOp};
 use uncloud_proto::ids::{Revision, Term};
 
-use super::{Error, REQUEST_TIMEOUT, Retention, RetentionLeases, Store, limited};
+use super::{Error, REQUEST_TIMEOUT, Retention, RetentionLeases, Store, kv};
 use crate::{
     leadership::LeaderToken,
     model::{Key, Record},
@@ -12,6 +14,10 @@ use crate::{
 
 /// Operations that one transaction may have: etcd's default `max-txn-ops`. Comparisons do not count.
 pub const MAX_OPERATIONS: usize = 128;
+
+/// How long a transaction may take. Longer than etcd is held up by an election of its own; whoever waits longer than that for a
+/// member that hangs keeps everybody else from writing.
+const TRANSACTION_TIMEOUT: Duration = Duration::from_millis(1200);
 
 /// Why a transaction was not carried out, as far as is known.
 #[derive(Debug, thiserror::Error)]
@@ -39,8 +45,11 @@ impl Store {
     ) -> Result<Revision, CommitError> {
         let operations: Vec<TxnOp> = mutations.iter().map(|m| operation(m, leases)).collect();
         let txn = Txn::new().when([token.compare()]).and_then(operations);
-        let mut kv = self.kv();
-        let answer = limited(REQUEST_TIMEOUT, kv.txn(txn)).await.map_err(CommitError::Unknown)?;
+        let send = |client| {
+            let txn = txn.clone();
+            async move { kv(&client).txn(txn).await }
+        };
+        let answer = self.members.ask_once(TRANSACTION_TIMEOUT, send).await.map_err(CommitError::Unknown)?;
         if !answer.succeeded() {
             return Err(CommitError::Deposed);
         }
@@ -56,8 +65,8 @@ impl Store {
     ///
     /// When etcd does not answer; the next time will do.
     pub async fn compact(&self, revision: Revision) -> Result<(), Error> {
-        let mut kv = self.kv();
-        limited(REQUEST_TIMEOUT, kv.compact(revision.0, None)).await?;
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        self.members.ask(limit, |client| async move { kv(&client).compact(revision.0, None).await }).await?;
         Ok(())
     }
 }
@@ -114,8 +123,13 @@ impl Store {
             record.to_json(),
             Some(PutOptions::new().with_lease(lease)),
         )]);
-        let mut kv = self.kv();
-        let answer = limited(REQUEST_TIMEOUT, kv.txn(txn)).await?;
+        // What became of a claim whose answer is lost is seen at the next look.
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let send = |client| {
+            let txn = txn.clone();
+            async move { kv(&client).txn(txn).await }
+        };
+        let answer = self.members.ask_once(limit, send).await?;
         let header = answer.header().ok_or_else(|| Error::Protocol("a transaction's answer has no header".into()))?;
         Ok(if answer.succeeded() { Claim::Won(Revision(header.revision())) } else { Claim::Taken })
     }
@@ -124,8 +138,12 @@ impl Store {
     pub(crate) async fn remove_leader(&self, term: Term) -> Result<(), Error> {
         let same = Compare::create_revision(Key::Leader.to_string(), CompareOp::Equal, term.0);
         let txn = Txn::new().when([same]).and_then([TxnOp::delete(Key::Leader.to_string(), None)]);
-        let mut kv = self.kv();
-        limited(REQUEST_TIMEOUT, kv.txn(txn)).await?;
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let send = |client| {
+            let txn = txn.clone();
+            async move { kv(&client).txn(txn).await }
+        };
+        self.members.ask(limit, send).await?;
         Ok(())
     }
 }
