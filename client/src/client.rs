@@ -135,6 +135,8 @@ calls! {
     list_events(ListEventsRequest) -> ListEventsResponse, cluster, Repeatable;
     /// Lets failover go on although the brake is on.
     release_brake(ReleaseBrakeRequest) -> ReleaseBrakeResponse, cluster, Once;
+    /// Switches failover off for a while, or on again.
+    set_failover(SetFailoverRequest) -> SetFailoverResponse, cluster, Repeatable;
 }
 
 impl Client {

@@ -232,7 +232,8 @@ fn every_record_is_stored_as_it_was_when_it_was_released() {
     let id = ControllerId::from_uuid(uuid(6));
     let leader = LeaderRecord { id, address: "127.0.0.1:7400".into(), since: AT, extra: Extra::new() };
     golden("leader", &Key::Leader, &leader, &Record::Leader(Arc::new(leader.clone())));
-    let cluster = ClusterRecord { fast_lease_ms: 6000, patient_lease_ms: 60_000, extra: Extra::new() };
+    let cluster =
+        ClusterRecord { fast_lease_ms: 6000, patient_lease_ms: 60_000, failover_off: None, extra: Extra::new() };
     golden("cluster", &Key::Cluster, &cluster, &Record::Cluster(Arc::new(cluster.clone())));
 }
 

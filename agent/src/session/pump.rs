@@ -58,7 +58,7 @@ const MESSAGES: usize = 32;
 /// Reports in one message.
 const REPORTS: usize = 256;
 /// Bounds of what a leader may say about time. A lease never moves back, so a slip of the leader's must not last.
-const MOST_LEASE: Duration = Duration::from_secs(600);
+const MOST_LEASE: Duration = Duration::from_secs(3600);
 const HEARTBEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
 
 /// Who this host is. Said in every `Hello`.

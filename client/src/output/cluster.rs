@@ -26,6 +26,10 @@ pub fn status(s: &v1::GetStatusResponse, now: WallTime) -> String {
         ("Hosts", none(s.hosts.iter().map(|h| count(h.count, &h.state)).collect::<Vec<_>>().join(", "))),
         ("VMs", none(s.vms.iter().map(|v| count(v.count, &phase_word(v.phase()))).collect::<Vec<_>>().join(", "))),
         ("Leases", format!("{} fast, {} patient", millis(s.fast_lease_ms), millis(s.patient_lease_ms))),
+        (
+            "Failover",
+            s.failover_off_until.as_ref().map_or("on".to_owned(), |t| format!("OFF until {}", moment(Some(t)))),
+        ),
         ("Brake", s.brake.as_ref().map(|b| brake(b, now)).unwrap_or_default()),
         ("Revision", s.revision.to_string()),
     ]);

@@ -37,6 +37,7 @@ named!(
     ListImagesResponse,
     ListVmsResponse,
     ReleaseBrakeResponse,
+    SetFailoverResponse,
     RemoveHostResponse,
     RestartVmResponse,
     StartVmResponse,

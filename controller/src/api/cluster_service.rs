@@ -18,10 +18,10 @@ use super::{
 use crate::{
     health::Hearing,
     leadership::{FeedItem, Leader},
-    model::{EventType, HostMode, Key, Phase, Record},
+    model::{EventType, FailoverOff, HostMode, Key, Phase, Record},
     state::{
         State,
-        command::{Command, Refusal},
+        command::{Command, FailoverChange, Refusal},
     },
 };
 
@@ -73,7 +73,11 @@ fn status(leader: &Leader, state: &State) -> v1::GetStatusResponse {
             since: Some(leader.since.to_proto()),
         }),
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        warnings: warnings(leader, &hearings, &phases, brake, unreadable.len()),
+        warnings: failover_off(leader, state)
+            .map(|off| format!("Failover is switched off{}; `uncloud failover on` ends that", reason(&off.reason)))
+            .into_iter()
+            .chain(warnings(leader, &hearings, &phases, brake, unreadable.len()))
+            .collect(),
         hosts: hosts.into_iter().map(|(state, count)| v1::HostCount { state: state.to_owned(), count }).collect(),
         vms: phases.into_iter().map(|(p, count)| v1::VmCount { phase: convert::phase(p).into(), count }).collect(),
         brake: Some(v1::Brake { engaged: brake.engaged, heard: brake.heard, total: brake.total, since }),
@@ -86,7 +90,18 @@ fn status(leader: &Leader, state: &State) -> v1::GetStatusResponse {
         fast_lease_ms: lease(leader.settings.timings.fast),
         patient_lease_ms: lease(leader.settings.timings.patient),
         revision: state.revision().0,
+        failover_off_until: failover_off(leader, state).map(|off| off.until.to_proto()),
     }
+}
+
+fn reason(text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!(" ({text})") }
+}
+
+/// Failover is switched off at the moment.
+fn failover_off<'a>(leader: &Leader, state: &'a State) -> Option<&'a FailoverOff> {
+    let off = state.cluster()?.failover_off.as_ref()?;
+    (off.until > leader.clock.wall()).then_some(off)
 }
 
 /// What an operator should look at, a sentence each.
@@ -301,6 +316,30 @@ impl ClusterService for Cluster {
             let note = Command::Note { event: EventType::BrakeReleased, message };
             self.context.submit(&leader, note).await?;
             Ok(Response::new(v1::ReleaseBrakeResponse { silent_hosts }))
+        })
+        .await
+    }
+
+    async fn set_failover(
+        &self,
+        request: Request<v1::SetFailoverRequest>,
+    ) -> Result<Response<v1::SetFailoverResponse>, Status> {
+        let change = validate::set_failover(request.into_inner())?;
+        timely(async {
+            let leader = self.context.leader()?;
+            self.context.submit(&leader, Command::SetFailover { change: change.clone() }).await?;
+            let ahead = match change {
+                FailoverChange::Off { for_ms, .. } => Duration::from_millis(for_ms),
+                // Beyond a lease as usual: what was granted while it was off.
+                FailoverChange::On => {
+                    let now = leader.clock.now();
+                    let (fast, _) = leader.health().running(now);
+                    fast.saturating_sub(leader.settings.timings.wait(leader.settings.timings.fast))
+                }
+            };
+            let ahead = u64::try_from(ahead.as_millis()).unwrap_or(u64::MAX);
+            let effective = WallTime(leader.clock.wall().0.saturating_add(ahead)).to_proto();
+            Ok(Response::new(v1::SetFailoverResponse { effective: Some(effective) }))
         })
         .await
     }

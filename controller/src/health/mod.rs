@@ -37,6 +37,8 @@
 //!   agent does not shorten a lease that it has, either.
 //! * **L7** *The brake only withholds.* It delays verdicts, and releasing it gives none that the table would not give by
 //!   itself.
+//! * **L8** *Switching failover off only lengthens.* Leases that are granted meanwhile last until the end of it, verdicts are
+//!   withheld; switched on again, every lease that was granted is waited out (L6).
 
 mod brake;
 mod policy;

@@ -18,6 +18,10 @@ pub struct HealthTable {
     floor: Leases,
     hosts: BTreeMap<HostId, Host>,
     brake: Brake,
+    /// Until then failover is off: leases that are granted last until then, and no verdicts are given.
+    off_until: Option<Tick>,
+    /// When the last lease that any leader has granted to anybody has surely run out.
+    last: Leases,
     /// Counts verdicts: tells whether one came between two moments (L4).
     verdicts: u64,
 }
@@ -32,10 +36,12 @@ struct Leases {
 impl Leases {
     /// Of leases that were granted for a heartbeat that was received at `received`.
     fn granted(timings: &Timings, received: Tick) -> Self {
-        Self {
-            fast: received.after(timings.wait(timings.fast)),
-            patient: received.after(timings.wait(timings.patient)),
-        }
+        Self::of(timings, timings.fast, timings.patient, received)
+    }
+
+    /// The same of leases of these lengths.
+    fn of(timings: &Timings, fast: Duration, patient: Duration, received: Tick) -> Self {
+        Self { fast: received.after(timings.wait(fast)), patient: received.after(timings.wait(patient)) }
     }
 
     /// The later of each (L6).
@@ -161,7 +167,24 @@ impl HealthTable {
                 (id, host)
             })
             .collect();
-        Self { timings, floor, hosts, brake: Brake::default(), verdicts: 0 }
+        Self { timings, floor, hosts, brake: Brake::default(), off_until: None, last: floor, verdicts: 0 }
+    }
+
+    /// Failover is off until then; `None`: it is on. That leases may last so long must be on record before (W3).
+    pub fn switch_off(&mut self, until: Option<Tick>) {
+        self.off_until = until;
+    }
+
+    /// Whether failover is off.
+    fn is_off(&self, now: Tick) -> bool {
+        self.off_until.is_some_and(|until| now < until)
+    }
+
+    /// How long from `now` on, at the most, anything runs under a lease that was granted by this leader or before it: short
+    /// lease, long lease.
+    #[must_use]
+    pub fn running(&self, now: Tick) -> (Duration, Duration) {
+        (self.last.fast.since(now), self.last.patient.since(now))
     }
 
     /// A registration begins: to be called before `RegisterHost` is handed to the writer.
@@ -210,11 +233,15 @@ impl HealthTable {
             Liveness::Up => {}
             Liveness::FastLapsed | Liveness::Dead => return Grant::Refused(Refused::Lapsed),
         }
-        h.out.extend(Leases::granted(&self.timings, now));
+        let off_for = self.off_until.map_or(Duration::ZERO, |until| until.since(now));
+        let (fast, patient) = (self.timings.fast.max(off_for), self.timings.patient.max(off_for));
+        let leases = Leases::of(&self.timings, fast, patient, now);
+        h.out.extend(leases);
+        self.last.extend(leases);
         h.counted = h.counted.max(now);
         h.heartbeat = h.heartbeat.max(Some(now));
         self.brake.forget(host);
-        Grant::Renew { fast: self.timings.fast, patient: self.timings.patient }
+        Grant::Renew { fast, patient }
     }
 
     /// Gives the verdicts that are due and not stored yet. Only to be called while the leadership is valid: after a pause
@@ -226,10 +253,11 @@ impl HealthTable {
             .fold((0_u32, 0_u32), |(heard, total), h| (heard + u32::from(now.since(h.counted) <= silence), total + 1));
         self.brake.observe(heard, total, now, silence);
 
+        let off = self.is_off(now);
         let mut verdicts = Vec::new();
         for (&id, host) in &mut self.hosts {
             let due = host.out.liveness(now);
-            if worse(due, host.decided) && !self.brake.holds(id) {
+            if worse(due, host.decided) && !off && !self.brake.holds(id) {
                 host.decided = due;
                 self.verdicts += 1;
                 host.verdict = self.verdicts;

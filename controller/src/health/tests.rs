@@ -240,3 +240,40 @@ fn nothing_to_do_stays_nothing_to_do() {
     assert_eq!(t.tick(at(1_000_000)), []);
     assert!(!t.brake().engaged);
 }
+
+#[test]
+fn l8_while_failover_is_off_leases_last_until_its_end_and_no_verdict_is_given() {
+    let mut t = table(&[(A, Liveness::Up), (B, Liveness::Up), (C, Liveness::Up), (host(4), Liveness::Up)]);
+    // Half of the hosts are heard all the time: no brake.
+    let heard = |t: &mut HealthTable, ms| [C, host(4)].map(|h| granted(t.heartbeat(h, at(ms))));
+    t.switch_off(Some(at(100_000)));
+    let Grant::Renew { fast, patient } = t.heartbeat(A, at(1_000)) else { panic!() };
+    assert_eq!((fast, patient), (Duration::from_secs(99), Duration::from_secs(99)));
+    // Both are silent; of B it was so before anything was granted.
+    heard(&mut t, 90_000);
+    assert!(t.tick(at(90_000)).is_empty());
+    heard(&mut t, 100_000);
+    // Over: B's lease has run out long ago, A's has not, for clocks may differ.
+    assert_eq!(t.tick(at(100_000)), [both(B)]);
+    t.declared(both(B));
+    heard(&mut t, 101_900);
+    let out = 1_000 + 99_000 + 990 + 1_000;
+    assert!(t.tick(at(out)).is_empty());
+    assert_eq!(t.tick(at(out + 1)), [both(A)]);
+}
+
+#[test]
+fn l8_switched_on_again_every_lease_that_was_granted_is_waited_out() {
+    let mut t = table(&[(A, Liveness::Up), (B, Liveness::Up)]);
+    t.switch_off(Some(at(100_000)));
+    t.heartbeat(A, at(1_000));
+    t.switch_off(None);
+    let Grant::Renew { fast, .. } = t.heartbeat(A, at(2_000)) else { panic!() };
+    assert_eq!(fast, TIMINGS.fast, "as usual");
+    let (running, _) = t.running(at(95_000));
+    assert_eq!(running, Duration::from_millis(6_990) + Duration::from_nanos(1), "a successor must wait for that");
+    t.heartbeat(B, at(95_000));
+    assert!(t.tick(at(95_000)).is_empty(), "A may run until 100 s and more");
+    t.heartbeat(B, at(101_900));
+    assert_eq!(t.tick(at(101_991)), [both(A)]);
+}

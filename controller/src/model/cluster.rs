@@ -29,9 +29,21 @@ pub struct ClusterRecord {
     pub fast_lease_ms: u64,
     /// The long lease in ms.
     pub patient_lease_ms: u64,
+    /// Failover is switched off, by a person and for a while.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover_off: Option<FailoverOff>,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// Failover is switched off: hosts hold leases until then, and none is declared lapsed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailoverOff {
+    /// Until when, ms since 1970. It goes on by itself then.
+    pub until: WallTime,
+    /// Why, as somebody said.
+    pub reason: String,
 }
 
 /// The answer that was given to a create request.

@@ -92,6 +92,10 @@ pub enum EventType {
     BrakeEngaged,
     BrakeReleased,
     SettingsChanged,
+    /// Failover was switched off for a while.
+    FailoverOff,
+    /// Failover was switched on again.
+    FailoverOn,
     /// An event of a newer program.
     #[serde(other)]
     Other,

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::{Serialize, de::DeserializeOwned};
 use uncloud_proto::ids::VmId;
 
-pub use cluster::{ClusterRecord, LeaderRecord, RequestAnswer, RequestRecord};
+pub use cluster::{ClusterRecord, FailoverOff, LeaderRecord, RequestAnswer, RequestRecord};
 pub use event::{EventRecord, EventType, Subject};
 pub use host::{HostMode, HostRecord, Liveness};
 pub use image::ImageRecord;

@@ -37,7 +37,7 @@ async fn passes(leader: &Leader) {
     let mut changed = leader.mirror.changed();
     let mut ticker = time::interval(PERIOD);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut driver = Driver { leader, began: leader.clock.now(), attempts: Attempts::default(), announced: false };
+    let mut driver = Driver { leader, attempts: Attempts::default(), announced: false };
     loop {
         let result = tokio::select! {
             biased; // a busy cluster must not keep health from being looked at
@@ -62,8 +62,6 @@ async fn passes(leader: &Leader) {
 
 struct Driver<'a> {
     leader: &'a Leader,
-    /// Not before the takeover.
-    began: Tick,
     attempts: Attempts,
     /// What was last said about the brake.
     announced: bool,
@@ -85,7 +83,9 @@ impl Driver<'_> {
             return Ok(());
         }
         let (verdicts, brake) = {
+            let off_until = self.off_until(now);
             let mut health = self.leader.health();
+            health.switch_off(off_until);
             (health.tick(now), health.brake())
         };
         self.announce(brake).await?;
@@ -100,10 +100,22 @@ impl Driver<'_> {
     /// has surely run out, the record becomes what this one grants: its successor need not wait longer than that.
     async fn shorten_leases(&self, now: Tick) -> Result<(), Stop> {
         let Some(stored) = self.leader.mirror.read(|state| state.cluster().cloned()) else { return Ok(()) };
-        if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, now.since(self.began)) {
+        let running = self.leader.health().running(now);
+        if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, running) {
             self.submit(command).await?;
         }
         Ok(())
+    }
+
+    /// Until when failover is off. Wall-clock time only says how long people want it; what is granted is never longer than what
+    /// is on record for a successor (W3).
+    fn off_until(&self, now: Tick) -> Option<Tick> {
+        let stored = self.leader.mirror.read(|state| state.cluster().cloned())?;
+        let off = stored.failover_off.as_ref()?;
+        let wanted = off.until.0.saturating_sub(self.leader.clock.wall().0);
+        let on_record = stored.fast_lease_ms.min(stored.patient_lease_ms);
+        let left = Duration::from_millis(wanted.min(on_record));
+        (!left.is_zero()).then(|| now.after(left))
     }
 
     /// Says what the brake does, once per change.

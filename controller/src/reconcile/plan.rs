@@ -88,15 +88,26 @@ pub fn plan(state: &State, attempts: &Attempts, situation: &Situation, now: Tick
     due.chunks(BATCH).map(|batch| batch.iter().map(|vm| vm.id).collect()).collect()
 }
 
-/// What to do about the lengths of the leases on record, this long after the term began. At its beginning the longest that
-/// may be held were on record; a leader grants no longer ones than its own (W3).
+/// Longer leases on record are lowered in steps of this at least. Smaller ones would only cost writes.
+const STEP_MS: u64 = 60_000;
+
+/// What to do about the lengths of the leases on record: a successor waits for so long. They may be lowered to what this leader
+/// grants once nothing runs under a longer lease, and until then to what is left of the longest (W3). `running` is
+/// [`crate::health::HealthTable::running`].
 #[must_use]
-pub fn shorter_leases(stored: &ClusterRecord, own: &Timings, in_office: Duration) -> Option<Command> {
-    let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
-    let (fast_lease_ms, patient_lease_ms) = (millis(own.fast), millis(own.patient));
+pub fn shorter_leases(stored: &ClusterRecord, own: &Timings, running: (Duration, Duration)) -> Option<Command> {
+    let shorter = |stored_ms: u64, own_lease: Duration, running: Duration| {
+        let millis = |d: Duration| u64::try_from(d.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
+        if running <= own.wait(own_lease) {
+            return millis(own_lease);
+        }
+        let left = millis(running);
+        if left.saturating_add(STEP_MS) <= stored_ms { left } else { stored_ms }
+    };
+    let fast_lease_ms = shorter(stored.fast_lease_ms, own.fast, running.0);
+    let patient_lease_ms = shorter(stored.patient_lease_ms, own.patient, running.1);
     let differ = (stored.fast_lease_ms, stored.patient_lease_ms) != (fast_lease_ms, patient_lease_ms);
-    let longest = Duration::from_millis(stored.fast_lease_ms.max(stored.patient_lease_ms));
-    (differ && in_office >= own.wait(longest)).then_some(Command::SetLeases { fast_lease_ms, patient_lease_ms })
+    differ.then_some(Command::SetLeases { fast_lease_ms, patient_lease_ms })
 }
 
 /// All VMs that need a host, or another one than they have: those that the state says wait for one, and those on a host

@@ -319,12 +319,24 @@ fn w2_a_plan_that_comes_after_its_host_is_back_moves_nothing() {
 fn w3_longer_leases_stay_on_record_until_they_have_surely_run_out() {
     let secs = Duration::from_secs;
     let own = Timings { fast: secs(6), patient: secs(30), kill_allowance: secs(1) };
-    let record =
-        |fast_lease_ms, patient_lease_ms| ClusterRecord { fast_lease_ms, patient_lease_ms, extra: Extra::new() };
+    let record = |fast_lease_ms, patient_lease_ms| ClusterRecord {
+        fast_lease_ms,
+        patient_lease_ms,
+        failover_off: None,
+        extra: Extra::new(),
+    };
+    let millis = Duration::from_millis;
     let stored = record(20_000, 60_000);
 
-    assert!(shorter_leases(&stored, &own, Duration::from_millis(61_600)).is_none());
-    let command = shorter_leases(&stored, &own, Duration::from_millis(61_601));
+    // A predecessor's leases run.
+    assert!(shorter_leases(&stored, &own, (millis(7_061), millis(31_302))).is_none());
+    let command = shorter_leases(&stored, &own, (millis(7_060), millis(31_300)));
     assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 30_000 })));
-    assert!(shorter_leases(&record(6_000, 30_000), &own, secs(1_000)).is_none(), "nothing to do");
+    assert!(shorter_leases(&record(6_000, 30_000), &own, (secs(7), secs(31))).is_none(), "nothing to do");
+
+    // What is left of a long one is put on record in steps, so that a successor waits no longer than it must.
+    let stored = record(3_600_000, 3_600_000);
+    assert!(shorter_leases(&stored, &own, (secs(3_550), secs(3_550))).is_none());
+    let command = shorter_leases(&stored, &own, (secs(3_500), secs(3_500)));
+    assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 3_500_000, patient_lease_ms: 3_500_000 })));
 }

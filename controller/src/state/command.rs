@@ -76,8 +76,25 @@ pub enum Command {
     Place { vms: Vec<VmId> },
     /// The leader grants leases of these lengths from now on (ms).
     SetLeases { fast_lease_ms: u64, patient_lease_ms: u64 },
+    /// A user switches failover off for so long, or on again. While it is off leases last until its end, so the record says so
+    /// before they are granted (W3).
+    SetFailover { change: FailoverChange },
     /// Something about the cluster that people should know: brake, settings, leader.
     Note { event: crate::model::EventType, message: String },
+}
+
+/// Failover for the whole cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FailoverChange {
+    /// Off, for so long from now.
+    Off {
+        /// How long, in ms.
+        for_ms: u64,
+        /// Why.
+        reason: String,
+    },
+    /// On.
+    On,
 }
 
 /// A start or a stop.

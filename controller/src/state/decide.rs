@@ -82,6 +82,7 @@ impl State {
             Command::SetLeases { fast_lease_ms, patient_lease_ms } => {
                 hosts::set_leases(&mut draft, *fast_lease_ms, *patient_lease_ms)?
             }
+            Command::SetFailover { change } => hosts::set_failover(&mut draft, change)?,
             Command::Note { event, message } => {
                 draft.event(Subject::Cluster, "cluster", *event, message.clone());
                 Answer::Done

@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use uncloud_proto::ids::{HostId, VmId};
+use uncloud_proto::{
+    clock::WallTime,
+    ids::{HostId, VmId},
+};
 
 use super::{
-    command::{Answer, HostFacts, Lapsed, Refusal},
+    command::{Answer, FailoverChange, HostFacts, Lapsed, Refusal},
     decide::MAX_PLACEMENTS,
     draft::Draft,
     placement::{self, mark_unreachable},
 };
 use crate::model::{
-    ClusterRecord, Desired, EventType, Extra, HostMode, HostRecord, Key, Liveness, Record, Subject, host::Pool,
-    vm::Failover,
+    ClusterRecord, Desired, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, Record, Subject,
+    host::Pool, vm::Failover,
 };
 
 pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answer, Refusal> {
@@ -234,11 +237,17 @@ fn displace(draft: &mut Draft<'_>, vm: VmId, liveness: Liveness) -> Result<(), R
     placement::displace(draft, &entry)
 }
 
-/// The lengths of the leases that are granted from now on, for this leader's successors.
+/// The lengths of the leases that are granted from now on, for this leader's successors. While failover is off, not less than
+/// what is left of that: it may have been switched off after the lengths were decided.
 pub(super) fn set_leases(draft: &mut Draft<'_>, fast_lease_ms: u64, patient_lease_ms: u64) -> Result<Answer, Refusal> {
     let before = draft.state.cluster().map(|record| (**record).clone());
-    let extra = before.as_ref().map(|record| record.extra.clone()).unwrap_or_default();
-    let record = ClusterRecord { fast_lease_ms, patient_lease_ms, extra };
+    let off = before.as_ref().and_then(|record| record.failover_off.as_ref());
+    let left = off.map_or(0, |off| off.until.0.saturating_sub(draft.cx.now.0));
+    let (fast_lease_ms, patient_lease_ms) = (fast_lease_ms.max(left), patient_lease_ms.max(left));
+    let record = match before.clone() {
+        Some(record) => ClusterRecord { fast_lease_ms, patient_lease_ms, ..record },
+        None => ClusterRecord { fast_lease_ms, patient_lease_ms, failover_off: None, extra: Extra::new() },
+    };
     if before.as_ref() == Some(&record) {
         return Ok(Answer::Done);
     }
@@ -247,5 +256,40 @@ pub(super) fn set_leases(draft: &mut Draft<'_>, fast_lease_ms: u64, patient_leas
         draft.event(Subject::Cluster, "cluster", EventType::SettingsChanged, message);
     }
     draft.put(Key::Cluster, Record::Cluster(Arc::new(record)))?;
+    Ok(Answer::Done)
+}
+
+/// Failover is switched off or on, for the whole cluster.
+pub(super) fn set_failover(draft: &mut Draft<'_>, change: &FailoverChange) -> Result<Answer, Refusal> {
+    let Some(before) = draft.state.cluster().map(|record| (**record).clone()) else {
+        return Err(Refusal::Unreadable(Key::Cluster.to_string()));
+    };
+    let (record, event, message) = match change {
+        FailoverChange::Off { for_ms, reason } => {
+            let until = WallTime(draft.cx.now.0.saturating_add(*for_ms));
+            let record = ClusterRecord {
+                fast_lease_ms: before.fast_lease_ms.max(*for_ms),
+                patient_lease_ms: before.patient_lease_ms.max(*for_ms),
+                failover_off: Some(FailoverOff { until, reason: reason.clone() }),
+                extra: before.extra.clone(),
+            };
+            let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };
+            let message = format!(
+                "no host is declared lapsed, and no VM is killed for want of a lease, for {} s{why}",
+                for_ms / 1000
+            );
+            (record, EventType::FailoverOff, message)
+        }
+        FailoverChange::On => {
+            let record = ClusterRecord { failover_off: None, ..before.clone() };
+            let message =
+                "leases that were granted meanwhile are waited out before a host is declared lapsed".to_owned();
+            (record, EventType::FailoverOn, message)
+        }
+    };
+    if record != before {
+        draft.event(Subject::Cluster, "cluster", event, message);
+        draft.put(Key::Cluster, Record::Cluster(Arc::new(record)))?;
+    }
     Ok(Answer::Done)
 }

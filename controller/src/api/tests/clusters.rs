@@ -151,6 +151,29 @@ async fn the_status_counts_and_events_are_watched() {
     assert_eq!(status.warnings, Vec::<String>::new());
     let released = node.cluster().release_brake(v1::ReleaseBrakeRequest {}).await.unwrap().into_inner();
     assert_eq!(released.silent_hosts, 0);
+
+    // Off and on.
+    let set = |mode: v1::FailoverMode, for_seconds| v1::SetFailoverRequest {
+        mode: mode.into(),
+        for_seconds,
+        reason: "r".into(),
+    };
+    node.cluster().set_failover(set(v1::FailoverMode::Off, 600)).await.unwrap();
+    let status = node.cluster().get_status(v1::GetStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.failover_off_until.is_some());
+    assert!(status.warnings.iter().any(|w| w.contains("Failover is switched off (r)")), "{:?}", status.warnings);
+    node.cluster().set_failover(set(v1::FailoverMode::On, 0)).await.unwrap();
+    let status = node.cluster().get_status(v1::GetStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.failover_off_until.is_none());
+    for (mode, seconds, field) in [
+        (v1::FailoverMode::Off, 3601, "for_seconds"),
+        (v1::FailoverMode::On, 1, "for_seconds"),
+        (v1::FailoverMode::Unspecified, 0, "mode"),
+    ] {
+        let refused = node.cluster().set_failover(set(mode, seconds)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+        assert!(refused.message().contains(field), "{refused}");
+    }
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use uncloud_proto::{
 };
 
 use super::{Checker, DEFAULT_OWNER, Violations};
+use crate::state::command::FailoverChange;
 
 /// Entries of a page, if the request does not say.
 const DEFAULT_PAGE: u32 = 100;
@@ -60,6 +61,36 @@ pub(crate) fn cordon_host(request: v1::CordonHostRequest) -> Result<(String, Str
     let host = check.reference("host", request.host);
     check.text("reason", &request.reason, MAX_REASON);
     check.finish((host, request.reason))
+}
+
+/// How long failover may be off, in seconds. Longer, and it is forgotten.
+const MAX_FAILOVER_OFF: u32 = 3600;
+
+/// Failover on or off.
+pub(crate) fn set_failover(request: v1::SetFailoverRequest) -> Result<FailoverChange, Violations> {
+    let mut check = Checker::default();
+    let mode = check.known("mode", request.mode, &["FAILOVER_MODE_ON", "FAILOVER_MODE_OFF"]);
+    check.text("reason", &request.reason, MAX_REASON);
+    let change = match mode {
+        Some(v1::FailoverMode::On) => {
+            if request.for_seconds != 0 {
+                check.fail("for_seconds", "goes with FAILOVER_MODE_OFF");
+            }
+            FailoverChange::On
+        }
+        Some(v1::FailoverMode::Off) => {
+            let seconds = if request.for_seconds == 0 { MAX_FAILOVER_OFF } else { request.for_seconds };
+            check.range("for_seconds", u64::from(seconds), 1, u64::from(MAX_FAILOVER_OFF), " seconds");
+            FailoverChange::Off { for_ms: u64::from(seconds) * 1000, reason: request.reason }
+        }
+        Some(v1::FailoverMode::Unspecified) => {
+            check.fail("mode", "must be FAILOVER_MODE_ON or FAILOVER_MODE_OFF");
+            FailoverChange::On
+        }
+        // `known` has said what is wrong.
+        None => FailoverChange::On,
+    };
+    check.finish(change)
 }
 
 /// Which VMs to list. `None` and empty match everything.

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{EventType, HostMode, Liveness, vm::Failover},
-    state::command::{Command, HostFacts, Lapsed, ObservedState, Refusal},
+    state::command::{Command, FailoverChange, HostFacts, Lapsed, ObservedState, Refusal},
 };
 
 fn register(facts: HostFacts) -> Command {
@@ -195,6 +195,32 @@ fn lengths_of_leases_are_stored_when_they_change() {
     world.ok(set(3000));
     assert_eq!(world.last_events(), [EventType::SettingsChanged]);
     assert_eq!(world.state.cluster().unwrap().fast_lease_ms, 3000);
+}
+
+#[test]
+fn while_failover_is_off_long_leases_are_on_record() {
+    let mut world = World::with_hosts(0);
+    let off = |seconds: u64| Command::SetFailover {
+        change: FailoverChange::Off { for_ms: seconds * 1000, reason: "a new switch".into() },
+    };
+    assert!(matches!(world.refused(off(60)), Refusal::Unreadable(_)));
+    world.ok(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 60_000 });
+    world.ok(off(600));
+    assert!(world.message(EventType::FailoverOff).contains("a new switch"));
+    let leases = |world: &World| {
+        let record = world.state.cluster().unwrap();
+        (record.fast_lease_ms, record.patient_lease_ms)
+    };
+    assert_eq!(leases(&world), (600_000, 600_000));
+    // What was decided before it was switched off lowers nothing.
+    world.ok(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 60_000 });
+    let (fast, patient) = leases(&world);
+    assert!(fast > 599_000 && patient > 599_000, "{fast} {patient}");
+    world.ok(Command::SetFailover { change: FailoverChange::On });
+    assert!(world.message(EventType::FailoverOn).contains("waited out"));
+    assert_eq!(leases(&world), (fast, patient), "they may still run");
+    world.ok(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 60_000 });
+    assert_eq!(leases(&world), (6_000, 60_000));
 }
 
 #[test]
