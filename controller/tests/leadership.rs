@@ -180,3 +180,44 @@ async fn nothing_acknowledged_is_lost_when_etcd_and_the_leader_are_killed() {
     let promised = second.leader.mirror.read(|state| state.hosts().next().unwrap().1.promised);
     assert_eq!(promised.memory_mib, 20 * 64);
 }
+
+#[tokio::test]
+async fn a_full_etcd_ends_no_term_and_is_told_to_who_writes() {
+    // P3: a leader that stepped down could not be elected again, and every host would lose its leases.
+    let etcd = Etcd::start().await;
+    let store = etcd.store().await;
+    let reign = Reign::begin(&store).await;
+    reign.submit(register(1)).await.unwrap();
+    let mut client = etcd.client().await;
+    let mut filled = 0;
+    let full = loop {
+        match client.put(format!("/somebody/elses/{filled}"), vec![b'x'; 1 << 20], None).await {
+            Ok(_) => filled += 1,
+            Err(error) => break error.to_string(),
+        }
+        assert!(filled < (2 * QUOTA) >> 20, "it does not fill");
+    };
+    assert!(full.contains("space exceeded"), "{full}");
+
+    assert_eq!(reign.submit(create(1, Some("r"))).await, Err(WriteError::StoreFull));
+    assert!(reign.leader.mirror.read(|state| state.vm(vm_id(1)).is_none()));
+    // Longer than a leadership lasts without keep-alives: those still work.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(reign.leader.is_valid());
+    assert_eq!(reign.submit(create(1, Some("r"))).await, Err(WriteError::StoreFull));
+
+    // An operator makes room.
+    client.delete("/somebody/", Some(etcd_client::DeleteOptions::new().with_prefix())).await.unwrap();
+    let revision = client.get("x", None).await.unwrap().header().unwrap().revision();
+    client.compact(revision, Some(etcd_client::CompactionOptions::new().with_physical())).await.unwrap();
+    client.defragment().await.unwrap();
+    let nospace = etcd_client::AlarmType::Nospace;
+    for alarm in client.alarm(etcd_client::AlarmAction::Get, nospace, None).await.unwrap().alarms() {
+        let mut member = etcd_client::AlarmOptions::new();
+        member.with_member(alarm.member_id());
+        client.alarm(etcd_client::AlarmAction::Deactivate, nospace, Some(member)).await.unwrap();
+    }
+    reign.submit(create(1, Some("r"))).await.unwrap();
+    assert!(reign.leader.mirror.read(|state| state.vm(vm_id(1)).is_some()));
+    assert!(etcd.get(&Key::Vm(vm_id(1)).to_string()).await.is_some());
+}

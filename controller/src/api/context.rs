@@ -131,7 +131,9 @@ impl Context {
     pub(crate) fn write_failed(&self, error: WriteError) -> Status {
         match error {
             WriteError::NotLeader => error::not_taken(self.hint()),
-            WriteError::Refused(_) | WriteError::Unknown | WriteError::Overloaded => error.into(),
+            WriteError::Refused(_) | WriteError::Unknown | WriteError::Overloaded | WriteError::StoreFull => {
+                error.into()
+            }
         }
     }
 

@@ -19,6 +19,8 @@ use crate::{
 
 /// How soon a client may come again when the leader has too much to do.
 const RETRY_OVERLOADED: Duration = Duration::from_millis(500);
+/// How soon a client may come again when etcd is full: an operator must do something first.
+const RETRY_FULL: Duration = Duration::from_secs(30);
 /// How soon a client may come again when nobody leads. About as long as an election takes.
 const RETRY_NO_LEADER: Duration = Duration::from_secs(1);
 
@@ -109,6 +111,11 @@ impl From<WriteError> for Status {
                 Code::Unavailable,
                 "etcd did not say whether the change was stored; look before you repeat it, or repeat a create with the same request_id",
                 ErrorDetails::with_retry_info(Some(RETRY_NO_LEADER)),
+            ),
+            WriteError::StoreFull => Self::with_error_details(
+                Code::ResourceExhausted,
+                "etcd is full (its quota, --quota-backend-bytes, is reached); nothing was changed; the operator must raise it, or compact and defragment etcd",
+                ErrorDetails::with_retry_info(Some(RETRY_FULL)),
             ),
             WriteError::Overloaded => Self::with_error_details(
                 Code::ResourceExhausted,

@@ -62,9 +62,23 @@ pub enum WriteError {
         "etcd's answer was lost: it is not known whether this was carried out; look, or repeat it with the same request id"
     )]
     Unknown,
+    /// etcd has reached its quota. Nothing was changed.
+    #[error("etcd is full: it has reached its quota")]
+    StoreFull,
     /// Too many commands wait. Nothing was changed.
     #[error("too many requests are waiting")]
     Overloaded,
+}
+
+impl WriteError {
+    /// Nothing was changed, and the same command may be tried again in this term.
+    #[must_use]
+    pub const fn is_temporary(&self) -> bool {
+        match self {
+            Self::StoreFull | Self::Overloaded => true,
+            Self::Refused(_) | Self::NotLeader | Self::Unknown => false,
+        }
+    }
 }
 
 struct Job {
@@ -190,11 +204,8 @@ impl Work {
             if self.leases.stale(self.clock.now()) {
                 match self.store.retention_leases(self.clock.now(), Some(self.leases)).await {
                     Ok(leases) => self.leases = leases,
-                    Err(error) => {
-                        warn!("etcd gives no leases for events and answers: {}", report(&error));
-                        let _ = first.reply.send(Err(WriteError::NotLeader));
-                        break;
-                    }
+                    // Those of before last for much longer; if etcd does not answer, the transaction will tell.
+                    Err(error) => warn!("etcd gives no leases for events and answers: {}", report(&error)),
                 }
             }
             let batch = self.fill(first, &mut parts, &mut carried);
@@ -274,6 +285,16 @@ impl Work {
             transactions.send_modify(|t| t.sent += 1);
             let revision = match self.store.commit(&self.token, &mutations, &self.leases).await {
                 Ok(revision) => revision,
+                Err(CommitError::Full) => {
+                    error!(
+                        "etcd is full: nothing can be stored until its quota is raised, or it is compacted and defragmented"
+                    );
+                    // The term goes on, or else every host would lose its leases; what was decided is forgotten.
+                    self.state = self.mirror.read(State::clone);
+                    transactions.send_modify(|t| t.settled = t.sent);
+                    answer_all(waiting, &WriteError::StoreFull);
+                    return true;
+                }
                 Err(CommitError::Deposed) => {
                     warn!(term = %self.token.term(), "another controller leads: a write was refused by etcd");
                     answer_all(waiting, &WriteError::NotLeader);

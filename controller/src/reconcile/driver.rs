@@ -21,6 +21,9 @@ use crate::{
 /// How often health is looked at. A failover takes up to this much longer; a shorter one costs CPU in a large cluster.
 const PERIOD: Duration = Duration::from_millis(100);
 
+/// How long to let the writer, or a full etcd, alone.
+const BUSY_PAUSE: Duration = Duration::from_millis(500);
+
 /// Runs passes until the term ends.
 pub async fn run(leader: Arc<Leader>) {
     let span = info_span!(parent: None, "reconcile", term = %leader.term);
@@ -52,8 +55,8 @@ async fn passes(leader: &Leader) {
         match result {
             Ok(()) => {}
             Err(Stop::Busy) => {
-                warn!("the writer has too much to do; the next pass tries again");
-                time::sleep(PERIOD).await;
+                warn!("the writer takes nothing at the moment; a later pass tries again");
+                time::sleep(BUSY_PAUSE).await;
             }
             Err(Stop::TermOver) => return,
         }
@@ -181,7 +184,7 @@ impl Driver<'_> {
                 warn!("refused: {refusal}");
                 Ok(Submitted::Refused)
             }
-            Err(WriteError::Overloaded) => Err(Stop::Busy),
+            Err(WriteError::Overloaded | WriteError::StoreFull) => Err(Stop::Busy),
             Err(WriteError::NotLeader | WriteError::Unknown) => Err(Stop::TermOver),
         }
     }

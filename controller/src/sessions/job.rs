@@ -76,7 +76,7 @@ pub(crate) async fn run(writer: &Writer, host: HostId, job: Job) -> JobResult {
 /// Of two failures, the one that ends the session.
 fn worse(a: Option<WriteError>, b: WriteError) -> WriteError {
     match a {
-        Some(a) if a != WriteError::Overloaded => a,
+        Some(a) if !a.is_temporary() => a,
         Some(_) | None => b,
     }
 }

@@ -397,7 +397,7 @@ impl<'a> Session<'a> {
         match failed {
             None => {}
             // What did not fit is tried again; the pause lets the writer catch up.
-            Some(WriteError::Overloaded) => self.not_before = time::Instant::now() + BUSY_PAUSE,
+            Some(error) if error.is_temporary() => self.not_before = time::Instant::now() + BUSY_PAUSE,
             Some(error) => return Err(refused(error)),
         }
         if acks.is_empty() {
@@ -420,7 +420,7 @@ async fn store_greeting(
     loop {
         match leader.writer.submit(register.clone()).await {
             Ok(_) => break,
-            Err(WriteError::Overloaded) if time::Instant::now() < give_up => time::sleep(BUSY_PAUSE).await,
+            Err(error) if error.is_temporary() && time::Instant::now() < give_up => time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(error),
         }
     }
@@ -431,7 +431,7 @@ async fn store_greeting(
         acks.extend(result.acks);
         match result.failed {
             None => return Ok(acks),
-            Some(WriteError::Overloaded) if time::Instant::now() < give_up => {
+            Some(error) if error.is_temporary() && time::Instant::now() < give_up => {
                 time::sleep(BUSY_PAUSE).await;
                 job = Job { reports: result.reports_again, commands: result.commands_again };
             }
@@ -452,7 +452,7 @@ fn refused(error: WriteError) -> End {
         }
         WriteError::Refused(refusal) => End::goodbye(v1::GoodbyeReason::Invalid, report(&refusal)),
         WriteError::NotLeader | WriteError::Unknown => End::not_leader(),
-        WriteError::Overloaded => End::Failed(Status::from(WriteError::Overloaded)),
+        WriteError::Overloaded | WriteError::StoreFull => End::Failed(Status::from(error)),
     }
 }
 

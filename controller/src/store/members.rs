@@ -119,6 +119,9 @@ impl Members {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
+            if !is_the_members(&error) {
+                return Err(error);
+            }
             self.failed(&member);
             attempts -= 1;
             if attempts == 0 || !never_sent(&error) {
@@ -135,7 +138,8 @@ fn is_the_members(error: &Error) -> bool {
         Error::Unavailable(error) => match &**error {
             etcd_client::Error::GRpcStatus(status) => !matches!(
                 status.code(),
-                tonic::Code::InvalidArgument
+                tonic::Code::ResourceExhausted
+                    | tonic::Code::InvalidArgument
                     | tonic::Code::OutOfRange
                     | tonic::Code::NotFound
                     | tonic::Code::FailedPrecondition

@@ -25,6 +25,9 @@ pub enum CommitError {
     /// Another leader, or none, holds the leader key: nothing was written.
     #[error("leadership was lost")]
     Deposed,
+    /// etcd has reached its quota (`NOSPACE`) and refuses to grow: nothing was written.
+    #[error("etcd is full")]
+    Full,
     /// It may or may not have been carried out. The state must be read again before anything is decided.
     #[error("the outcome of a transaction is not known")]
     Unknown(#[source] Error),
@@ -36,7 +39,7 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// See [`CommitError`]. After either the caller's state is worth nothing.
+    /// See [`CommitError`]. After each the caller's state is worth nothing.
     pub(crate) async fn commit(
         &self,
         token: &LeaderToken,
@@ -49,7 +52,11 @@ impl Store {
             let txn = txn.clone();
             async move { kv(&client).txn(txn).await }
         };
-        let answer = self.members.ask_once(TRANSACTION_TIMEOUT, send).await.map_err(CommitError::Unknown)?;
+        let answer = match self.members.ask_once(TRANSACTION_TIMEOUT, send).await {
+            Ok(answer) => answer,
+            Err(error) if is_full(&error) => return Err(CommitError::Full),
+            Err(error) => return Err(CommitError::Unknown(error)),
+        };
         if !answer.succeeded() {
             return Err(CommitError::Deposed);
         }
@@ -68,6 +75,20 @@ impl Store {
         let limit = self.members.attempt(REQUEST_TIMEOUT);
         self.members.ask(limit, |client| async move { kv(&client).compact(revision.0, None).await }).await?;
         Ok(())
+    }
+}
+
+/// etcd refuses what would need room, before it is proposed or when it is applied, on all members alike. So this is an answer: the
+/// transaction was not carried out.
+fn is_full(error: &Error) -> bool {
+    match error {
+        Error::Unavailable(error) => match &**error {
+            etcd_client::Error::GRpcStatus(status) => {
+                status.code() == tonic::Code::ResourceExhausted && status.message().contains("database space exceeded")
+            }
+            _ => false,
+        },
+        Error::Timeout(_) | Error::Protocol(_) | Error::Compacted(_) => false,
     }
 }
 

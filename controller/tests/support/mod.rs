@@ -34,6 +34,8 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 /// How long anything may take. Generous: the machine may be busy.
+/// Room in the etcd of a test, in bytes: enough for all but one that fills it.
+pub(crate) const QUOTA: usize = 32 << 20;
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Waits for a condition.
@@ -153,6 +155,7 @@ fn spawn(dir: &Path, client_port: u16, peer_port: u16) -> Child {
         .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
         .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("default={peer}")])
+        .args(["--quota-backend-bytes", &QUOTA.to_string()])
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
