@@ -10,7 +10,7 @@ use tokio::{
     time::{self, Instant},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Streaming, transport::Channel};
 use uncloud_proto::{
     clock::Clock,
@@ -116,6 +116,20 @@ impl Node {
         ClusterServiceClient::new(self.channel.clone())
     }
 
+    /// Another controller, which has no copy and passes on what it gets.
+    pub(super) async fn another(&self) -> Another {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (slot, stop) = (LeaderSlot::default(), CancellationToken::new());
+        slot.clear(Some(self.leader.settings.address.clone()));
+        let serving =
+            api::Serving { slot, copy: WarmCopy::default(), store: watch::channel(None).1, address: address.clone() };
+        let serving = api::serve(listener, serving, stop.clone());
+        tokio::spawn(async move { serving.await.unwrap() });
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        Another { channel, _stop: stop.drop_guard() }
+    }
+
     /// Ends the term, as a lost leadership does.
     pub(super) fn depose(&self, hint: Option<&str>) {
         self.slot.clear(hint.map(ToOwned::to_owned));
@@ -131,6 +145,12 @@ impl Node {
     pub(super) async fn create(&self, name: &str) -> v1::Vm {
         self.vms().create_vm(new_vm(name)).await.unwrap().into_inner().vm.unwrap()
     }
+}
+
+/// See [`Node::another`].
+pub(super) struct Another {
+    pub(super) channel: Channel,
+    _stop: DropGuard,
 }
 
 impl Drop for Node {

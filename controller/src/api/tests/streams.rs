@@ -4,8 +4,11 @@ use std::time::Duration;
 
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Streaming};
-use uncloud_proto::v1::{self, attach_stream_request::Message, console_request, session_response};
+use tonic::{Code, Streaming, transport::Channel};
+use uncloud_proto::v1::{
+    self, attach_stream_request::Message, console_request, host_service_client::HostServiceClient, session_response,
+    vm_service_client::VmServiceClient, watch_hosts_response::Event,
+};
 
 use super::harness::{Agent, LIMIT, LONG, Node, hello, new_vm, until};
 
@@ -46,12 +49,44 @@ fn input(bytes: &[u8]) -> v1::ConsoleRequest {
 #[tokio::test]
 async fn a_console_goes_both_ways_and_ends_on_both_sides() {
     let node = Node::start(LONG).await;
-    let (mut agent, _) = Agent::join(&node, hello(1, 10)).await;
+    goes_both_ways(&node, node.vms()).await;
+}
+
+#[tokio::test]
+async fn a_console_goes_through_a_controller_that_does_not_lead() {
+    let node = Node::start(LONG).await;
+    let another = node.another().await;
+    goes_both_ways(&node, VmServiceClient::new(another.channel.clone())).await;
+}
+
+#[tokio::test]
+async fn a_stream_that_was_passed_on_ends_with_a_status_when_the_leader_is_lost() {
+    let node = Node::start(LONG).await;
+    let another = node.another().await;
+    let mut hosts = HostServiceClient::new(another.channel.clone());
+    let mut watch = hosts.watch_hosts(v1::WatchHostsRequest::default()).await.unwrap().into_inner();
+    until("the bookmark", &mut watch, |m| matches!(m.event, Some(Event::Bookmark(_))).then_some(())).await;
+    // Its server ends with it, in the middle of the stream.
+    drop(node);
+    let status = loop {
+        match time::timeout(LIMIT, watch.message()).await.unwrap() {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the stream ended as if all were well"),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    // And what comes next is refused as not carried out: nobody was reached.
+    let refused = hosts.list_hosts(v1::ListHostsRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+}
+
+async fn goes_both_ways(node: &Node, mut client: VmServiceClient<Channel>) {
+    let (mut agent, _) = Agent::join(node, hello(1, 10)).await;
     let vm = node.create("web").await;
 
     let (to_guest, typed) = mpsc::channel(16);
     to_guest.send(open("web")).await.unwrap();
-    let mut client = node.vms();
     let opening = tokio::spawn(async move { client.console(ReceiverStream::new(typed)).await.unwrap().into_inner() });
     let ordered = order(&mut agent).await;
     assert_eq!(
