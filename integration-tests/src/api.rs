@@ -1,17 +1,26 @@
 //! The API as a client sees it, with the waiting that tests need. It uses the generated clients only.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use tonic::{
-    Status,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
-use uncloud_proto::v1::{
-    self, CreateVmRequest, Host, HostState, Vm, VmPhase, cluster_service_client::ClusterServiceClient,
-    host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-    vm_service_client::VmServiceClient,
+use uncloud_proto::{
+    LEADER_METADATA_KEY,
+    v1::{
+        self, CreateVmRequest, Host, HostState, Vm, VmPhase, cluster_service_client::ClusterServiceClient,
+        host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
+        vm_service_client::VmServiceClient,
+    },
 };
 
 use crate::wait_for;
@@ -19,57 +28,103 @@ use crate::wait_for;
 /// The longest that one call may take. A controller answers or refuses long before.
 const CALL_LIMIT: Duration = Duration::from_secs(15);
 
-/// Clients of all services at one address. Connects when needed, and again after a loss.
+/// The same with several controllers: one that hangs must not hold up the others.
+const CALL_LIMIT_OF_MANY: Duration = Duration::from_secs(4);
+
+/// Clients of all services. Connects when needed, and again after a loss. With several controllers, calls go to one of
+/// them, and after a failure of a call in here to the one that it named as the leader, or else to the next one.
 #[derive(Clone)]
 pub struct Api {
     endpoint: String,
-    channel: Channel,
+    controllers: Arc<Vec<(String, Channel)>>,
+    current: Arc<AtomicUsize>,
 }
 
 impl Api {
-    /// For `host:port`.
+    /// For `host:port`, or for several with commas between them.
     ///
     /// # Errors
     ///
     /// That is not an address.
-    pub fn new(endpoint: &str) -> anyhow::Result<Self> {
-        let channel = Endpoint::new(format!("http://{endpoint}"))?
-            .connect_timeout(Duration::from_secs(3))
-            .http2_keep_alive_interval(Duration::from_secs(3))
-            .keep_alive_timeout(Duration::from_secs(3))
-            .timeout(CALL_LIMIT)
-            .connect_lazy();
-        Ok(Self { endpoint: endpoint.to_owned(), channel })
+    pub fn new(endpoints: &str) -> anyhow::Result<Self> {
+        let addresses: Vec<&str> = endpoints.split(',').collect();
+        let limit = if addresses.len() == 1 { CALL_LIMIT } else { CALL_LIMIT_OF_MANY };
+        let channel = |address: &&str| {
+            let endpoint = Endpoint::new(format!("http://{address}"))?
+                .connect_timeout(Duration::from_secs(3))
+                .http2_keep_alive_interval(Duration::from_secs(3))
+                .keep_alive_timeout(Duration::from_secs(3))
+                .timeout(limit);
+            anyhow::Ok(((*address).to_owned(), endpoint.connect_lazy()))
+        };
+        let controllers = addresses.iter().map(channel).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self { endpoint: endpoints.to_owned(), controllers: Arc::new(controllers), current: Arc::default() })
     }
 
-    /// `host:port`.
+    /// All addresses, with commas between them.
     #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.endpoint
     }
 
+    fn at(&self) -> usize {
+        self.current.load(Ordering::Relaxed) % self.controllers.len()
+    }
+
+    fn channel(&self) -> Channel {
+        self.controllers[self.at()].1.clone()
+    }
+
+    /// Lets the next call go elsewhere, if this one's outcome is a reason.
+    fn turned<T>(&self, from: usize, outcome: Result<T, Status>) -> Result<T, Status> {
+        if let Err(status) = &outcome {
+            let leader = status.metadata().get(LEADER_METADATA_KEY).and_then(|l| l.to_str().ok());
+            let named = leader.and_then(|leader| self.controllers.iter().position(|(address, _)| address == leader));
+            let no_answer = matches!(
+                status.code(),
+                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal
+            );
+            if named.is_some() || no_answer {
+                // Not if somebody else has turned already.
+                let next = named.unwrap_or(from + 1) % self.controllers.len();
+                let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
+            }
+        }
+        outcome
+    }
+
     /// The VM service.
     #[must_use]
     pub fn vms(&self) -> VmServiceClient<Channel> {
-        VmServiceClient::new(self.channel.clone())
+        VmServiceClient::new(self.channel())
     }
 
     /// The host service.
     #[must_use]
     pub fn hosts(&self) -> HostServiceClient<Channel> {
-        HostServiceClient::new(self.channel.clone())
+        HostServiceClient::new(self.channel())
     }
 
     /// The image service.
     #[must_use]
     pub fn images(&self) -> ImageServiceClient<Channel> {
-        ImageServiceClient::new(self.channel.clone())
+        ImageServiceClient::new(self.channel())
     }
 
     /// The cluster service.
     #[must_use]
     pub fn cluster(&self) -> ClusterServiceClient<Channel> {
-        ClusterServiceClient::new(self.channel.clone())
+        ClusterServiceClient::new(self.channel())
+    }
+
+    /// GetStatus.
+    ///
+    /// # Errors
+    ///
+    /// The status of the refusal.
+    pub async fn status(&self) -> Result<v1::GetStatusResponse, Status> {
+        let at = self.at();
+        Ok(self.turned(at, self.cluster().get_status(v1::GetStatusRequest {}).await)?.into_inner())
     }
 
     /// CreateVm.
@@ -78,7 +133,8 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn create(&self, request: CreateVmRequest) -> Result<Vm, Status> {
-        let answer = self.vms().create_vm(request).await?.into_inner();
+        let at = self.at();
+        let answer = self.turned(at, self.vms().create_vm(request).await)?.into_inner();
         answer.vm.ok_or_else(|| Status::internal("CreateVm answered without a VM"))
     }
 
@@ -89,7 +145,8 @@ impl Api {
     /// The status of the refusal.
     pub async fn vm(&self, id: &str) -> Result<Vm, Status> {
         let request = v1::GetVmRequest { vm: id.to_owned(), owner: String::new() };
-        let answer = self.vms().get_vm(request).await?.into_inner();
+        let at = self.at();
+        let answer = self.turned(at, self.vms().get_vm(request).await)?.into_inner();
         answer.vm.ok_or_else(|| Status::internal("GetVm answered without a VM"))
     }
 
@@ -99,7 +156,9 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn delete(&self, id: &str) -> Result<(), Status> {
-        self.vms().delete_vm(v1::DeleteVmRequest { vm: id.to_owned(), owner: String::new() }).await.map(drop)
+        let at = self.at();
+        self.turned(at, self.vms().delete_vm(v1::DeleteVmRequest { vm: id.to_owned(), owner: String::new() }).await)
+            .map(drop)
     }
 
     /// StartVm, by UUID.
@@ -108,7 +167,9 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn start(&self, id: &str) -> Result<(), Status> {
-        self.vms().start_vm(v1::StartVmRequest { vm: id.to_owned(), owner: String::new() }).await.map(drop)
+        let at = self.at();
+        self.turned(at, self.vms().start_vm(v1::StartVmRequest { vm: id.to_owned(), owner: String::new() }).await)
+            .map(drop)
     }
 
     /// StopVm, by UUID.
@@ -117,7 +178,9 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn stop(&self, id: &str) -> Result<(), Status> {
-        self.vms().stop_vm(v1::StopVmRequest { vm: id.to_owned(), ..Default::default() }).await.map(drop)
+        let at = self.at();
+        self.turned(at, self.vms().stop_vm(v1::StopVmRequest { vm: id.to_owned(), ..Default::default() }).await)
+            .map(drop)
     }
 
     /// All events of a VM or host, oldest first.
@@ -127,7 +190,8 @@ impl Api {
     /// The status of the refusal.
     pub async fn events(&self, subject: &str) -> Result<Vec<v1::Event>, Status> {
         let request = v1::ListEventsRequest { subject: subject.to_owned(), limit: 1000, ..Default::default() };
-        let mut events = self.cluster().list_events(request).await?.into_inner().events;
+        let at = self.at();
+        let mut events = self.turned(at, self.cluster().list_events(request).await)?.into_inner().events;
         events.reverse();
         Ok(events)
     }
@@ -138,7 +202,8 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn list_hosts(&self) -> Result<Vec<Host>, Status> {
-        Ok(self.hosts().list_hosts(v1::ListHostsRequest {}).await?.into_inner().hosts)
+        let at = self.at();
+        Ok(self.turned(at, self.hosts().list_hosts(v1::ListHostsRequest {}).await)?.into_inner().hosts)
     }
 
     /// Waits until `test` holds for the VM.
@@ -209,7 +274,7 @@ impl Api {
     /// It is still there when the limit is over.
     pub async fn wait_gone(&self, id: &str, limit: Duration) -> anyhow::Result<()> {
         wait_for(&format!("VM {id} is gone"), limit, async || match self.vm(id).await {
-            Err(status) if status.code() == tonic::Code::NotFound => Ok(()),
+            Err(status) if status.code() == Code::NotFound => Ok(()),
             Err(status) => Err(status.to_string()),
             Ok(vm) => Err(summary(&vm)),
         })

@@ -1,7 +1,7 @@
 //! A whole cluster for one test.
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsStr,
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -17,13 +17,13 @@ use crate::{
     Api, Checker,
     agent::{Agent, HostOptions},
     cli::{self, Finished},
+    control_plane::{ControlPlane, Front, wait_led},
     controller::Controller,
     etcd::{Fsync, TestEtcd},
     logs,
     netns::Network,
     paths,
     proc_table::{self, Kind},
-    process::free_port,
     slots::{Share, Slot},
     specs, wait_for,
 };
@@ -50,6 +50,14 @@ pub struct Options {
     pub embedded_etcd: bool,
     /// Whether the external etcd waits for the disk.
     pub fsync: Fsync,
+    /// How many controllers.
+    pub controllers: usize,
+    /// How many members the external etcd has.
+    pub etcd_members: usize,
+    /// Further flags of the members.
+    pub etcd: Vec<String>,
+    /// A [`Proxy`](crate::proxy::Proxy) in front of each controller, and between each controller and each member of etcd.
+    pub proxies: bool,
 }
 
 impl Options {
@@ -65,7 +73,32 @@ impl Options {
             linux: false,
             embedded_etcd: false,
             fsync: Fsync::Off,
+            controllers: 1,
+            etcd_members: 1,
+            etcd: Vec::new(),
+            proxies: false,
         }
+    }
+
+    /// So many controllers.
+    #[must_use]
+    pub fn controllers(mut self, n: usize) -> Self {
+        self.controllers = n;
+        self
+    }
+
+    /// An etcd of so many members.
+    #[must_use]
+    pub fn etcd_members(mut self, n: usize) -> Self {
+        self.etcd_members = n;
+        self
+    }
+
+    /// Everything that goes to a controller, and from there to etcd, goes through proxies.
+    #[must_use]
+    pub fn proxies(mut self) -> Self {
+        self.proxies = true;
+        self
     }
 
     /// The leases that the controller has when it is told nothing (6 s and 60 s); and the whole machine, because time is measured.
@@ -119,8 +152,10 @@ impl Options {
 /// A running cluster. The parts are public: a test breaks them as it likes.
 pub struct Cluster {
     // Dropped in this order: who starts things first, then what they have started, then what they stand on.
-    /// The controller.
+    /// The controller; the first of several.
     pub controller: Controller,
+    /// The other controllers.
+    pub others: Vec<Controller>,
     /// The hosts.
     pub hosts: Vec<Agent>,
     /// The etcd, unless it is the controller's own.
@@ -129,11 +164,14 @@ pub struct Cluster {
     pub checker: Checker,
     /// Clients.
     pub api: Api,
+    /// What the controllers' traffic goes through. One entry per controller, or none.
+    pub fronts: Vec<Front>,
     /// The network, if the hosts have namespaces.
     network: Option<Network>,
     root: Root,
     options: Options,
-    agents_dial: String,
+    /// Where each controller is reached.
+    addresses: Vec<String>,
     allowed_errors: Vec<String>,
     _slot: Slot,
 }
@@ -160,7 +198,7 @@ impl Cluster {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
         let path = dir.path().to_path_buf();
         let root = Root { dir: Some(dir), path: path.clone() };
-        for name in ["pool", "images", "etcd", "controller"] {
+        for name in ["pool", "images", "etcd"] {
             fs::create_dir(path.join(name))?;
         }
         let agent = paths::binary("uncloud-agent")?;
@@ -169,37 +207,38 @@ impl Cluster {
         ensure!(marker.status.success(), "init-pool: {}", String::from_utf8_lossy(&marker.stderr));
 
         let mut network = if options.namespaces { Some(Network::new()?) } else { None };
-        let etcd =
-            if options.embedded_etcd { None } else { Some(TestEtcd::start(&path.join("etcd"), options.fsync).await?) };
-        let address = network.as_ref().map_or("127.0.0.1".to_owned(), Network::address);
-        let listen = format!("{address}:{}", free_port()?);
-        let mut flags: Vec<OsString> = Vec::new();
-        if let Some(etcd) = &etcd {
-            flags.extend(["--etcd".into(), etcd.endpoint().into()]);
-        }
-        if network.is_some() {
-            flags.push("--insecure-no-tls".into());
-        }
-        flags.extend(options.leases.iter().chain(&options.controller).map(Into::into));
-        let controller = Controller::start(&path.join("controller"), &listen, flags).await?;
-        let api = controller.api().clone();
+        let etcd = if options.embedded_etcd {
+            None
+        } else {
+            let members = options.etcd_members;
+            Some(TestEtcd::start_members(&path.join("etcd"), options.fsync, members, &options.etcd).await?)
+        };
+        let host = network.as_ref().map_or("127.0.0.1".to_owned(), Network::address);
+        let plan = ControlPlane::plan(&options, &host, etcd.as_ref()).await?;
+        let mut controllers = plan.spawn(&path, &options)?;
+        let addresses = plan.addresses;
+        let api = Api::new(&addresses.join(","))?;
+        wait_led(&mut controllers, &api).await?;
+        let (controller, others) = (controllers.remove(0), controllers);
         let checker = Checker::start(&path);
 
         let mut hosts = Vec::new();
         for (i, host) in options.hosts.iter().enumerate() {
             let netns = network.as_mut().map(Network::add_host).transpose()?;
-            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &listen, netns, host)?);
+            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &addresses.join(","), netns, host)?);
         }
         let mut cluster = Self {
             controller,
+            others,
             hosts,
             etcd,
             checker,
             api,
+            fronts: plan.fronts,
             network,
             root,
             options,
-            agents_dial: listen,
+            addresses,
             allowed_errors: Vec::new(),
             _slot: slot,
         };
@@ -213,6 +252,35 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// All controllers.
+    pub fn all_controllers(&mut self) -> impl Iterator<Item = &mut Controller> {
+        std::iter::once(&mut self.controller).chain(&mut self.others)
+    }
+
+    /// One controller, counted from 0.
+    pub fn controller_at(&mut self, n: usize) -> &mut Controller {
+        if n == 0 { &mut self.controller } else { &mut self.others[n - 1] }
+    }
+
+    /// Where each controller is reached.
+    #[must_use]
+    pub fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
+    /// Which controller holds the leader key, counted from 0, as etcd says.
+    ///
+    /// # Errors
+    ///
+    /// None does, or etcd does not answer.
+    pub async fn leader(&self) -> anyhow::Result<usize> {
+        let etcd = self.etcd.as_ref().context("the etcd is the controller's own")?;
+        let record = etcd.get("/uncloud/v1/leader").await?.context("nobody holds the leader key")?;
+        let record: serde_json::Value = serde_json::from_str(&record)?;
+        let address = record["address"].as_str().unwrap_or_default();
+        self.addresses.iter().position(|a| a == address).with_context(|| format!("`{address}` is no controller"))
+    }
+
     /// Adds a host; waits until it is up.
     ///
     /// # Errors
@@ -221,7 +289,7 @@ impl Cluster {
     pub async fn add_host(&mut self, options: &HostOptions) -> anyhow::Result<()> {
         let name = format!("host-{}", self.hosts.len() + 1);
         let netns = self.network.as_mut().map(Network::add_host).transpose()?;
-        self.hosts.push(Agent::start(&self.root.path, &name, &self.agents_dial, netns, options)?);
+        self.hosts.push(Agent::start(&self.root.path, &name, &self.addresses.join(","), netns, options)?);
         self.wait_hosts().await
     }
 
@@ -329,7 +397,7 @@ impl Cluster {
     ///
     /// What was wrong. The directory is then kept.
     pub async fn finish(mut self) -> anyhow::Result<()> {
-        let mut logs: Vec<PathBuf> = vec![self.controller.process().log().to_path_buf()];
+        let mut logs: Vec<PathBuf> = self.all_controllers().map(|c| c.process().log().to_path_buf()).collect();
         logs.extend(self.hosts.iter_mut().map(|h| h.process().log().to_path_buf()));
         let mut problems = Vec::new();
         for log in logs {
@@ -347,10 +415,12 @@ impl Cluster {
             bail!("{}", problems.join("\n"));
         }
         // A controller that is told to stop does so, and leaves with success.
-        if self.controller.process().is_running() {
-            self.controller.signal(crate::Signal::CONT)?;
-            let status = self.controller.process().terminate(Duration::from_secs(15)).await?;
-            ensure!(status.success(), "the controller ended with {status}");
+        for controller in self.all_controllers() {
+            if controller.process().is_running() {
+                controller.signal(crate::Signal::CONT)?;
+                let status = controller.process().terminate(Duration::from_secs(15)).await?;
+                ensure!(status.success(), "the controller ended with {status}");
+            }
         }
         self.root.dir.take().map(TempDir::close).transpose()?;
         Ok(())

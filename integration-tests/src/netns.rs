@@ -109,6 +109,20 @@ pub fn cut(namespace: &str, cut: Cut) -> anyhow::Result<()> {
     nft(namespace, &format!("table inet cut {{\n{chains}}}\n"))
 }
 
+/// Loses so many percent of a namespace's packets, each way, at random.
+///
+/// # Errors
+///
+/// What nft says.
+pub fn lose(namespace: &str, percent: u32) -> anyhow::Result<()> {
+    let chain = |hook: &str, interface: &str| {
+        format!(
+            "chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{interface} != \"lo\" numgen random mod 100 < {percent} drop\n}}\n"
+        )
+    };
+    nft(namespace, &format!("table inet cut {{\n{}{}}}\n", chain("input", "iifname"), chain("output", "oifname")))
+}
+
 /// Makes it whole again.
 ///
 /// # Errors
@@ -164,6 +178,11 @@ mod tests {
             heal(&host)?;
             assert!(reaches(&network, &host, port), "{way:?}");
         }
+        lose(&host, 100)?;
+        assert!(!reaches(&network, &host, port));
+        heal(&host)?;
+        lose(&host, 1)?;
+        heal(&host)?;
         Ok(())
     }
 }
