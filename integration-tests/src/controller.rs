@@ -96,6 +96,15 @@ impl Controller {
         self.wait_serving().await
     }
 
+    /// Starts it again with the same arguments. It may stand by.
+    ///
+    /// # Errors
+    ///
+    /// It still runs.
+    pub fn spawn_again(&mut self) -> anyhow::Result<()> {
+        self.process.start_again()
+    }
+
     /// Waits until it leads and answers.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod chaos;
 pub mod checker;
 pub mod cli;
 pub mod cluster;

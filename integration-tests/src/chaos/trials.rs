@@ -1,0 +1,1 @@
+//! One fault, again and again, with what it costs measured.
