@@ -60,8 +60,10 @@ impl fmt::Display for Times {
 pub struct OfKind {
     /// How often it happened.
     pub faults: u32,
-    /// From the fault to the first line of a guest that it cost its QEMU.
+    /// From the fault to the first line of a fast guest that it cost its QEMU.
     pub running: Times,
+    /// The same for guests that wait for their host, for a minute or for ever.
+    pub waited: Times,
     /// From the fault to the acknowledgement of the first write that was sent after it.
     pub written: Times,
     /// From the end of the fault until all was well.
@@ -101,6 +103,7 @@ impl fmt::Display for Report {
             writeln!(f, "  {kind:<22} {:>3}", of.faults)?;
             for (what, times) in [
                 ("to the guest's first line", &of.running),
+                ("the same, patient or hold", &of.waited),
                 ("to an acknowledged write", &of.written),
                 ("until all was well", &of.settled),
             ] {

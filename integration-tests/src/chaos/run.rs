@@ -140,7 +140,9 @@ fn judge(stage: &Stage, fault: &Fault, before: &[(String, Instance)], report: &m
             None => {}
         }
         if let Some(spoke) = stage.spoke_after(id, fault.began) {
-            report.kinds.entry(fault.kind).or_default().running.add(spoke - fault.began);
+            let of = report.kinds.entry(fault.kind).or_default();
+            let fast = stage.guest(id).is_ok_and(|g| g.failover == FailoverPolicy::Fast);
+            if fast { &mut of.running } else { &mut of.waited }.add(spoke - fault.began);
         }
     }
 }

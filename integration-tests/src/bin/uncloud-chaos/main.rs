@@ -4,10 +4,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
-use harness::chaos::{
-    kind::{ALL, Kind},
-    run::{self, Plan},
+use harness::{
+    Options,
+    chaos::{
+        kind::{ALL, Kind},
+        report::Times,
+        run::{self, Plan},
+        stage::Stage,
+        trials,
+    },
+    slots::Share,
 };
+use uncloud_proto::v1::FailoverPolicy;
 
 /// Breaks a cluster of three controllers, three members of etcd and four hosts in every way that there is, and checks that no
 /// guest runs twice, that nothing acknowledged is lost, and that everything runs in the end.
@@ -30,6 +38,19 @@ enum What {
         /// Only faults of these kinds, such as `host-lost`.
         #[arg(long, value_delimiter = ',', value_parser = kind)]
         only: Vec<Kind>,
+    },
+    /// One fault again and again, with what it costs measured. Fails if it costs more than is promised.
+    Trials {
+        /// What is lost: host, host+leader, controller, controller-leader, etcd-member, etcd-leader, both-leaders, the last four
+        /// also with `-hung` behind them where they are stopped instead of killed; or all-controllers.
+        #[arg(long)]
+        kind: String,
+        /// How often.
+        #[arg(long, default_value_t = 30)]
+        n: usize,
+        /// Where the random numbers come from.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
     },
 }
 
@@ -67,8 +88,78 @@ async fn work(args: Args) -> anyhow::Result<()> {
                 bail!("promises were broken");
             }
         }
+        What::Trials { kind, n, seed } => measure(&kind, n, seed).await?,
     }
     Ok(())
+}
+
+/// The kind of fault by the name that it has in trials.
+fn lost(name: &str) -> anyhow::Result<Kind> {
+    Ok(match name {
+        "host" => Kind::HostLost,
+        "host+leader" => Kind::LeaderAndHostLost,
+        "controller" => Kind::FollowerLost,
+        "controller-leader" => Kind::LeaderLost,
+        "controller-leader-hung" => Kind::LeaderHung,
+        "etcd-member" => Kind::MemberLost,
+        "etcd-member-hung" => Kind::MemberHung,
+        "etcd-leader" => Kind::EtcdLeaderLost,
+        "etcd-leader-hung" => Kind::EtcdLeaderHung,
+        "both-leaders" => Kind::BothLeadersLost,
+        other => bail!("`{other}` is no kind of trial; see --help"),
+    })
+}
+
+async fn measure(name: &str, n: usize, seed: u64) -> anyhow::Result<()> {
+    if name == "all-controllers" {
+        return all_controllers(n).await;
+    }
+    let kind = lost(name)?;
+    let mut stage = trials::stage().await?;
+    let done = trials::series(&mut stage, kind, n, seed).await?;
+    println!("{name}, {n} times");
+    for (what, times) in [
+        ("until the API says Running", &done.running),
+        ("until the guest's first line", &done.spoke),
+        ("until a write is acknowledged", &done.written),
+    ] {
+        if !times.is_empty() {
+            println!("  {what:<30} {times}");
+        }
+    }
+    println!("  broken promises: {}", done.violations.len());
+    for violation in &done.violations {
+        println!("    {violation}");
+    }
+    stage.finish().await?;
+    if !done.violations.is_empty() {
+        bail!("promises were broken");
+    }
+    Ok(())
+}
+
+/// With leases of 3 s and 60 s, so that a trial takes few seconds.
+async fn all_controllers(n: usize) -> anyhow::Result<()> {
+    let lease = Duration::from_secs(3);
+    let mut options = Options::hosts(3).controllers(3).etcd_members(3);
+    options.leases = ["--fast-lease", "3s", "--kill-allowance", "500ms"].map(str::to_owned).to_vec();
+    options.share = Share::Whole;
+    let guests = [("fast", FailoverPolicy::Fast), ("patient", FailoverPolicy::Patient), ("hold", FailoverPolicy::Hold)];
+    let mut stage = Stage::start(options, &guests).await?;
+    let (mut died, mut written, mut settled) = (Times::default(), Times::default(), Times::default());
+    for trial in 1..=n {
+        stage.settle(Duration::from_secs(60)).await?;
+        let down = trials::all_controllers_down(&mut stage, lease).await.with_context(|| format!("trial {trial}"))?;
+        eprintln!("trial {trial} of {n}: {down:.2?}");
+        died.add(down.died);
+        written.add(down.written);
+        settled.add(down.settled);
+    }
+    println!("all-controllers, {n} times, lease {lease:?}; guests that are patient or on hold were never touched");
+    println!("  until the fast guest is dead                           {died}");
+    println!("  from their start until a write is acknowledged         {written}");
+    println!("  from their start until the fast guest runs again       {settled}");
+    stage.finish().await
 }
 
 #[expect(clippy::disallowed_methods, reason = "any number will do")]
