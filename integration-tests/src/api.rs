@@ -1,6 +1,7 @@
 //! The API as a client sees it, with the waiting that tests need. It uses the generated clients only.
 
 use std::{
+    error::Error as _,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -10,7 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use tonic::{
-    Code, Status,
+    Code, ConnectError, Response, Status,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
@@ -75,22 +76,49 @@ impl Api {
         self.controllers[self.at()].1.clone()
     }
 
-    /// Lets the next call go elsewhere, if this one's outcome is a reason.
-    fn turned<T>(&self, from: usize, outcome: Result<T, Status>) -> Result<T, Status> {
-        if let Err(status) = &outcome {
-            let leader = status.metadata().get(LEADER_METADATA_KEY).and_then(|l| l.to_str().ok());
-            let named = leader.and_then(|leader| self.controllers.iter().position(|(address, _)| address == leader));
-            let no_answer = matches!(
-                status.code(),
-                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal
-            );
-            if named.is_some() || no_answer {
-                // Not if somebody else has turned already.
-                let next = named.unwrap_or(from + 1) % self.controllers.len();
-                let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
+    /// Makes one call. With several controllers it is made again elsewhere if this one surely did not take it: it was not
+    /// reached, or it said that it does not lead.
+    async fn call<Q: Clone, A, F>(&self, request: Q, send: impl Fn(Channel, Q) -> F) -> Result<A, Status>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let mut left = self.controllers.len();
+        loop {
+            let at = self.at();
+            let status = match send(self.channel(), request.clone()).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(status) => status,
+            };
+            let taken = self.turn(at, &status);
+            left -= 1;
+            if taken || left == 0 {
+                return Err(status);
             }
         }
-        outcome
+    }
+
+    /// Lets the next call go elsewhere, if this failure is a reason. Whether the call may have been carried out.
+    fn turn(&self, from: usize, status: &Status) -> bool {
+        let leader = status.metadata().get(LEADER_METADATA_KEY);
+        let named = leader.and_then(|l| l.to_str().ok());
+        let named = named.and_then(|leader| self.controllers.iter().position(|(address, _)| address == leader));
+        let no_answer = matches!(
+            status.code(),
+            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal
+        );
+        if named.is_some() || no_answer {
+            let next = named.unwrap_or(from + 1) % self.controllers.len();
+            // Not if somebody else has turned already.
+            let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        let mut cause = status.source();
+        while let Some(error) = cause {
+            if error.is::<ConnectError>() {
+                return false;
+            }
+            cause = error.source();
+        }
+        leader.is_none()
     }
 
     /// The VM service.
@@ -123,8 +151,7 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn status(&self) -> Result<v1::GetStatusResponse, Status> {
-        let at = self.at();
-        Ok(self.turned(at, self.cluster().get_status(v1::GetStatusRequest {}).await)?.into_inner())
+        self.call(v1::GetStatusRequest {}, |c, r| async move { ClusterServiceClient::new(c).get_status(r).await }).await
     }
 
     /// CreateVm.
@@ -133,8 +160,7 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn create(&self, request: CreateVmRequest) -> Result<Vm, Status> {
-        let at = self.at();
-        let answer = self.turned(at, self.vms().create_vm(request).await)?.into_inner();
+        let answer = self.call(request, |c, r| async move { VmServiceClient::new(c).create_vm(r).await }).await?;
         answer.vm.ok_or_else(|| Status::internal("CreateVm answered without a VM"))
     }
 
@@ -145,8 +171,7 @@ impl Api {
     /// The status of the refusal.
     pub async fn vm(&self, id: &str) -> Result<Vm, Status> {
         let request = v1::GetVmRequest { vm: id.to_owned(), owner: String::new() };
-        let at = self.at();
-        let answer = self.turned(at, self.vms().get_vm(request).await)?.into_inner();
+        let answer = self.call(request, |c, r| async move { VmServiceClient::new(c).get_vm(r).await }).await?;
         answer.vm.ok_or_else(|| Status::internal("GetVm answered without a VM"))
     }
 
@@ -156,9 +181,8 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn delete(&self, id: &str) -> Result<(), Status> {
-        let at = self.at();
-        self.turned(at, self.vms().delete_vm(v1::DeleteVmRequest { vm: id.to_owned(), owner: String::new() }).await)
-            .map(drop)
+        let request = v1::DeleteVmRequest { vm: id.to_owned(), owner: String::new() };
+        self.call(request, |c, r| async move { VmServiceClient::new(c).delete_vm(r).await }).await.map(drop)
     }
 
     /// StartVm, by UUID.
@@ -167,9 +191,8 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn start(&self, id: &str) -> Result<(), Status> {
-        let at = self.at();
-        self.turned(at, self.vms().start_vm(v1::StartVmRequest { vm: id.to_owned(), owner: String::new() }).await)
-            .map(drop)
+        let request = v1::StartVmRequest { vm: id.to_owned(), owner: String::new() };
+        self.call(request, |c, r| async move { VmServiceClient::new(c).start_vm(r).await }).await.map(drop)
     }
 
     /// StopVm, by UUID.
@@ -178,9 +201,8 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn stop(&self, id: &str) -> Result<(), Status> {
-        let at = self.at();
-        self.turned(at, self.vms().stop_vm(v1::StopVmRequest { vm: id.to_owned(), ..Default::default() }).await)
-            .map(drop)
+        let request = v1::StopVmRequest { vm: id.to_owned(), ..Default::default() };
+        self.call(request, |c, r| async move { VmServiceClient::new(c).stop_vm(r).await }).await.map(drop)
     }
 
     /// All events of a VM or host, oldest first.
@@ -190,8 +212,8 @@ impl Api {
     /// The status of the refusal.
     pub async fn events(&self, subject: &str) -> Result<Vec<v1::Event>, Status> {
         let request = v1::ListEventsRequest { subject: subject.to_owned(), limit: 1000, ..Default::default() };
-        let at = self.at();
-        let mut events = self.turned(at, self.cluster().list_events(request).await)?.into_inner().events;
+        let mut events =
+            self.call(request, |c, r| async move { ClusterServiceClient::new(c).list_events(r).await }).await?.events;
         events.reverse();
         Ok(events)
     }
@@ -202,8 +224,10 @@ impl Api {
     ///
     /// The status of the refusal.
     pub async fn list_hosts(&self) -> Result<Vec<Host>, Status> {
-        let at = self.at();
-        Ok(self.turned(at, self.hosts().list_hosts(v1::ListHostsRequest {}).await)?.into_inner().hosts)
+        Ok(self
+            .call(v1::ListHostsRequest {}, |c, r| async move { HostServiceClient::new(c).list_hosts(r).await })
+            .await?
+            .hosts)
     }
 
     /// Waits until `test` holds for the VM.

@@ -1,6 +1,9 @@
 //! Faults at random, or one fault again and again: `make chaos MINUTES=10 [SEED=…]`.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
@@ -62,8 +65,17 @@ fn kind(name: &str) -> Result<Kind, String> {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+async fn main() -> ExitCode {
+    match until_stopped(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("uncloud-chaos: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn until_stopped(args: Args) -> anyhow::Result<()> {
     let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     // What is dropped here takes processes, namespaces and directories with it.
     tokio::select! {
