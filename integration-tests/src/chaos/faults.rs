@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use etcd_client::{AlarmAction, AlarmType, DeleteOptions};
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, CompactionOptions, DeleteOptions};
 use rand::{Rng as _, rngs::StdRng};
 use uncloud_proto::v1::FailoverPolicy;
 
@@ -329,13 +329,19 @@ impl Stage {
         let mut client = etcd.client().await?;
         let deleted = client.delete(FILLER, Some(DeleteOptions::new().with_prefix())).await?;
         let revision = deleted.header().map_or(0, etcd_client::ResponseHeader::revision);
-        client.compact(revision, None).await?;
+        // Until it is done: what is not yet compacted is not given back by the next step.
+        client.compact(revision, Some(CompactionOptions::new().with_physical())).await.context("compact")?;
         for member in etcd.members() {
-            member.client().await?.defragment().await?;
+            member.client().await?.defragment().await.context("defragment")?;
         }
-        client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, None).await?;
+        let alarms = client.alarm(AlarmAction::Get, AlarmType::None, None).await.context("ask for alarms")?;
+        for alarm in alarms.alarms() {
+            let mut options = AlarmOptions::new();
+            options.with_member(alarm.member_id());
+            client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(options)).await.context("end an alarm")?;
+        }
         // It takes writes again, or the error says why not.
-        client.put(FILLER, "", None).await?;
+        client.put(FILLER, "", None).await.context("write into the emptied etcd")?;
         client.delete(FILLER, None).await?;
         Ok(())
     }

@@ -1,9 +1,16 @@
 //! One fault, again and again, on one cluster, with what it costs measured.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
 use rand::{SeedableRng as _, rngs::StdRng};
+use tokio::task::JoinSet;
 use uncloud_proto::v1::{Disk, FailoverPolicy, PowerState};
 
 use super::{kind::Kind, report::Times, stage::Stage};
@@ -15,6 +22,12 @@ const LIMIT: Duration = Duration::from_secs(60);
 const TRY: Duration = Duration::from_secs(1);
 /// Between two tries at one controller.
 const TRY_EVERY: Duration = Duration::from_millis(20);
+/// How often one controller is sent a write while a fault stays.
+const WRITE_EVERY: Duration = Duration::from_millis(200);
+/// A fault of the control plane stays for longer than the leader key's TTL, so that it can do harm.
+const STAYS: Duration = Duration::from_secs(5);
+/// Writes are acknowledged as ever when the last one is as young as this.
+const FLOWING: Duration = Duration::from_millis(700);
 /// What the checker's interval and a busy machine may add to the end of a lease.
 const SLACK: Duration = Duration::from_secs(1);
 
@@ -25,7 +38,7 @@ pub struct Trials {
     pub running: Times,
     /// From the fault until that guest says its first line.
     pub spoke: Times,
-    /// From the fault to the acknowledgement of a write that was sent after it.
+    /// The longest time without an acknowledged write while the fault stayed.
     pub written: Times,
     /// What was not as promised.
     pub violations: Vec<String>,
@@ -144,13 +157,19 @@ async fn write_again(
         incarnations.push(incarnation_of(&stage.cluster.api.vm(&guest.id).await?));
     }
     let mut fault = stage.break_it(kind, rng).await?;
-    let apis: Vec<Api> = stage.cluster.all_controllers().map(|c| c.api().clone()).collect();
-    let written = first_write(&apis).await.with_context(|| fault.what.clone())?;
-    let took = written.at - fault.began;
-    eprintln!("  {}: a write was acknowledged after {took:.2?}", fault.what);
-    trials.written.add(took);
-    if took > limit {
-        trials.violations.push(format!("{}: a write was acknowledged only after {took:.2?}", fault.what));
+    let writes = Writes::start(stage);
+    wait_for("writes are acknowledged", LIMIT, async || match writes.silence() {
+        _ if fault.began.elapsed() < STAYS => Err("the fault has just begun".to_owned()),
+        silence if silence < FLOWING => Ok(()),
+        silence => Err(format!("none for {silence:.2?}")),
+    })
+    .await
+    .with_context(|| fault.what.clone())?;
+    let gap = writes.longest_gap(fault.began);
+    eprintln!("  {}: {gap:.2?} without an acknowledged write", fault.what);
+    trials.written.add(gap);
+    if gap > limit {
+        trials.violations.push(format!("{}: {gap:.2?} without an acknowledged write", fault.what));
     }
     stage.mend(&mut fault).await?;
     stage.settle(LIMIT).await?;
@@ -165,10 +184,76 @@ async fn write_again(
             trials.violations.push(format!("{}: {} is at incarnation {now} now", fault.what, guest.name));
         }
     }
-    if let Err(status) = stage.cluster.api.delete(&written.vm).await {
-        trials.violations.push(format!("{}: acknowledged, and then {status}", fault.what));
+    for vm in writes.finish().await {
+        if let Err(status) = stage.cluster.api.delete(&vm).await {
+            trials.violations.push(format!("{}: acknowledged, and then {status}", fault.what));
+        }
     }
     Ok(())
+}
+
+/// Writes at each controller, all the time. Who does not lead refuses them, or passes them on.
+struct Writes {
+    written: Arc<Mutex<Vec<Written>>>,
+    stop: Arc<AtomicBool>,
+    tasks: JoinSet<()>,
+    began: Instant,
+}
+
+impl Writes {
+    fn start(stage: &mut Stage) -> Self {
+        let mut this =
+            Self { written: Arc::default(), stop: Arc::default(), tasks: JoinSet::new(), began: Instant::now() };
+        for controller in stage.cluster.all_controllers() {
+            let (api, written, stop) = (controller.api().clone(), Arc::clone(&this.written), Arc::clone(&this.stop));
+            this.tasks.spawn(async move {
+                while !stop.load(Ordering::Acquire) {
+                    if let Some(new) = try_write(&api).await {
+                        written.lock().unwrap_or_else(PoisonError::into_inner).push(new);
+                    }
+                    tokio::time::sleep(WRITE_EVERY).await;
+                }
+            });
+        }
+        this
+    }
+
+    fn times(&self) -> Vec<Instant> {
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.iter().map(|w| w.at).collect()
+    }
+
+    /// For how long none has been acknowledged.
+    fn silence(&self) -> Duration {
+        self.times().into_iter().max().unwrap_or(self.began).elapsed()
+    }
+
+    /// The longest time without one between `from` and now.
+    fn longest_gap(&self, from: Instant) -> Duration {
+        let mut times = self.times();
+        times.extend([from, Instant::now()]);
+        times.sort();
+        times.windows(2).map(|w| w[1] - w[0]).max().unwrap_or_default()
+    }
+
+    /// Ends; what was acknowledged.
+    async fn finish(mut self) -> Vec<String> {
+        self.stop.store(true, Ordering::Release);
+        while self.tasks.join_next().await.is_some() {}
+        let written = std::mem::take(&mut *self.written.lock().unwrap_or_else(PoisonError::into_inner));
+        written.into_iter().map(|w| w.vm).collect()
+    }
+}
+
+/// Creates a VM that is not started.
+async fn try_write(api: &Api) -> Option<Written> {
+    let mut request = specs::micro(&format!("probe-{}", uuid::Uuid::new_v4()));
+    specs::spec_mut(&mut request).disks = vec![Disk { size_bytes: 512, ..Disk::default() }];
+    request.set_desired(PowerState::Stopped);
+    match tokio::time::timeout(TRY, api.create(request)).await {
+        Ok(Ok(vm)) => Some(Written { at: Instant::now(), vm: vm.id }),
+        Ok(Err(_)) | Err(_) => None,
+    }
 }
 
 /// A write that was acknowledged.
@@ -187,16 +272,13 @@ pub struct Written {
 /// None does within a minute.
 pub async fn first_write(apis: &[Api]) -> anyhow::Result<Written> {
     let (sender, mut receiver) = tokio::sync::mpsc::channel(apis.len());
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut tasks = JoinSet::new();
     for api in apis {
         let (api, sender) = (api.clone(), sender.clone());
         tasks.spawn(async move {
             loop {
-                let mut request = specs::micro(&format!("probe-{}", uuid::Uuid::new_v4()));
-                specs::spec_mut(&mut request).disks = vec![Disk { size_bytes: 512, ..Disk::default() }];
-                request.set_desired(PowerState::Stopped);
-                if let Ok(Ok(vm)) = tokio::time::timeout(TRY, api.create(request)).await {
-                    let _ = sender.send(Written { at: Instant::now(), vm: vm.id }).await;
+                if let Some(written) = try_write(&api).await {
+                    let _ = sender.send(written).await;
                     return;
                 }
                 tokio::time::sleep(TRY_EVERY).await;

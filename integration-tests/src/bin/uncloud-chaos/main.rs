@@ -133,7 +133,7 @@ async fn measure(name: &str, n: usize, seed: u64) -> anyhow::Result<()> {
     for (what, times) in [
         ("until the API says Running", &done.running),
         ("until the guest's first line", &done.spoke),
-        ("until a write is acknowledged", &done.written),
+        ("without an acknowledged write", &done.written),
     ] {
         if !times.is_empty() {
             println!("  {what:<30} {times}");
