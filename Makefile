@@ -2,6 +2,7 @@
 #
 #   make demo    a whole cluster on this machine that loses a host and brings its VMs back
 #   make test    every test, with real etcd and real QEMU guests
+#   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind
 #   make lint    formatting, clippy, the protocol files
 #   make bench   the numbers, as a table and in target/bench.json
 #
@@ -61,6 +62,14 @@ bench: setup
 	@$(MAKE) --no-print-directory guests
 	$(CARGO) build --release -p uncloud-controller -p uncloud-agent -p uncloud-integration-tests --bins
 	$(TARGET)/release/uncloud-bench --out target/bench.json
+
+# Faults at random for MINUTES, from SEED or the clock. Needs root, for network namespaces.
+MINUTES ?= 10
+.PHONY: chaos
+chaos: setup
+	@$(MAKE) --no-print-directory guests
+	$(CARGO) build --release -p uncloud-controller -p uncloud-agent -p uncloud-integration-tests --bins
+	$(TARGET)/release/uncloud-chaos run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 .PHONY: clean
 clean:

@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -109,13 +109,16 @@ async fn connection(client: TcpStream, target: &str, mut line: watch::Receiver<L
 
 struct Broken;
 
+/// Chunks, and when each is due. An empty one is the end.
+type Queue = VecDeque<(Instant, Vec<u8>)>;
+
 /// Passes one direction on until its end, which is passed on, too.
 async fn pass(
     from: &mut (impl AsyncRead + Unpin),
     to: &mut (impl AsyncWrite + Unpin),
     mut line: watch::Receiver<Line>,
 ) -> Result<(), Broken> {
-    let queue: Arc<Mutex<VecDeque<(Instant, Vec<u8>)>>> = Arc::default();
+    let queue: Mutex<Queue> = Mutex::default();
     let locked = || queue.lock().unwrap_or_else(PoisonError::into_inner);
     let (arrived, mut arrivals) = watch::channel(());
     let (left, mut leavings) = watch::channel(());

@@ -1,6 +1,9 @@
 //! A random run of faults, one after the other, from a seed.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use uncloud_proto::v1::FailoverPolicy;
@@ -61,15 +64,22 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
     let mut rng = StdRng::seed_from_u64(plan.seed);
     let mut deck = Deck::new(&plan.kinds);
     let began = Instant::now();
-    let mut well = true;
+    let (mut faults, mut well) = (Vec::new(), true);
     while well && began.elapsed() < plan.time {
         let kind = deck.draw(&mut rng);
-        well = one(&mut stage, kind, &mut rng, &user, &mut report, began).await?;
+        let (fault, is_well) = one(&mut stage, kind, &mut rng, &mut report, began).await?;
+        faults.push((kind, fault.began));
+        well = is_well;
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..=PAUSE_MS))).await;
     }
 
     let told = user.finish(&stage.cluster).await?;
-    report.calls = (told.written.len() as u64, told.refused.values().sum(), told.unknown.values().sum());
+    for (kind, at) in faults {
+        if let Some(written) = told.written_after(at) {
+            report.kinds.entry(kind).or_default().written.add(written - at);
+        }
+    }
+    report.calls = (told.acknowledged, told.refused.values().sum(), told.unknown.values().sum());
     for (message, n) in told.refused.iter().chain(&told.unknown) {
         eprintln!("the user was told {n} times: {message}");
     }
@@ -83,15 +93,14 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// One fault, from its beginning until all is well. `false`: it is not.
+/// One fault, from its beginning until all is well; or until it should be.
 async fn one(
     stage: &mut Stage,
     kind: Kind,
     rng: &mut StdRng,
-    user: &User,
     report: &mut Report,
     start: Instant,
-) -> anyhow::Result<bool> {
+) -> anyhow::Result<(Fault, bool)> {
     let before: Vec<(String, Instance)> = stage.instances().into_iter().collect();
     let mut fault = stage.break_it(kind, rng).await?;
     let lasts = kind.lasts(rng);
@@ -106,43 +115,87 @@ async fn one(
         Ok(time) => of.settled.add(*time),
         Err(error) => report.violations.push(format!("after {kind} ({}): {error:#}", fault.what)),
     }
-    judge(stage, &fault, &before, report);
-    if let Some(written) = user.written_after(fault.began) {
-        report.kinds.entry(kind).or_default().written.add(written - fault.began);
-    }
-    Ok(settled.is_ok())
+    tell(stage, &fault, &before, report);
+    Ok((fault, settled.is_ok()))
 }
 
-/// What the fault did to the guests.
-fn judge(stage: &Stage, fault: &Fault, before: &[(String, Instance)], report: &mut Report) {
-    let after = stage.instances();
-    for (id, old) in before {
-        let new = after.get(id);
-        if new.is_some_and(|new| (new.pid, new.start) == (old.pid, old.start)) {
-            continue;
-        }
-        let name = stage.guest(id).map_or(id.as_str(), |g| g.name.as_str());
-        if !fault.may_kill.contains(id) {
-            let gone =
-                stage.cluster.checker.instances(id).into_iter().find(|i| (i.pid, i.start) == (old.pid, old.start));
-            let after = gone.map(|i| i.last_seen.saturating_duration_since(fault.began));
-            report.false_alarms.push(format!(
-                "{}, {}: {name} on {} was killed {:.1?} after the fault began",
-                fault.kind,
-                fault.what,
-                old.host,
-                after.unwrap_or_default()
-            ));
+/// Puts into the report what the fault did to the guests.
+fn tell(stage: &Stage, fault: &Fault, before: &[(String, Instance)], report: &mut Report) {
+    for Lost { id, old, new, fate } in judge(before, &stage.instances(), &fault.may_kill) {
+        let guest = stage.guest(&id).ok();
+        let name = guest.map_or(id.as_str(), |g| g.name.as_str());
+        if fate == Fate::FalseAlarm {
+            let all = stage.cluster.checker.instances(&id);
+            let gone = all.into_iter().find(|i| (i.pid, i.start) == (old.pid, old.start));
+            let after = gone.map(|i| i.last_seen.saturating_duration_since(fault.began)).unwrap_or_default();
+            let (kind, what, host) = (fault.kind, &fault.what, &old.host);
+            report.false_alarms.push(format!("{kind}, {what}: {name} on {host} was killed {after:.1?} after it began"));
         }
         match new {
             Some(new) if new.host == old.host => report.restarts += 1,
             Some(_) => report.failovers += 1,
             None => {}
         }
-        if let Some(spoke) = stage.spoke_after(id, fault.began) {
+        if let Some(spoke) = stage.spoke_after(&id, fault.began) {
             let of = report.kinds.entry(fault.kind).or_default();
-            let fast = stage.guest(id).is_ok_and(|g| g.failover == FailoverPolicy::Fast);
+            let fast = guest.is_some_and(|g| g.failover == FailoverPolicy::Fast);
             if fast { &mut of.running } else { &mut of.waited }.add(spoke - fault.began);
         }
+    }
+}
+
+/// Whether a guest may have been killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Expected,
+    FalseAlarm,
+}
+
+/// A guest whose QEMU is not the one of before.
+struct Lost {
+    id: String,
+    old: Instance,
+    new: Option<Instance>,
+    fate: Fate,
+}
+
+/// Which guests lost their QEMU, and whether they may have.
+fn judge(before: &[(String, Instance)], after: &BTreeMap<String, Instance>, may_kill: &BTreeSet<String>) -> Vec<Lost> {
+    let mut all = Vec::new();
+    for (id, old) in before {
+        let new = after.get(id).cloned();
+        if new.as_ref().is_none_or(|new| (new.pid, new.start) != (old.pid, old.start)) {
+            let fate = if may_kill.contains(id) { Fate::Expected } else { Fate::FalseAlarm };
+            all.push(Lost { id: id.clone(), old: old.clone(), new, fate });
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn qemu(vm: &str, host: &str, pid: u32, start: u64) -> Instance {
+        let (now, vm, host) = (Instant::now(), vm.to_owned(), host.to_owned());
+        Instance { vm, host, pid, start, first_seen: now, last_seen: now, alive: true }
+    }
+
+    #[test]
+    fn whoever_lost_its_qemu_without_a_reason_is_a_false_alarm() {
+        let ids = ["same", "moved", "gone", "alarm", "reused"];
+        let before: Vec<_> = ids.map(|id| (id.to_owned(), qemu(id, "host-1", 7, 70))).to_vec();
+        let after = [
+            qemu("same", "host-1", 7, 70),
+            qemu("moved", "host-2", 8, 80),
+            qemu("alarm", "host-1", 9, 90),
+            // Another process with the same id.
+            qemu("reused", "host-1", 7, 71),
+        ];
+        let after = after.map(|i| (i.vm.clone(), i)).into();
+        let lost = judge(&before, &after, &["moved".to_owned(), "same".to_owned()].into());
+        let fates: Vec<(&str, Fate)> = lost.iter().map(|l| (l.id.as_str(), l.fate)).collect();
+        let alarm = Fate::FalseAlarm;
+        assert_eq!(fates, [("moved", Fate::Expected), ("gone", alarm), ("alarm", alarm), ("reused", alarm)]);
     }
 }

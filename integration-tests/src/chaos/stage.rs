@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use tonic::Code;
 use uncloud_proto::v1::{self, FailoverPolicy, HostState, VmPhase};
 
 use crate::{
@@ -20,6 +21,9 @@ use crate::{
 
 /// A guest beats once a second; on a busy machine it may be late.
 const BEATS_WITHIN: Duration = Duration::from_millis(3500);
+
+/// A cluster that was well a moment ago answers within this.
+const READ_LIMIT: Duration = Duration::from_secs(30);
 
 /// A VM that runs from the beginning to the end and that no user touches.
 #[derive(Clone, Debug)]
@@ -122,12 +126,19 @@ impl Stage {
         self.cluster.checker.lines(id).into_iter().find(started).map(|l| l.at)
     }
 
-    /// The newest state of a guest as the API has it, in one line.
-    pub async fn describe(&self, id: &str) -> String {
-        match self.cluster.api.vm(id).await {
-            Ok(vm) => summary(&vm),
-            Err(status) => format!("{id}: {status}"),
-        }
+    /// Reads a VM, as soon as somebody leads.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or nobody has led for half a minute.
+    pub async fn vm(&self, id: &str) -> anyhow::Result<v1::Vm> {
+        wait_for(&format!("somebody answers for VM {id}"), READ_LIMIT, async || match self.cluster.api.vm(id).await {
+            Ok(vm) => Ok(Ok(vm)),
+            Err(status) if status.code() == Code::NotFound => Ok(Err(status)),
+            Err(status) => Err(status.to_string()),
+        })
+        .await?
+        .map_err(Into::into)
     }
 
     /// Cuts the power of every host, compares the counters on the disks with what the guests said last, and ends the

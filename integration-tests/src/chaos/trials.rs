@@ -113,7 +113,7 @@ async fn run_again(
 ) -> anyhow::Result<()> {
     let mut before = Vec::new();
     for guest in &stage.guests {
-        before.push(stage.cluster.api.vm(&guest.id).await?);
+        before.push(stage.vm(&guest.id).await?);
     }
     let untouched = stage.instances();
     let mut fault = stage.break_it(kind, rng).await?;
@@ -154,7 +154,7 @@ async fn write_again(
     let before = stage.instances();
     let mut incarnations = Vec::new();
     for guest in &stage.guests {
-        incarnations.push(incarnation_of(&stage.cluster.api.vm(&guest.id).await?));
+        incarnations.push(incarnation_of(&stage.vm(&guest.id).await?));
     }
     let mut fault = stage.break_it(kind, rng).await?;
     let writes = Writes::start(stage);
@@ -179,15 +179,17 @@ async fn write_again(
         if old.map(|i| (i.pid, i.start)) != new.map(|i| (i.pid, i.start)) {
             trials.violations.push(format!("{}: {} was touched: {old:?} became {new:?}", fault.what, guest.name));
         }
-        let now = incarnation_of(&stage.cluster.api.vm(&guest.id).await?);
+        let now = incarnation_of(&stage.vm(&guest.id).await?);
         if now != incarnation {
             trials.violations.push(format!("{}: {} is at incarnation {now} now", fault.what, guest.name));
         }
     }
     for vm in writes.finish().await {
-        if let Err(status) = stage.cluster.api.delete(&vm).await {
-            trials.violations.push(format!("{}: acknowledged, and then {status}", fault.what));
+        if let Err(error) = stage.vm(&vm).await {
+            trials.violations.push(format!("{}: acknowledged, and then {error:#}", fault.what));
         }
+        // If it is not deleted, it is in nobody's way.
+        let _ = stage.cluster.api.delete(&vm).await;
     }
     Ok(())
 }
@@ -342,6 +344,7 @@ pub async fn all_controllers_down(stage: &mut Stage, lease: Duration) -> anyhow:
     stage.settle(LIMIT).await?;
     let settled = back.elapsed();
     same(stage)?;
-    stage.cluster.api.delete(&written.vm).await.context("acknowledged and lost")?;
+    stage.vm(&written.vm).await.context("acknowledged and lost")?;
+    let _ = stage.cluster.api.delete(&written.vm).await;
     Ok(AllDown { died, written: written.at - back, settled })
 }

@@ -44,7 +44,10 @@ struct Known {
 /// What the user was told.
 #[derive(Clone, Debug, Default)]
 pub struct Told {
-    /// When each acknowledged write was sent, and when it was acknowledged.
+    /// How many calls were acknowledged.
+    pub acknowledged: u64,
+    /// When each acknowledged creation and deletion was sent, and when it was acknowledged. (What changes nothing, as the stop
+    /// of a VM that is stopped, needs no etcd.)
     pub written: Vec<(Instant, Instant)>,
     /// Calls that were refused, by message.
     pub refused: BTreeMap<String, u64>,
@@ -62,6 +65,22 @@ pub struct User {
     stop: Arc<AtomicBool>,
     told: Arc<Mutex<Told>>,
     task: JoinHandle<()>,
+}
+
+impl Told {
+    /// When the first write was acknowledged that was sent after this moment.
+    #[must_use]
+    pub fn written_after(&self, moment: Instant) -> Option<Instant> {
+        self.written.iter().find(|(sent, _)| *sent >= moment).map(|(_, acknowledged)| *acknowledged)
+    }
+}
+
+/// Whether a call is a write to etcd.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Changes {
+    Surely,
+    /// Not if things are as desired already.
+    Perhaps,
 }
 
 /// What became of a call.
@@ -93,13 +112,6 @@ impl User {
             work.uncordon().await;
         });
         Ok(Self { stop, told, task })
-    }
-
-    /// The first acknowledged write that was sent after this moment: when it was acknowledged.
-    #[must_use]
-    pub fn written_after(&self, moment: Instant) -> Option<Instant> {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        told.written.iter().find(|(sent, _)| *sent >= moment).map(|(_, acknowledged)| *acknowledged)
     }
 
     /// Ends; checks that everything acknowledged is so. The cluster must be well.
@@ -196,11 +208,16 @@ impl Work {
     }
 
     /// Sends one write and notes what became of it.
-    async fn write<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Outcome<T> {
+    async fn write<T>(&self, changes: Changes, call: impl Future<Output = Result<T, Status>>) -> Outcome<T> {
         let sent = Instant::now();
         match call.await {
             Ok(answer) => {
-                self.told(|t| t.written.push((sent, Instant::now())));
+                self.told(|t| {
+                    t.acknowledged += 1;
+                    if changes == Changes::Surely {
+                        t.written.push((sent, Instant::now()));
+                    }
+                });
                 Outcome::Done(answer)
             }
             Err(status) => match status.code() {
@@ -231,7 +248,7 @@ impl Work {
         let power = if runs { PowerState::Running } else { PowerState::Stopped };
         request.set_desired(power);
         // Unknown: nobody knows its id, so nothing can be said about it. The client has tried again for long.
-        if let Outcome::Done(answer) = self.write(self.client.create_vm(request)).await
+        if let Outcome::Done(answer) = self.write(Changes::Surely, self.client.create_vm(request)).await
             && let Some(vm) = answer.vm
         {
             let known = Known { power: [power].into(), may_be_gone: false, runs };
@@ -276,7 +293,7 @@ impl Work {
         if known.may_be_gone {
             return;
         }
-        let outcome = self.write(call).await;
+        let outcome = self.write(Changes::Perhaps, call).await;
         self.told(|t| {
             let Some(known) = t.vms.get_mut(id) else { return };
             match outcome {
@@ -295,7 +312,7 @@ impl Work {
         if self.told(|t| t.vms.get(id).is_none_or(|k| k.may_be_gone)) {
             return;
         }
-        let outcome = self.write(call).await;
+        let outcome = self.write(Changes::Surely, call).await;
         self.told(|t| match outcome {
             Outcome::Done(_) => {
                 t.vms.remove(id);
@@ -313,14 +330,16 @@ impl Work {
     async fn cordon(&mut self) {
         let host = self.hosts[self.rng.random_range(0..self.hosts.len())].clone();
         let request = v1::CordonHostRequest { host: host.clone(), reason: "the user said so".into() };
-        let outcome = self.write(self.client.cordon_host(request)).await;
+        let outcome = self.write(Changes::Perhaps, self.client.cordon_host(request)).await;
         self.mode(&host, HostMode::Cordoned, &outcome);
         self.cordoned = Some(host);
     }
 
     async fn uncordon(&mut self) {
         let Some(host) = self.cordoned.clone() else { return };
-        let outcome = self.write(self.client.uncordon_host(v1::UncordonHostRequest { host: host.clone() })).await;
+        let outcome = self
+            .write(Changes::Perhaps, self.client.uncordon_host(v1::UncordonHostRequest { host: host.clone() }))
+            .await;
         self.mode(&host, HostMode::Active, &outcome);
         if matches!(outcome, Outcome::Done(_)) {
             self.cordoned = None;
