@@ -165,18 +165,29 @@ mod tests {
         status.is_ok_and(|s| s.success())
     }
 
+    /// Whether it can within some seconds: a busy machine takes its time, and that is not what is tested.
+    fn comes_to_reach(network: &Network, namespace: &str, port: u16) -> bool {
+        let begin = std::time::Instant::now();
+        while begin.elapsed() < std::time::Duration::from_secs(10) {
+            if reaches(network, namespace, port) {
+                return true;
+            }
+        }
+        false
+    }
+
     #[test]
     fn a_host_can_be_cut_off_and_healed() -> anyhow::Result<()> {
         let mut network = Network::new()?;
         let host = network.add_host()?;
         let listener = std::net::TcpListener::bind((network.address(), 0))?;
         let port = listener.local_addr()?.port();
-        assert!(reaches(&network, &host, port));
+        assert!(comes_to_reach(&network, &host, port));
         for way in [Cut::Both, Cut::Outgoing, Cut::Incoming] {
             cut(&host, way)?;
             assert!(!reaches(&network, &host, port), "{way:?}");
             heal(&host)?;
-            assert!(reaches(&network, &host, port), "{way:?}");
+            assert!(comes_to_reach(&network, &host, port), "{way:?}");
         }
         lose(&host, 100)?;
         assert!(!reaches(&network, &host, port));

@@ -43,6 +43,10 @@ pub async fn run<H: Hypervisor>(
                 warn!(controller = address, "the session ended: {reason}");
                 Outcome::Served
             }
+            End::Silent => {
+                warn!(controller = address, "the session ended: the leader was not heard any more");
+                Outcome::Silent
+            }
             End::NotLeader(hint) => {
                 info!(controller = address, leader = hint.as_deref().unwrap_or("unknown"), "not the leader");
                 Outcome::NotLeader(hint)

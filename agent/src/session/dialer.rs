@@ -16,6 +16,8 @@ const AFTER_REFUSAL: Duration = Duration::from_secs(5);
 pub enum Outcome {
     /// The leader took the session, and it ended later.
     Served,
+    /// The leader took the session, and then it hung or was cut off: another one leads soon.
+    Silent,
     /// This controller does not lead; perhaps it knows who does.
     NotLeader(Option<String>),
     /// It could not be reached.
@@ -71,7 +73,7 @@ impl Dialer {
                 self.hints_followed += 1;
                 self.hint = Some(leader);
             }
-            Outcome::NotLeader(_) | Outcome::Unreachable | Outcome::Refused => {
+            Outcome::NotLeader(_) | Outcome::Silent | Outcome::Unreachable | Outcome::Refused => {
                 self.failures = self.failures.saturating_add(1);
                 self.hints_followed = 0;
                 if !dialled_hint {
@@ -126,6 +128,16 @@ mod tests {
         assert_eq!(dialer.address(), "b:1");
         dialer.ended(Outcome::Unreachable);
         assert_eq!(dialer.address(), "c:1", "which the leader named");
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!(dialer.address(), "a:1");
+    }
+
+    #[test]
+    fn a_leader_that_fell_silent_is_dialled_after_the_others() {
+        let mut dialer = dialer();
+        dialer.welcomed(&["a:1".into(), "b:1".into()]);
+        dialer.ended(Outcome::Silent);
+        assert_eq!(dialer.address(), "b:1");
         dialer.ended(Outcome::Unreachable);
         assert_eq!(dialer.address(), "a:1");
     }

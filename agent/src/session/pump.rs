@@ -49,8 +49,17 @@ use crate::{
     },
 };
 
-/// How long a controller may take to answer `Hello`.
+/// How long a controller may take to say whether it leads. One that works says so at once; one that hangs, or is off, must not
+/// cost more of the lease than this.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a controller may take to answer `Hello`. It stores the host first, and after a takeover it has many of them.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long the leader may be silent: two heartbeats without an answer, and a little. A leader that hangs keeps its connections,
+/// and HTTP/2 keep-alive takes most of a lease to notice. Longer costs leases when a leader hangs; shorter costs sessions when
+/// one is slow for a moment.
+const SILENT_BEATS: u32 = 2;
+const SILENCE_SLACK: Duration = Duration::from_millis(200);
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 /// Heartbeats that wait for the network. More than these, and the leader takes none.
 const BEATS: usize = 8;
 /// Other messages that wait for the network.
@@ -89,6 +98,8 @@ pub enum End {
     Served(String),
     /// This controller does not lead.
     NotLeader(Option<String>),
+    /// The leader took it; then it was heard no more.
+    Silent,
     /// It could not be reached, or did not answer.
     Unreachable(String),
     /// It does not take this host.
@@ -145,6 +156,8 @@ struct Line {
     tasks: JoinSet<()>,
     /// Ends when the leader takes no heartbeats.
     stalled: CancellationToken,
+    /// How long the leader may be silent.
+    silence: Duration,
 }
 
 impl<H: Hypervisor> Session<H> {
@@ -195,7 +208,7 @@ impl<H: Hypervisor> Session<H> {
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let call = client.session(Outgoing { beats: beats_out, messages: messages_out });
-        let incoming = match time::timeout(WELCOME_TIMEOUT, call).await {
+        let incoming = match time::timeout(OPEN_TIMEOUT, call).await {
             Ok(Ok(response)) => response.into_inner(),
             Ok(Err(status)) => return Err(end_of_status(&status, false)),
             Err(_) => return Err(End::Unreachable("the controller does not answer".to_owned())),
@@ -208,6 +221,7 @@ impl<H: Hypervisor> Session<H> {
             book: Arc::default(),
             tasks: JoinSet::new(),
             stalled: CancellationToken::new(),
+            silence: SHORTEST_SILENCE,
         })
     }
 
@@ -255,6 +269,7 @@ impl<H: Hypervisor> Session<H> {
 
     fn start_heart(&self, line: &mut Line, interval_ms: u32) {
         let interval = Duration::from_millis(interval_ms.into()).clamp(HEARTBEAT.0, HEARTBEAT.1);
+        line.silence = (interval * SILENT_BEATS + SILENCE_SLACK).max(SHORTEST_SILENCE);
         let (clock, book) = (self.clock.clone(), Arc::clone(&line.book));
         let (beats, stalled) = (line.beats.clone(), line.stalled.clone());
         line.tasks.spawn(async move {
@@ -275,12 +290,14 @@ impl<H: Hypervisor> Session<H> {
     async fn pump(&mut self, line: &mut Line, cancel: &CancellationToken) -> End {
         let outbox = self.manager.host().outbox.clone();
         let messages = line.messages.clone();
+        let mut heard = time::Instant::now();
         loop {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return End::Cancelled,
                 message = line.incoming.message() => match message {
                     Ok(Some(message)) => {
+                        heard = time::Instant::now();
                         if let Err(end) = self.take(line, message).await {
                             return end;
                         }
@@ -288,6 +305,8 @@ impl<H: Hypervisor> Session<H> {
                     Ok(None) => return End::Served("the leader ended it".to_owned()),
                     Err(status) => return end_of_status(&status, true),
                 },
+                // After what has come: an agent that was stopped for a while reads that first.
+                () = time::sleep_until(heard + line.silence) => return End::Silent,
                 () = line.stalled.cancelled() => return End::Served("the leader takes no heartbeats".to_owned()),
                 permit = reserve_when(&messages, outbox.wait()) => {
                     let vms = outbox.lock().unsent(REPORTS);

@@ -318,7 +318,8 @@ impl<'a> Session<'a> {
                     warn!(vms = vms.join(" "), "no lease is granted: VMs execute here that belong elsewhere");
                 }
                 self.withheld = true;
-                return Ok(());
+                // It grants nothing, and says that this leader is there.
+                return self.out.send(Message::Ack(v1::ReportAck::default()));
             }
             OnHeartbeat::Ask => self.withheld = false,
         }
