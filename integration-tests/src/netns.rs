@@ -115,10 +115,10 @@ pub fn cut(namespace: &str, cut: Cut) -> anyhow::Result<()> {
 ///
 /// What nft says.
 pub fn lose(namespace: &str, percent: u32) -> anyhow::Result<()> {
+    // `numgen ... < 100` of a hundred is refused.
+    let which = if percent < 100 { format!("numgen random mod 100 < {percent} ") } else { String::new() };
     let chain = |hook: &str, interface: &str| {
-        format!(
-            "chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{interface} != \"lo\" numgen random mod 100 < {percent} drop\n}}\n"
-        )
+        format!("chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{interface} != \"lo\" {which}drop\n}}\n")
     };
     nft(namespace, &format!("table inet cut {{\n{}{}}}\n", chain("input", "iifname"), chain("output", "oifname")))
 }
