@@ -386,6 +386,11 @@ impl Cluster {
         cli::run(self.api.endpoint(), args).await
     }
 
+    /// Keeps its directory whatever comes, and says where it is.
+    pub fn keep_directory(&mut self) {
+        drop(Root { dir: self.root.dir.take(), path: self.root.path.clone() });
+    }
+
     /// A line at level ERROR with this in it is part of the test.
     pub fn allow_error(&mut self, part: &str) {
         self.allowed_errors.push(part.to_owned());

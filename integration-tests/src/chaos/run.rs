@@ -87,6 +87,9 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
     if well && let Err(error) = stage.settle(SETTLE_LIMIT).await {
         report.violations.push(format!("in the end: {error:#}"));
     }
+    if !report.is_good() {
+        stage.cluster.keep_directory();
+    }
     if let Err(error) = stage.finish().await {
         report.violations.push(format!("{error:#}"));
     }

@@ -24,8 +24,8 @@ const TRY: Duration = Duration::from_secs(1);
 const TRY_EVERY: Duration = Duration::from_millis(20);
 /// How often one controller is sent a write while a fault stays.
 const WRITE_EVERY: Duration = Duration::from_millis(200);
-/// A fault of the control plane stays for longer than the leader key's TTL, so that it can do harm.
-const STAYS: Duration = Duration::from_secs(5);
+/// A fault of the control plane stays for longer than the fast lease: a host that finds no leader has lost its guests by then.
+const STAYS: Duration = Duration::from_secs(7);
 /// Writes are acknowledged as ever when the last one is as young as this.
 const FLOWING: Duration = Duration::from_millis(700);
 /// What the checker's interval and a busy machine may add to the end of a lease.
@@ -99,6 +99,9 @@ pub async fn series(stage: &mut Stage, kind: Kind, n: usize, seed: u64) -> anyho
         }
         .with_context(|| format!("trial {trial} of {n}"))?;
         eprintln!("trial {trial} of {n}: {:.1} s in all", begun.elapsed().as_secs_f64());
+    }
+    if !trials.violations.is_empty() {
+        stage.cluster.keep_directory();
     }
     Ok(trials)
 }
