@@ -41,7 +41,7 @@ async fn a_minute_of_faults_breaks_no_promise() -> anyhow::Result<()> {
 
 /// The fault is let happen more than once, so that it hits more than the first leader.
 async fn nobody_notices_the_loss_of(kind: Kind) -> anyhow::Result<()> {
-    let mut stage = trials::stage().await?;
+    let mut stage = trials::stage(&[]).await?;
     let trials = trials::series(&mut stage, kind, 2, SEED).await?;
     eprintln!("{kind}: the longest time without an acknowledged write: {}", trials.written);
     ensure!(trials.violations.is_empty(), "{}", trials.violations.join("\n"));

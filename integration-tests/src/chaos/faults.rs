@@ -152,6 +152,12 @@ impl Stage {
             Kind::EtcdLeaderLost => self.kill_member(&mut fault, etcd_leader)?,
             Kind::EtcdLeaderHung => self.stop_member(&mut fault, etcd_leader)?,
             Kind::BothLeadersLost => {
+                // Two faults: etcd needs up to 2 s to elect, and then begins the TTL of the leader key anew and adds its election
+                // timeout. With what an agent needs to find the next leader that can be more than the lease.
+                for n in 0..self.cluster.hosts.len() {
+                    let host = self.cluster.hosts[n].name().to_owned();
+                    self.reaches(&mut fault, &host, Reach::Fast);
+                }
                 self.kill_controller(&mut fault, leader);
                 self.kill_member(&mut fault, etcd_leader)?;
             }

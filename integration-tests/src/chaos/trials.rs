@@ -69,13 +69,15 @@ fn promise(kind: Kind) -> Option<Promise> {
     }
 }
 
-/// The cluster and the guests of trials: at the default settings, without anything in between.
+/// The cluster and the guests of trials: at the default settings, without anything in between; the members of etcd with these
+/// further flags.
 ///
 /// # Errors
 ///
 /// It does not come up.
-pub async fn stage() -> anyhow::Result<Stage> {
-    let options = Options::hosts(4).default_leases().controllers(3).etcd_members(3);
+pub async fn stage(etcd_flags: &[String]) -> anyhow::Result<Stage> {
+    let mut options = Options::hosts(4).default_leases().controllers(3).etcd_members(3);
+    options.etcd = etcd_flags.to_vec();
     let fast = FailoverPolicy::Fast;
     let mut stage = Stage::start(options, &[("one", fast), ("two", fast), ("three", fast)]).await?;
     stage.settle(LIMIT).await?;

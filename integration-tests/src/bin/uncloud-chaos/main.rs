@@ -54,6 +54,9 @@ enum What {
         /// Where the random numbers come from.
         #[arg(long, default_value_t = 1)]
         seed: u64,
+        /// A further flag of the members of etcd, such as `--etcd-flag=--election-timeout=500`. May be repeated.
+        #[arg(long)]
+        etcd_flag: Vec<String>,
     },
 }
 
@@ -100,7 +103,7 @@ async fn work(args: Args) -> anyhow::Result<()> {
                 bail!("promises were broken");
             }
         }
-        What::Trials { kind, n, seed } => measure(&kind, n, seed).await?,
+        What::Trials { kind, n, seed, etcd_flag } => measure(&kind, n, seed, &etcd_flag).await?,
     }
     Ok(())
 }
@@ -122,12 +125,12 @@ fn lost(name: &str) -> anyhow::Result<Kind> {
     })
 }
 
-async fn measure(name: &str, n: usize, seed: u64) -> anyhow::Result<()> {
+async fn measure(name: &str, n: usize, seed: u64, etcd_flags: &[String]) -> anyhow::Result<()> {
     if name == "all-controllers" {
         return all_controllers(n).await;
     }
     let kind = lost(name)?;
-    let mut stage = trials::stage().await?;
+    let mut stage = trials::stage(etcd_flags).await?;
     let done = trials::series(&mut stage, kind, n, seed).await?;
     println!("{name}, {n} times");
     for (what, times) in [
