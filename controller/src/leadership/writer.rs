@@ -283,7 +283,9 @@ impl Work {
         } else {
             let mutations: Vec<Mutation> = mutations.into_iter().map(|(key, value)| Mutation { key, value }).collect();
             transactions.send_modify(|t| t.sent += 1);
-            let revision = match self.store.commit(&self.token, &mutations, &self.leases).await {
+            // The working state has the batch, at the revision that it is based on.
+            let based_on = self.state.revision();
+            let revision = match self.store.commit(&self.token, &mutations, &self.leases, based_on).await {
                 Ok(revision) => revision,
                 Err(CommitError::Full) => {
                     error!(

@@ -34,7 +34,7 @@ pub enum CommitError {
 }
 
 impl Store {
-    /// Writes all of `mutations` in one transaction, or nothing. A key may stand there once, and there may be
+    /// Writes all of `mutations` in one transaction, or nothing. Everything that was written before is not newer than `based_on`. A key may stand there once, and there may be
     /// [`MAX_OPERATIONS`] at the most.
     ///
     /// # Errors
@@ -45,6 +45,7 @@ impl Store {
         token: &LeaderToken,
         mutations: &[Mutation],
         leases: &RetentionLeases,
+        based_on: Revision,
     ) -> Result<Revision, CommitError> {
         let operations: Vec<TxnOp> = mutations.iter().map(|m| operation(m, leases)).collect();
         let txn = Txn::new().when([token.compare()]).and_then(operations);
@@ -54,7 +55,7 @@ impl Store {
         };
         let answer = match self.members.ask_once(TRANSACTION_TIMEOUT, send).await {
             Ok(answer) => answer,
-            Err(error) if is_full(&error) => return Err(CommitError::Full),
+            Err(error) if is_full(&error) => return self.landed(mutations, based_on).await,
             Err(error) => return Err(CommitError::Unknown(error)),
         };
         if !answer.succeeded() {
@@ -63,6 +64,27 @@ impl Store {
         match answer.header() {
             Some(header) => Ok(Revision(header.revision())),
             None => Err(CommitError::Unknown(Error::Protocol("a transaction's answer has no header".into()))),
+        }
+    }
+
+    /// Whether a transaction was carried out that etcd answered with "full". It says so before it proposes one, when it refuses one,
+    /// and also when it has carried out the one with which the quota was reached. Whichever it was is over when the answer
+    /// comes, so a quorum's newest value of a key that was to be put tells.
+    async fn landed(&self, mutations: &[Mutation], based_on: Revision) -> Result<Revision, CommitError> {
+        let Some(put) = mutations.iter().find(|m| m.value.is_some()) else {
+            let error = Error::Protocol("etcd says that it is full for a transaction that only deletes".into());
+            return Err(CommitError::Unknown(error));
+        };
+        let get = |client| {
+            let key = put.key.to_string();
+            async move { kv(&client).get(key, None).await }
+        };
+        let limit = self.members.attempt(REQUEST_TIMEOUT);
+        let answer = self.members.ask(limit, get).await.map_err(CommitError::Unknown)?;
+        match answer.kvs().first().map(|found| Revision(found.mod_revision())) {
+            // Nobody else writes in this term.
+            Some(revision) if revision > based_on => Ok(revision),
+            Some(_) | None => Err(CommitError::Full),
         }
     }
 
@@ -78,8 +100,7 @@ impl Store {
     }
 }
 
-/// etcd refuses what would need room, before it is proposed or when it is applied, on all members alike. So this is an answer: the
-/// transaction was not carried out.
+/// etcd has reached its quota.
 fn is_full(error: &Error) -> bool {
     match error {
         Error::Unavailable(error) => match &**error {
@@ -166,5 +187,44 @@ impl Store {
         };
         self.members.ask(limit, send).await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uncloud_proto::ids::VmId;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn mac(n: u128) -> Mutation {
+        Mutation {
+            key: Key::Mac(format!("42:00:00:00:00:{n:02}")),
+            value: Some(Record::Mac(VmId::from_uuid(Uuid::from_u128(n)))),
+        }
+    }
+
+    #[tokio::test]
+    async fn whether_a_transaction_landed_although_etcd_is_full_is_seen_in_etcd() {
+        let dir = tempfile::tempdir().unwrap();
+        let etcd = super::super::embedded::EmbeddedEtcd::start(dir.path(), None).unwrap();
+        let store = Store::connect(&[etcd.endpoint().to_owned()]).await.unwrap();
+        let begin = std::time::Instant::now();
+        let before = loop {
+            match store.revision().await {
+                Ok(revision) => break revision,
+                Err(error) => assert!(begin.elapsed() < Duration::from_secs(30), "{error}"),
+            }
+        };
+        assert!(matches!(store.landed(&[mac(1)], before).await, Err(CommitError::Full)));
+        let one = mac(1);
+        let value = one.value.as_ref().unwrap().to_json();
+        store.client().kv_client().put(one.key.to_string(), value, None).await.unwrap();
+        let landed = store.landed(&[mac(1)], before).await.unwrap();
+        assert!(landed > before);
+        // An older value of the key says that it did not.
+        assert!(matches!(store.landed(&[mac(1)], landed).await, Err(CommitError::Full)));
+        let only_deletes = [Mutation { key: mac(1).key, value: None }];
+        assert!(matches!(store.landed(&only_deletes, before).await, Err(CommitError::Unknown(_))));
     }
 }
