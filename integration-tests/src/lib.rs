@@ -20,6 +20,7 @@ pub mod netns;
 pub mod paths;
 pub mod proc_table;
 pub mod process;
+pub mod sim;
 pub mod slots;
 pub mod specs;
 pub mod wait;

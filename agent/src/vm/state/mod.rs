@@ -42,7 +42,10 @@ use super::{
     desired::{Desired, DisksExpected, Disposition, RestartMode, RestartPolicy, StopMode},
     hypervisor::{Exit, ExitKind},
 };
-use crate::records::{LastExit, Launched, Record, Settled};
+use crate::{
+    lease::LeaseWord,
+    records::{LastExit, Launched, Record, Settled},
+};
 
 /// How long QEMU may take to end after it was told to, before it is killed (again).
 const QUIT_GRACE: Duration = Duration::from_secs(5);
@@ -77,6 +80,14 @@ pub enum Acceptance {
     Expected(u16),
     /// The lease was valid, with this generation.
     Firm(u16),
+}
+
+impl Acceptance {
+    /// P1: to which lease generation a word is bound that comes at `now`, while the lease stands like this.
+    #[must_use]
+    pub fn of(word: LeaseWord, now: Tick) -> Self {
+        if word.valid_at(now) { Self::Firm(word.generation) } else { Self::Expected(word.generation.wrapping_add(1)) }
+    }
 }
 
 /// Something happened.

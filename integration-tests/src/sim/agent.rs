@@ -1,0 +1,579 @@
+//! An agent process: its session, and the tasks of its VMs.
+//!
+//! Mirrors `agent/src/app.rs` (start), `session/connect.rs` (dial), `session/pump.rs` (Hello, Welcome, messages, heartbeats),
+//! `vm/manager.rs` and `vm/runner.rs` (mail, effects). What is decided is decided by the real `Dialer`, `Gate`, `Heartbeats`,
+//! `Outbox`, `Mailbox`, `Acceptance`, `LeaseWord` and `VmState`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use uncloud_agent::{
+    lease::LeaseClass,
+    session::{
+        dialer::{Dialer, Outcome},
+        gate::{Admission, Gate},
+        heartbeat::{self, Heartbeats},
+        outbox::Outbox,
+        pump::{End, end_of_goodbye},
+    },
+    vm::{
+        desired::{self, Desired},
+        mailbox::{Generations, Mail, Mailbox},
+        state::{Acceptance, Effect, Event as VmEvent, Lease, Moment, VmState},
+    },
+};
+use uncloud_proto::{
+    AGENT_PROTOCOL,
+    clock::Tick,
+    ids::{Term, VmId},
+    v1::{self, session_request, session_response::Message},
+};
+
+use super::{
+    clock::MS,
+    controller,
+    core::Core,
+    host::{Host, pools},
+    net::{AGENT, WELCOME_TIMEOUT},
+    queue::{Death, DiskWork, Down, GuestAct, Start, Up, What, Whom},
+};
+
+// `session/pump.rs`
+const HEARTBEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
+const MOST_LEASE: Duration = Duration::from_secs(600);
+
+#[derive(Debug)]
+struct Session {
+    stream: u64,
+    book: Heartbeats,
+    interval: Option<Duration>,
+}
+
+/// One VM's task.
+#[derive(Debug)]
+struct Runner {
+    state: VmState,
+    mailbox: Mailbox,
+    work: Option<u64>,
+    prepared: bool,
+    instance: Option<u64>,
+    now: Tick,
+}
+
+/// An agent process.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    gate: Gate,
+    outbox: Outbox,
+    dialer: Dialer,
+    runners: BTreeMap<VmId, Runner>,
+    looking: BTreeSet<VmId>,
+    session: Option<Session>,
+    dialled: bool,
+}
+
+impl Host {
+    /// Starts the agent. Its VMs have not noticed that it was away.
+    pub(crate) fn start_agent(&mut self, core: &mut Core) {
+        if !self.powered || self.agent.is_some() {
+            return;
+        }
+        self.agent_epoch += 1;
+        self.open_lease();
+        core.log(format_args!("host {}: the agent starts", self.index));
+        let controllers = (0..core.config.controllers).map(controller::address).collect();
+        let mut agent = Agent {
+            gate: Gate::new(self.term, BTreeMap::new()),
+            outbox: Outbox::default(),
+            dialer: Dialer::new(controllers),
+            runners: BTreeMap::new(),
+            looking: BTreeSet::new(),
+            session: None,
+            dialled: false,
+        };
+        // `Manager::adopt_all`
+        let mut incarnations = BTreeMap::new();
+        for vm in self.dirs() {
+            let state = match self.records.get(&vm) {
+                Some(record) => {
+                    incarnations.insert(vm, record.desired.incarnation);
+                    VmState::from_record(record.clone())
+                }
+                None => VmState::without_record(vm),
+            };
+            agent.looking.insert(vm);
+            let now = self.now(core);
+            let mut runner = Runner::new(state, now);
+            self.perform_one(core, vm, &mut runner, Effect::Adopt);
+            agent.outbox.put(vm, runner.state.report());
+            agent.runners.insert(vm, runner);
+        }
+        agent.gate = Gate::new(self.term, incarnations);
+        let patience = if agent.looking.is_empty() { MS } else { 500 * MS };
+        core.after(patience, Whom::Agent(self.index), self.agent_epoch, What::Patience);
+        self.agent = Some(Box::new(agent));
+    }
+
+    /// Kills the agent. Its streams break; its VMs go on.
+    pub(crate) fn kill_agent(&mut self, core: &mut Core) {
+        if self.agent.take().is_none() {
+            return;
+        }
+        core.log(format_args!("host {}: the agent dies", self.index));
+        self.agent_epoch += 1;
+        for stream in core.streams_of(AGENT, self.index) {
+            core.close(stream, AGENT);
+        }
+    }
+
+    /// Something happens to the agent.
+    pub(crate) fn on_agent(&mut self, core: &mut Core, what: What) {
+        let Some(mut agent) = self.agent.take() else { return };
+        match what {
+            What::Patience => self.dial_first(core, &mut agent),
+            What::Dial => self.dial(core, &mut agent),
+            What::Beat(stream) => self.beat(core, &mut agent, stream),
+            What::WelcomeTimeout(stream) => {
+                if agent.session.as_ref().is_some_and(|s| s.stream == stream && s.interval.is_none()) {
+                    self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
+                }
+            }
+            What::Down(stream, down) if agent.session.as_ref().is_some_and(|s| s.stream == stream) => {
+                if let Err(end) = self.take(core, &mut agent, *down) {
+                    self.session_ended(core, &mut agent, end);
+                }
+            }
+            What::Broken(stream) => {
+                if let Some(session) = agent.session.as_ref().filter(|s| s.stream == stream) {
+                    let words = "the connection is gone".to_owned();
+                    let end = if session.interval.is_some() { End::Served(words) } else { End::Unreachable(words) };
+                    self.session_ended(core, &mut agent, end);
+                } else {
+                    core.close(stream, AGENT);
+                }
+            }
+            What::Flush(stream) => {
+                if agent.session.as_ref().is_some_and(|s| s.stream == stream && s.interval.is_some()) {
+                    let vms = agent.outbox.unsent(256);
+                    if !vms.is_empty() {
+                        core.send_up(stream, Up(session_request::Message::Report(v1::Report { vms })));
+                    }
+                }
+            }
+            What::Mail(vm) => self.mail(core, &mut agent, vm),
+            What::Timer(vm) => {
+                let now = self.now(core);
+                let due = |r: &Runner| r.state.deadline(r.now).is_some_and(|at| now >= at);
+                if agent.runners.get(&vm).is_some_and(due) {
+                    self.handle(core, &mut agent, vm, VmEvent::Wake);
+                }
+            }
+            What::Done(vm, work, event, uid) => self.work_done(core, &mut agent, vm, work, *event, uid),
+            What::Instance(vm, uid, event) => {
+                if let Some(runner) = agent.runners.get_mut(&vm).filter(|r| r.instance == Some(uid)) {
+                    if matches!(*event, VmEvent::Ended(_)) {
+                        runner.instance = None;
+                    }
+                    self.handle(core, &mut agent, vm, *event);
+                }
+            }
+            _ => {}
+        }
+        self.agent = Some(agent);
+    }
+
+    fn agent_later(&self, core: &mut Core, delay: u64, what: What) {
+        core.after(delay, Whom::Agent(self.index), self.agent_epoch, what);
+    }
+
+    // --- the session ---
+
+    fn dial_first(&self, core: &mut Core, agent: &mut Agent) {
+        if !agent.dialled {
+            agent.dialled = true;
+            self.agent_later(core, 0, What::Dial);
+        }
+    }
+
+    fn dial(&self, core: &mut Core, agent: &mut Agent) {
+        if agent.session.is_some() {
+            return;
+        }
+        let Some(to) = controller::index_of(agent.dialer.address()) else { return };
+        let stream = core.open_stream(self.index, to, [self.agent_epoch, u64::MAX]);
+        agent.session = Some(Session { stream, book: Heartbeats::default(), interval: None });
+        let pool = |name: &str, kind: v1::PoolKind, id: String| v1::Pool {
+            name: name.into(),
+            kind: kind.into(),
+            id,
+            capacity_bytes: 1 << 40,
+            free_bytes: 1 << 39,
+            ..Default::default()
+        };
+        let hello = v1::Hello {
+            host_id: self.id.to_string(),
+            name: format!("host-{}", self.index),
+            boot_id: self.boot_id.to_string(),
+            agent_version: "0".into(),
+            protocol: AGENT_PROTOCOL,
+            capacity: Some(v1::Resources { vcpus: 64, memory_mib: 65_536 }),
+            pools: vec![
+                pool("local", v1::PoolKind::Local, String::new()),
+                pool("shared", v1::PoolKind::Shared, self.shared_pool.to_string()),
+            ],
+            accelerator: Some(v1::Accelerator { kind: v1::AcceleratorKind::Kvm.into(), ..Default::default() }),
+            vms: agent.outbox.hello(),
+            newest_term: agent.gate.newest_term().0,
+            ..Default::default()
+        };
+        core.send_up(stream, Up(session_request::Message::Hello(hello)));
+        self.agent_later(core, WELCOME_TIMEOUT, What::WelcomeTimeout(stream));
+    }
+
+    /// The end of `Session::run`, and what `connect.rs` makes of it.
+    fn session_ended(&self, core: &mut Core, agent: &mut Agent, end: End) {
+        let Some(session) = agent.session.take() else { return };
+        core.close(session.stream, AGENT);
+        let generations = self.generations();
+        for (&vm, runner) in &agent.runners {
+            runner.mailbox.session_ended(generations);
+            self.wake_runner(core, vm);
+        }
+        core.log(format_args!("host {}: stream {} ends: {end:?}", self.index, session.stream));
+        agent.dialer.ended(match end {
+            End::Served(_) | End::Cancelled => Outcome::Served,
+            End::NotLeader(hint) => Outcome::NotLeader(hint),
+            End::Unreachable(_) => Outcome::Unreachable,
+            End::Refused(_) => Outcome::Refused,
+        });
+        let random = core.rng.fraction();
+        let wait = self.clock.spans(agent.dialer.wait(random)) + MS;
+        self.agent_later(core, wait, What::Dial);
+    }
+
+    /// G1 and G3 (`Session::admit`).
+    fn admit(&mut self, agent: &mut Agent, term: Term) -> Result<(), String> {
+        match agent.gate.term(term) {
+            Ok(Admission::Same) => Ok(()),
+            Ok(Admission::Newer(term)) => {
+                if self.disk_full > 0 {
+                    return Err("the term cannot be written".into());
+                }
+                self.term = term;
+                agent.gate.term_stored(term);
+                Ok(())
+            }
+            Err(stale) => Err(stale.to_string()),
+        }
+    }
+
+    /// `Session::welcome` and `Session::take`.
+    fn take(&mut self, core: &mut Core, agent: &mut Agent, down: Down) -> Result<(), End> {
+        let served = agent.session.as_ref().is_some_and(|s| s.interval.is_some());
+        let failed = |words: String| if served { End::Served(words) } else { End::Unreachable(words) };
+        let response = match down {
+            Down::Response(response) => *response,
+            Down::NotLeader(hint) => return Err(End::NotLeader(hint)),
+        };
+        let Some(message) = response.message else { return Ok(()) };
+        if !served && let Message::Goodbye(goodbye) = &message {
+            return Err(end_of_goodbye(goodbye, false));
+        }
+        self.admit(agent, Term(response.term)).map_err(failed)?;
+        match message {
+            Message::Welcome(welcome) => {
+                agent.dialer.welcomed(&welcome.controllers);
+                let interval = Duration::from_millis(welcome.heartbeat_interval_ms.into());
+                if let Some(session) = &mut agent.session {
+                    session.interval = Some(interval.clamp(HEARTBEAT.0, HEARTBEAT.1));
+                    let stream = session.stream;
+                    self.agent_later(core, 0, What::Beat(stream));
+                    self.agent_later(core, 0, What::Flush(stream));
+                }
+                for vm in &welcome.vms {
+                    self.obey(core, agent, vm);
+                }
+            }
+            Message::Renewal(renewal) => self.renewed(core, agent, &renewal),
+            Message::Desired(desired) => desired.vms.iter().for_each(|vm| self.obey(core, agent, vm)),
+            Message::Ack(ack) => self.acknowledged(core, agent, &ack),
+            Message::Goodbye(goodbye) => return Err(end_of_goodbye(&goodbye, true)),
+            Message::OpenStream(_) | Message::InspectFile(_) => {}
+        }
+        Ok(())
+    }
+
+    fn beat(&self, core: &mut Core, agent: &mut Agent, stream: u64) {
+        let now = self.now(core);
+        let Some(Session { book, interval: Some(interval), .. }) =
+            agent.session.as_mut().filter(|s| s.stream == stream)
+        else {
+            return;
+        };
+        // H1: the moment is taken before the heartbeat is on its way.
+        let sequence = book.send(now);
+        let wait = self.clock.spans(*interval);
+        core.send_up(stream, Up(session_request::Message::Heartbeat(v1::Heartbeat { sequence })));
+        self.agent_later(core, wait, What::Beat(stream));
+    }
+
+    /// `Session::renew`
+    fn renewed(&mut self, core: &mut Core, agent: &mut Agent, renewal: &v1::Renewal) {
+        let Some(session) = &mut agent.session else { return };
+        let Some(sent) = session.book.answered(renewal.sequence) else { return };
+        let now = self.now(core);
+        let leases = [(LeaseClass::Fast, renewal.fast_lease_ms), (LeaseClass::Patient, renewal.patient_lease_ms)];
+        let mut fresh = false;
+        for (class, length_ms) in leases {
+            let length = Duration::from_millis(length_ms).min(MOST_LEASE);
+            let Some(deadline) = heartbeat::deadline(sent, length, now) else { continue };
+            let before = self.word(class);
+            let word = self.renew(core, class, deadline, now);
+            if word.generation != before.generation {
+                core.log(format_args!("host {}: a new lease, {class}, generation {}", self.index, word.generation));
+                fresh = true;
+            }
+        }
+        if fresh {
+            for (&vm, runner) in &agent.runners {
+                runner.mailbox.lease_changed();
+                self.wake_runner(core, vm);
+            }
+        }
+    }
+
+    /// `Session::obey` and `Manager::desired`
+    fn obey(&self, core: &mut Core, agent: &mut Agent, message: &v1::DesiredVm) {
+        let Ok((vm, incarnation)) = desired::identify(message) else { return };
+        if agent.gate.incarnation(vm, incarnation).is_err() {
+            return core.log(format_args!("host {}: an old word about {vm} is ignored", self.index));
+        }
+        let desired = match Desired::from_proto(incarnation, message) {
+            Ok(desired) => desired,
+            Err(problem) => return core.check.violation(format!("a desired state is refused: {problem}")),
+        };
+        core.log(format_args!("host {}: {vm} {incarnation} {:?}", self.index, desired.disposition));
+        let now = self.now(core);
+        let acceptance = Acceptance::of(self.word(desired.class()), now);
+        let runner = agent.runners.entry(vm).or_insert_with(|| Runner::new(VmState::new(vm), now));
+        // A runner that is there has an open mailbox: it is removed in the same step in which it closes.
+        if runner.mailbox.desired(desired, acceptance).is_err() {
+            core.check.violation("a mailbox is closed".into());
+        }
+        self.wake_runner(core, vm);
+    }
+
+    fn acknowledged(&self, core: &mut Core, agent: &mut Agent, ack: &v1::ReportAck) {
+        for entry in &ack.entries {
+            let Ok(vm) = entry.vm_id.parse() else { continue };
+            if agent.outbox.acknowledge(vm, entry.sequence) {
+                agent.gate.over(vm);
+                if let Some(runner) = agent.runners.get(&vm) {
+                    runner.mailbox.over();
+                    self.wake_runner(core, vm);
+                }
+            }
+        }
+    }
+
+    fn wake_runner(&self, core: &mut Core, vm: VmId) {
+        let delay = core.latency();
+        self.agent_later(core, delay, What::Mail(vm));
+    }
+
+    // --- the VMs' tasks ---
+
+    /// `Runner::mail`
+    fn mail(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId) {
+        let Some(runner) = agent.runners.get(&vm) else { return };
+        let Mail { session_ended, desired, lease_changed, over } = runner.mailbox.try_take();
+        if let Some(generations) = session_ended {
+            let event = ended(runner, generations);
+            self.handle(core, agent, vm, event);
+        }
+        if let Some((desired, acceptance)) = desired {
+            self.handle(core, agent, vm, VmEvent::Desired(desired, acceptance));
+        }
+        if lease_changed {
+            self.handle(core, agent, vm, VmEvent::Wake);
+        }
+        if over && agent.runners.get(&vm).is_some_and(|r| r.state.is_over() && !r.state.is_frozen()) {
+            self.remove_dir(vm);
+            if agent.runners.get(&vm).is_some_and(|r| r.mailbox.close()) {
+                agent.runners.remove(&vm);
+            }
+        }
+    }
+
+    fn work_done(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId, work: u64, event: VmEvent, uid: Option<u64>) {
+        let Some(runner) = agent.runners.get_mut(&vm).filter(|r| r.work == Some(work)) else { return };
+        runner.work = None;
+        match &event {
+            VmEvent::Prepared => runner.prepared = true,
+            VmEvent::Started(..) => {
+                // It may be gone by now: the instance's first event says so.
+                let lives = self.qemus.get(&vm).is_some_and(|q| Some(q.uid) == uid);
+                let VmEvent::Started(incarnation, _) = event else { return };
+                runner.instance = uid;
+                if let (false, Some(uid)) = (lives, uid) {
+                    let exit = self.exit_of(core, vm, incarnation);
+                    self.agent_later(core, MS, What::Instance(vm, uid, Box::new(VmEvent::Ended(exit))));
+                }
+            }
+            _ => {}
+        }
+        self.handle(core, agent, vm, event);
+        agent.looking.remove(&vm);
+        if agent.looking.is_empty() {
+            self.dial_first(core, agent);
+        }
+    }
+
+    /// `Runner::handle`
+    fn handle(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId, event: VmEvent) {
+        let Some(mut runner) = agent.runners.remove(&vm) else { return };
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let before = self.moment(core, runner.state.record().desired.class());
+            let at = match &event {
+                VmEvent::Desired(desired, _) => self.moment(core, desired.class()),
+                _ => before,
+            };
+            runner.now = at.now;
+            // P1: looked at after the lease.
+            if let Some(generations) = runner.mailbox.take_session_ended() {
+                let event = ended(&runner, generations);
+                let effects = runner.state.on(event, before);
+                events.extend(self.perform(core, agent, vm, &mut runner, &effects));
+            }
+            let effects = runner.state.on(event, at);
+            events.extend(self.perform(core, agent, vm, &mut runner, &effects));
+        }
+        runner.prepared = false;
+        if let Some(at) = runner.state.deadline(runner.now) {
+            let at = self.clock.when(at, core.now);
+            core.at(at, Whom::Agent(self.index), self.agent_epoch, What::Timer(vm));
+        }
+        agent.runners.insert(vm, runner);
+    }
+
+    fn moment(&self, core: &Core, class: LeaseClass) -> Moment {
+        let now = self.now(core);
+        let word = self.word(class);
+        let lease = Lease { generation: word.generation, valid: word.valid_at(now) };
+        Moment { now, wall: core.wall(), lease }
+    }
+
+    /// `Runner::perform`
+    fn perform(
+        &mut self,
+        core: &mut Core,
+        agent: &mut Agent,
+        vm: VmId,
+        runner: &mut Runner,
+        effects: &[Effect],
+    ) -> Option<VmEvent> {
+        let mut failed = None;
+        if effects.contains(&Effect::Persist) {
+            if self.disk_full > 0 {
+                failed = Some(VmEvent::PersistFailed("no space left on device".into()));
+            } else {
+                self.records.insert(vm, runner.state.record().clone());
+            }
+        }
+        let report = runner.state.report();
+        if agent.outbox.put(vm, report)
+            && let Some(session) = &agent.session
+        {
+            let (stream, delay) = (session.stream, core.latency());
+            self.agent_later(core, delay, What::Flush(stream));
+        }
+        for effect in effects {
+            if !(failed.is_some() && effect.needs_record()) {
+                self.perform_one(core, vm, runner, *effect);
+            }
+        }
+        failed
+    }
+
+    fn perform_one(&mut self, core: &mut Core, vm: VmId, runner: &mut Runner, effect: Effect) {
+        let desired = runner.state.record().desired.clone();
+        let work = core.uid();
+        let disks = |disk_work| What::Disks(vm, self.agent_epoch, work, disk_work);
+        let delay = core.between(1, 60);
+        match effect {
+            Effect::Persist | Effect::Reset => {}
+            Effect::CancelPrepare => runner.work = None,
+            Effect::Prepare => {
+                runner.work = Some(work);
+                let delay = if self.slow > 0 { delay + core.between(100, 9000) } else { delay };
+                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Make(Box::new(desired))));
+            }
+            Effect::DeleteDisks => {
+                runner.work = Some(work);
+                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Delete(Box::new(desired))));
+            }
+            Effect::Adopt => {
+                runner.work = Some(work);
+                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Adopt));
+            }
+            Effect::Launch { incarnation: _, lease_generation } => {
+                if !std::mem::take(&mut runner.prepared) {
+                    core.check.violation(format!("{vm} is launched and not prepared"));
+                }
+                runner.work = Some(work);
+                let start = Start {
+                    vm,
+                    uid: core.uid(),
+                    agent: (self.agent_epoch, work),
+                    incarnation: desired.incarnation,
+                    generation: lease_generation,
+                    class: desired.class(),
+                    pools: pools(&desired),
+                    disk_generation: desired.disk_generation,
+                };
+                let delay = if !core.healed && core.rng.permille(20) { core.between(500, 8000) } else { delay };
+                core.after(delay, self.kernel(), self.boot, What::Spawn(Box::new(start)));
+            }
+            Effect::PowerDown => {
+                if let Some(uid) = runner.instance {
+                    core.check.ends(vm, uid, self.id, "asked to power down", self.lease_over(core, vm));
+                    // Some guests do not listen.
+                    if core.rng.permille(800) {
+                        let delay = core.between(100, 4000);
+                        core.after(delay, self.kernel(), self.boot, What::Guest(vm, uid, GuestAct::Obey));
+                    }
+                }
+            }
+            Effect::Quit => {
+                if let Some(uid) = runner.instance {
+                    if !core.rng.permille(50) {
+                        self.end(core, vm, uid, Death::Exited(0), 2, 100);
+                    }
+                }
+            }
+            Effect::Kill => {
+                if let Some(uid) = runner.instance {
+                    core.check.ends(vm, uid, self.id, "killed", self.lease_over(core, vm));
+                    self.end(core, vm, uid, Death::Killed, 1, 20);
+                }
+            }
+        }
+    }
+
+    fn lease_over(&self, core: &Core, vm: VmId) -> bool {
+        self.qemus.get(&vm).is_none_or(|q| !self.word(q.start.class).permits(q.start.generation, self.now(core)))
+    }
+}
+
+fn ended(runner: &Runner, generations: Generations) -> VmEvent {
+    VmEvent::SessionEnded(generations.of(runner.state.record().desired.class()))
+}
+
+impl Runner {
+    fn new(state: VmState, now: Tick) -> Self {
+        Self { state, mailbox: Mailbox::default(), work: None, prepared: false, instance: None, now }
+    }
+}
