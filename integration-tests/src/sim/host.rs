@@ -4,7 +4,10 @@
 //! (`LeaseWord::permits`, `keeper::{renewal, wake_in}`). A kernel timer kills keeper and QEMU at the deadline on the host's
 //! own clock, whoever is stopped, and they die within the kill allowance (A2).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
 
 use uncloud_agent::{
     keeper::{renewal, wake_in},
@@ -42,6 +45,8 @@ pub(crate) struct Qemu {
     pub(crate) armed: Option<Tick>,
     /// The guest executes.
     pub(crate) executing: bool,
+    /// QEMU has answered on QMP.
+    pub(crate) ready: bool,
     /// The kernel has been told to kill it.
     pub(crate) dying: bool,
     /// Faults that stop the keeper.
@@ -72,6 +77,8 @@ pub(crate) struct Host {
     /// The lease file as it survives a power cut.
     flushed: [LeaseWord; 2],
     words_boot: Uuid,
+    /// When the deadlines moved, and to where.
+    moves: [VecDeque<(Tick, Tick)>; 2],
     /// `record.json` of each VM.
     pub(crate) records: BTreeMap<VmId, Record>,
     /// `agent.json`
@@ -113,6 +120,7 @@ impl Host {
             words: [over; 2],
             flushed: [over; 2],
             words_boot: Uuid::nil(),
+            moves: Default::default(),
             records: BTreeMap::new(),
             term: Term::default(),
             keepers: BTreeMap::new(),
@@ -147,18 +155,36 @@ impl Host {
 
     /// `LeaseFile::renew`
     pub(crate) fn renew(&mut self, core: &mut Core, class: LeaseClass, deadline: Tick, now: Tick) -> LeaseWord {
-        let word = match class {
-            LeaseClass::Fast => &mut self.words[0],
-            LeaseClass::Patient => &mut self.words[1],
+        let i = match class {
+            LeaseClass::Fast => 0,
+            LeaseClass::Patient => 1,
             LeaseClass::Hold => return LeaseWord::FOREVER,
         };
-        *word = word.renewed(deadline, now);
-        let word = *word;
+        let word = self.words[i].renewed(deadline, now);
+        if word != self.words[i] {
+            self.moves[i].push_back((now, word.deadline));
+            if self.moves[i].len() > 128 {
+                self.moves[i].pop_front();
+            }
+        }
+        self.words[i] = word;
         // The kernel writes mapped pages back when it likes.
         if core.rng.permille(200) {
             self.flushed = self.words;
         }
         word
+    }
+
+    /// Whether the lease went beyond `armed` so long before that its keeper must have seen it: it looks for the last time
+    /// some 50 ms before the deadline, and what comes after that comes too late.
+    fn renewed_before(&self, class: LeaseClass, armed: Tick) -> bool {
+        let moves = match class {
+            LeaseClass::Fast => &self.moves[0],
+            LeaseClass::Patient => &self.moves[1],
+            LeaseClass::Hold => return false,
+        };
+        let first = moves.iter().find(|(_, deadline)| *deadline > armed);
+        first.is_some_and(|(at, _)| armed.since(*at) > Duration::from_millis(250))
     }
 
     /// `Manager::generations`
@@ -201,6 +227,7 @@ impl Host {
         self.agent = None;
         self.agent_epoch += 1;
         self.words = self.flushed;
+        self.moves = Default::default();
         for stream in core.streams_of(AGENT, self.index) {
             core.vanish(stream);
         }
@@ -365,6 +392,7 @@ impl Host {
             start: start.clone(),
             armed: None,
             executing: false,
+            ready: false,
             dying: false,
             paused: 0,
             was_paused: false,
@@ -454,7 +482,7 @@ impl Host {
         core.log(format_args!("host {}: the lease of {vm} is over", self.index));
         core.stats.fenced += 1;
         let word = self.word(start.class);
-        if word.generation == start.generation && word.deadline > armed && !was_paused {
+        if word.generation == start.generation && self.renewed_before(start.class, armed) && !was_paused {
             core.check.violation(format!("P3: {vm} is killed though its lease was renewed"));
         }
         // A2: dead within the kill allowance.
@@ -487,7 +515,8 @@ impl Host {
     }
 
     fn ready(&mut self, core: &mut Core, start: &Start) {
-        if self.qemus.get(&start.vm).is_some_and(|q| q.uid == start.uid && q.executing) {
+        if let Some(qemu) = self.qemus.get_mut(&start.vm).filter(|q| q.uid == start.uid && q.executing) {
+            qemu.ready = true;
             let event = VmEvent::Started(start.incarnation, start.generation);
             self.done(core, start.vm, start.agent, event, Some(start.uid));
         }
@@ -519,7 +548,8 @@ impl Host {
         };
         if qemu.executing {
             core.check.stopped(vm, uid);
-        } else {
+        }
+        if !qemu.ready {
             // `qemu::process::not_started`
             let over = !self.word(qemu.start.class).permits(qemu.start.generation, self.now(core));
             let event = match death {
@@ -535,6 +565,9 @@ impl Host {
 
     fn guest(&mut self, core: &mut Core, vm: VmId, uid: u64, act: GuestAct) {
         if self.qemus.get(&vm).is_none_or(|q| q.uid != uid || q.dying || !q.executing) {
+            return;
+        }
+        if act != GuestAct::Obey && core.healed {
             return;
         }
         core.log(format_args!("host {}: guest of {vm}: {act:?}", self.index));

@@ -64,7 +64,7 @@ enum Doing {
     Power(VmId, PowerChange),
     Restart(VmId),
     Delete(VmId),
-    Mode,
+    Mode(HostId, HostMode),
 }
 
 /// The user.
@@ -111,7 +111,7 @@ impl User {
             return self.delete(core, vm);
         }
         if self.idle {
-            if let Some(host) = self.cordoned.pop_first() {
+            if let Some(&host) = self.cordoned.first() {
                 self.mode(core, host, HostMode::Active);
             }
             return;
@@ -135,9 +135,6 @@ impl User {
             9 => {
                 let host = core.rng.pick(hosts);
                 let mode = if self.cordoned.insert(host) { HostMode::Cordoned } else { HostMode::Active };
-                if mode == HostMode::Active {
-                    self.cordoned.remove(&host);
-                }
                 self.mode(core, host, mode);
             }
             _ => {}
@@ -146,7 +143,7 @@ impl User {
 
     fn mode(&mut self, core: &mut Core, host: HostId, mode: HostMode) {
         core.log(format_args!("user: host {host} {mode:?}"));
-        self.call(core, Doing::Mode, Command::SetHostMode { host, mode, reason: String::new() }, 0);
+        self.call(core, Doing::Mode(host, mode), Command::SetHostMode { host, mode, reason: String::new() }, 0);
     }
 
     fn delete(&mut self, core: &mut Core, vm: VmId) {
@@ -233,7 +230,11 @@ impl User {
                 self.to_delete.insert(vm);
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
-            (Doing::Power(..) | Doing::Restart(_) | Doing::Mode | Doing::Delete(_), _) => {}
+            (Doing::Mode(host, HostMode::Active), Ok(_)) => {
+                self.cordoned.remove(&host);
+            }
+            (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
+            (Doing::Restart(_) | Doing::Mode(..) | Doing::Delete(_), _) => {}
         }
     }
 
@@ -253,7 +254,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode => {}
+            Doing::Mode(..) => {}
         }
     }
 }
