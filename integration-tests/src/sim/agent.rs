@@ -21,7 +21,7 @@ use uncloud_agent::{
     vm::{
         desired::{self, Desired},
         mailbox::{Generations, Mail, Mailbox},
-        state::{Acceptance, Effect, Event as VmEvent, Lease, Moment, VmState},
+        state::{Acceptance, Effect, Event as VmEvent, Lease, Moment, Skipped, VmState},
     },
 };
 use uncloud_proto::{
@@ -165,9 +165,14 @@ impl Host {
             What::Mail(vm) => self.mail(core, &mut agent, vm),
             What::Timer(vm) => {
                 let now = self.now(core);
-                let due = |r: &Runner| r.state.deadline(r.now).is_some_and(|at| now >= at);
-                if agent.runners.get(&vm).is_some_and(due) {
-                    self.handle(core, &mut agent, vm, VmEvent::Wake);
+                match agent.runners.get(&vm).and_then(|r| r.state.deadline(r.now)) {
+                    Some(at) if now >= at => self.handle(core, &mut agent, vm, VmEvent::Wake),
+                    // The clock runs at another rate than when this was planned.
+                    Some(at) => {
+                        let at = self.clock.when(at, core.now) + 1;
+                        core.at(at, Whom::Agent(self.index), self.agent_epoch, What::Timer(vm));
+                    }
+                    None => {}
                 }
             }
             What::Done(vm, work, event, uid) => self.work_done(core, &mut agent, vm, work, *event, uid),
@@ -478,7 +483,7 @@ impl Host {
         let mut failed = None;
         if effects.contains(&Effect::Persist) {
             if self.disk_full > 0 {
-                failed = Some(VmEvent::PersistFailed("no space left on device".into()));
+                failed = Some(VmEvent::PersistFailed("no space left on device".into(), Skipped::of(effects)));
             } else {
                 self.records.insert(vm, runner.state.record().clone());
             }
