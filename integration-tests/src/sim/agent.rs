@@ -162,6 +162,7 @@ impl Host {
                     }
                 }
             }
+            What::Spawn(start) => self.spawn(core, *start),
             What::Mail(vm) => self.mail(core, &mut agent, vm),
             What::Timer(vm) => {
                 let now = self.now(core);
@@ -539,8 +540,8 @@ impl Host {
                     pools: pools(&desired),
                     disk_generation: desired.disk_generation,
                 };
-                let delay = if !core.healed && core.rng.permille(20) { core.between(500, 8000) } else { delay };
-                core.after(delay, self.kernel(), self.boot, What::Spawn(Box::new(start)));
+                // The agent forks, or it does not: a dead one starts nothing.
+                self.agent_later(core, delay, What::Spawn(Box::new(start)));
             }
             Effect::PowerDown => {
                 if let Some(uid) = runner.instance {

@@ -257,7 +257,6 @@ impl Host {
                 self.done(core, vm, (epoch, work), event, None);
             }
             What::Disks(vm, epoch, work, DiskWork::Adopt) => self.adopt(core, vm, epoch, work),
-            What::Spawn(start) => self.spawn(core, *start),
             What::Execute(start) => self.execute(core, *start),
             What::Ready(start) => self.ready(core, &start),
             What::Deadline(vm, uid, armed) => self.deadline(core, vm, uid, armed),
@@ -342,8 +341,9 @@ impl Host {
 
     /// `qemu::process::adopt`
     fn adopt(&mut self, core: &mut Core, vm: VmId, epoch: u64, work: u64) {
-        match self.qemus.get(&vm) {
+        match self.qemus.get_mut(&vm) {
             Some(qemu) if qemu.executing => {
+                qemu.ready = true; // its end is told to whoever watches it now
                 let event = VmEvent::Started(qemu.start.incarnation, qemu.start.generation);
                 let uid = Some(qemu.uid);
                 self.done(core, vm, (epoch, work), event, uid);
@@ -378,7 +378,8 @@ impl Host {
         self.records.keys().chain(self.keepers.keys()).copied().collect()
     }
 
-    fn spawn(&mut self, core: &mut Core, start: Start) {
+    /// The keeper begins. From here on it holds the VM's lock, whatever becomes of the agent.
+    pub(super) fn spawn(&mut self, core: &mut Core, start: Start) {
         let (vm, uid) = (start.vm, start.uid);
         if self.qemus.contains_key(&vm) {
             // K4
@@ -399,7 +400,8 @@ impl Host {
             backlog: Vec::new(),
         };
         self.qemus.insert(vm, qemu);
-        let delay = core.latency();
+        // Now and then it takes so long that the lease is over, or another one, when it looks.
+        let delay = if !core.healed && core.rng.permille(30) { core.between(500, 9000) } else { core.latency() };
         core.after(delay, Whom::Keeper(self.index, vm, uid), self.boot, What::Arm(Box::new(start)));
     }
 

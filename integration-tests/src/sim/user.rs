@@ -64,7 +64,7 @@ enum Doing {
     Power(VmId, PowerChange),
     Restart(VmId),
     Delete(VmId),
-    Mode(HostId, HostMode),
+    Mode,
 }
 
 /// The user.
@@ -104,16 +104,18 @@ impl User {
     }
 
     /// The next thing.
-    pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId]) {
+    pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId], cordoned: &[HostId]) {
         let delay = core.between(300, 2500);
         core.after(delay, Whom::User, 0, What::UserNext);
         if let Some(vm) = self.to_delete.pop_first() {
             return self.delete(core, vm);
         }
         if self.idle {
-            if let Some(&host) = self.cordoned.first() {
+            // Looks, and mends what an unknown call has left behind.
+            for &host in cordoned {
                 self.mode(core, host, HostMode::Active);
             }
+            self.cordoned.clear();
             return;
         }
         let vms: Vec<VmId> = self.vms.iter().copied().collect();
@@ -135,6 +137,9 @@ impl User {
             9 => {
                 let host = core.rng.pick(hosts);
                 let mode = if self.cordoned.insert(host) { HostMode::Cordoned } else { HostMode::Active };
+                if mode == HostMode::Active {
+                    self.cordoned.remove(&host);
+                }
                 self.mode(core, host, mode);
             }
             _ => {}
@@ -143,7 +148,7 @@ impl User {
 
     fn mode(&mut self, core: &mut Core, host: HostId, mode: HostMode) {
         core.log(format_args!("user: host {host} {mode:?}"));
-        self.call(core, Doing::Mode(host, mode), Command::SetHostMode { host, mode, reason: String::new() }, 0);
+        self.call(core, Doing::Mode, Command::SetHostMode { host, mode, reason: String::new() }, 0);
     }
 
     fn delete(&mut self, core: &mut Core, vm: VmId) {
@@ -230,11 +235,8 @@ impl User {
                 self.to_delete.insert(vm);
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
-            (Doing::Mode(host, HostMode::Active), Ok(_)) => {
-                self.cordoned.remove(&host);
-            }
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
-            (Doing::Restart(_) | Doing::Mode(..) | Doing::Delete(_), _) => {}
+            (Doing::Restart(_) | Doing::Mode | Doing::Delete(_), _) => {}
         }
     }
 
@@ -254,7 +256,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode(..) => {}
+            Doing::Mode => {}
         }
     }
 }

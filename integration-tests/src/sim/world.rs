@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use uncloud_controller::model::{Desired, Key, Phase, Record, VmRecord, VmStatusRecord, vm::RestartPolicy};
+use uncloud_controller::model::{Desired, HostMode, Key, Phase, Record, VmRecord, VmStatusRecord, vm::RestartPolicy};
 use uncloud_proto::ids::{HostId, VmId};
 use uuid::Uuid;
 
@@ -212,7 +212,8 @@ impl World {
             Whom::User => match what {
                 What::UserNext => {
                     let hosts: Vec<HostId> = self.hosts.iter().map(|h| h.id).collect();
-                    self.user.next(core, &hosts);
+                    let cordoned: Vec<HostId> = self.etcd.records().filter_map(|(_, r)| cordoned(r)).collect();
+                    self.user.next(core, &hosts, &cordoned);
                 }
                 What::Answer(op, answered) => self.user.answered(core, op, *answered),
                 What::UserTimeout(op) => self.user.timeout(core, op),
@@ -323,6 +324,9 @@ impl World {
         if self.user.busy() {
             return Err("the user's calls are not carried out".into());
         }
+        if self.etcd.records().any(|(_, record)| cordoned(record).is_some()) {
+            return Err("a host is cordoned".into());
+        }
         for (vm, status) in self.records() {
             let current = status.filter(|s| s.incarnation == vm.placement.incarnation);
             let phase = current.map(|s| s.phase);
@@ -348,5 +352,12 @@ impl World {
         }
         let stray = self.core.check.executing().find(|(vm, ..)| self.etcd.get(&Key::Vm(*vm)).is_none());
         stray.map_or(Ok(()), |(vm, ..)| Err(format!("VM {vm} executes and has no record")))
+    }
+}
+
+fn cordoned(record: &Record) -> Option<HostId> {
+    match record {
+        Record::Host(host) if host.mode != HostMode::Active => Some(host.id),
+        _ => None,
     }
 }
