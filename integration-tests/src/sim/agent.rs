@@ -1,11 +1,11 @@
-//! An agent process: its session, and the tasks of its VMs.
+//! An agent process: its start, and its session with the leader. The tasks of its VMs are in `runner.rs`.
 //!
-//! Mirrors `agent/src/app.rs` (start), `session/connect.rs` (dial), `session/pump.rs` (Hello, Welcome, messages, heartbeats),
-//! `vm/manager.rs` and `vm/runner.rs` (mail, effects). What is decided is decided by the real `Dialer`, `Gate`, `Heartbeats`,
+//! Mirrors `agent/src/app.rs` (start), `session/connect.rs` (dial), `session/pump.rs` (Hello, Welcome, messages, heartbeats)
+//! and `vm/manager.rs`. What is decided is decided by the real `Dialer`, `Gate`, `Heartbeats`,
 //! `Outbox`, `Mailbox`, `Acceptance`, `LeaseWord` and `VmState`.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
@@ -20,8 +20,7 @@ use uncloud_agent::{
     },
     vm::{
         desired::{self, Desired},
-        mailbox::{Generations, Mail, Mailbox},
-        state::{Acceptance, Effect, Event as VmEvent, Lease, Moment, Skipped, VmState},
+        state::{Acceptance, Effect, Event as VmEvent, VmState},
     },
 };
 use uncloud_proto::{
@@ -35,9 +34,10 @@ use super::{
     clock::MS,
     controller,
     core::Core,
-    host::{Host, pools},
+    host::Host,
     net::{AGENT, WELCOME_TIMEOUT},
-    queue::{Death, DiskWork, Down, GuestAct, Start, Up, What, Whom},
+    queue::{Down, Up, What, Whom},
+    runner::Runner,
 };
 
 // `session/pump.rs`
@@ -45,32 +45,21 @@ const HEARTBEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::fr
 const MOST_LEASE: Duration = Duration::from_secs(600);
 
 #[derive(Debug)]
-struct Session {
-    stream: u64,
+pub(super) struct Session {
+    pub(super) stream: u64,
     book: Heartbeats,
     interval: Option<Duration>,
-}
-
-/// One VM's task.
-#[derive(Debug)]
-struct Runner {
-    state: VmState,
-    mailbox: Mailbox,
-    work: Option<u64>,
-    prepared: bool,
-    instance: Option<u64>,
-    now: Tick,
 }
 
 /// An agent process.
 #[derive(Debug)]
 pub(crate) struct Agent {
     gate: Gate,
-    outbox: Outbox,
+    pub(super) outbox: Outbox,
     dialer: Dialer,
-    runners: BTreeMap<VmId, Runner>,
-    looking: BTreeSet<VmId>,
-    session: Option<Session>,
+    pub(super) runners: BTreeMap<VmId, Runner>,
+    pub(super) looking: BTreeSet<VmId>,
+    pub(super) session: Option<Session>,
     dialled: bool,
 }
 
@@ -162,6 +151,10 @@ impl Host {
                     }
                 }
             }
+            What::Renew(class, deadline, now) => {
+                let fresh = self.write_renewal(core, class, deadline, now);
+                self.lease_changed(core, &agent, fresh);
+            }
             What::Spawn(start) => self.spawn(core, *start),
             What::Mail(vm) => self.mail(core, &mut agent, vm),
             What::Timer(vm) => {
@@ -190,13 +183,13 @@ impl Host {
         self.agent = Some(agent);
     }
 
-    fn agent_later(&self, core: &mut Core, delay: u64, what: What) {
+    pub(super) fn agent_later(&self, core: &mut Core, delay: u64, what: What) {
         core.after(delay, Whom::Agent(self.index), self.agent_epoch, what);
     }
 
     // --- the session ---
 
-    fn dial_first(&self, core: &mut Core, agent: &mut Agent) {
+    pub(super) fn dial_first(&self, core: &mut Core, agent: &mut Agent) {
         if !agent.dialled {
             agent.dialled = true;
             self.agent_later(core, 0, What::Dial);
@@ -335,13 +328,29 @@ impl Host {
         for (class, length_ms) in leases {
             let length = Duration::from_millis(length_ms).min(MOST_LEASE);
             let Some(deadline) = heartbeat::deadline(sent, length, now) else { continue };
-            let before = self.word(class);
-            let word = self.renew(core, class, deadline, now);
-            if word.generation != before.generation {
-                core.log(format_args!("host {}: a new lease, {class}, generation {}", self.index, word.generation));
-                fresh = true;
+            if !core.healed && core.rng.permille(10) {
+                core.stats.fault("renewal written late");
+                let delay = core.between(1, 7000);
+                self.agent_later(core, delay, What::Renew(class, deadline, now));
+            } else {
+                fresh |= self.write_renewal(core, class, deadline, now);
             }
         }
+        self.lease_changed(core, agent, fresh);
+    }
+
+    /// Whether it began a new lease.
+    fn write_renewal(&mut self, core: &mut Core, class: LeaseClass, deadline: Tick, now: Tick) -> bool {
+        let before = self.word(class);
+        let word = self.renew(core, class, deadline, now);
+        if word.generation != before.generation {
+            core.log(format_args!("host {}: a new lease, {class}, generation {}", self.index, word.generation));
+        }
+        word.generation != before.generation
+    }
+
+    /// `Manager::lease_changed`
+    fn lease_changed(&self, core: &mut Core, agent: &Agent, fresh: bool) {
         if fresh {
             for (&vm, runner) in &agent.runners {
                 runner.mailbox.lease_changed();
@@ -387,199 +396,5 @@ impl Host {
     fn wake_runner(&self, core: &mut Core, vm: VmId) {
         let delay = core.latency();
         self.agent_later(core, delay, What::Mail(vm));
-    }
-
-    // --- the VMs' tasks ---
-
-    /// `Runner::mail`
-    fn mail(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId) {
-        let Some(runner) = agent.runners.get(&vm) else { return };
-        let Mail { session_ended, desired, lease_changed, over } = runner.mailbox.try_take();
-        if let Some(generations) = session_ended {
-            let event = ended(runner, generations);
-            self.handle(core, agent, vm, event);
-        }
-        if let Some((desired, acceptance)) = desired {
-            self.handle(core, agent, vm, VmEvent::Desired(desired, acceptance));
-        }
-        if lease_changed {
-            self.handle(core, agent, vm, VmEvent::Wake);
-        }
-        if over && agent.runners.get(&vm).is_some_and(|r| r.state.is_over() && !r.state.is_frozen()) {
-            self.remove_dir(vm);
-            if agent.runners.get(&vm).is_some_and(|r| r.mailbox.close()) {
-                agent.runners.remove(&vm);
-            }
-        }
-    }
-
-    fn work_done(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId, work: u64, event: VmEvent, uid: Option<u64>) {
-        let Some(runner) = agent.runners.get_mut(&vm).filter(|r| r.work == Some(work)) else { return };
-        runner.work = None;
-        match &event {
-            VmEvent::Prepared => runner.prepared = true,
-            VmEvent::Started(..) => {
-                // It may be gone by now: the instance's first event says so.
-                let lives = self.qemus.get(&vm).is_some_and(|q| Some(q.uid) == uid);
-                let VmEvent::Started(incarnation, _) = event else { return };
-                runner.instance = uid;
-                if let (false, Some(uid)) = (lives, uid) {
-                    let exit = self.exit_of(core, vm, incarnation);
-                    self.agent_later(core, MS, What::Instance(vm, uid, Box::new(VmEvent::Ended(exit))));
-                }
-            }
-            _ => {}
-        }
-        self.handle(core, agent, vm, event);
-        agent.looking.remove(&vm);
-        if agent.looking.is_empty() {
-            self.dial_first(core, agent);
-        }
-    }
-
-    /// `Runner::handle`
-    fn handle(&mut self, core: &mut Core, agent: &mut Agent, vm: VmId, event: VmEvent) {
-        let Some(mut runner) = agent.runners.remove(&vm) else { return };
-        let mut events = VecDeque::from([event]);
-        while let Some(event) = events.pop_front() {
-            let before = self.moment(core, runner.state.record().desired.class());
-            let at = match &event {
-                VmEvent::Desired(desired, _) => self.moment(core, desired.class()),
-                _ => before,
-            };
-            runner.now = at.now;
-            // P1: looked at after the lease.
-            if let Some(generations) = runner.mailbox.take_session_ended() {
-                let event = ended(&runner, generations);
-                let effects = runner.state.on(event, before);
-                events.extend(self.perform(core, agent, vm, &mut runner, &effects));
-            }
-            let effects = runner.state.on(event, at);
-            events.extend(self.perform(core, agent, vm, &mut runner, &effects));
-        }
-        runner.prepared = false;
-        if let Some(at) = runner.state.deadline(runner.now) {
-            let at = self.clock.when(at, core.now);
-            core.at(at, Whom::Agent(self.index), self.agent_epoch, What::Timer(vm));
-        }
-        agent.runners.insert(vm, runner);
-    }
-
-    fn moment(&self, core: &Core, class: LeaseClass) -> Moment {
-        let now = self.now(core);
-        let word = self.word(class);
-        let lease = Lease { generation: word.generation, valid: word.valid_at(now) };
-        Moment { now, wall: core.wall(), lease }
-    }
-
-    /// `Runner::perform`
-    fn perform(
-        &mut self,
-        core: &mut Core,
-        agent: &mut Agent,
-        vm: VmId,
-        runner: &mut Runner,
-        effects: &[Effect],
-    ) -> Option<VmEvent> {
-        let mut failed = None;
-        if effects.contains(&Effect::Persist) {
-            if self.disk_full > 0 {
-                failed = Some(VmEvent::PersistFailed("no space left on device".into(), Skipped::of(effects)));
-            } else {
-                self.records.insert(vm, runner.state.record().clone());
-            }
-        }
-        let report = runner.state.report();
-        if agent.outbox.put(vm, report)
-            && let Some(session) = &agent.session
-        {
-            let (stream, delay) = (session.stream, core.latency());
-            self.agent_later(core, delay, What::Flush(stream));
-        }
-        for effect in effects {
-            if !(failed.is_some() && effect.needs_record()) {
-                self.perform_one(core, vm, runner, *effect);
-            }
-        }
-        failed
-    }
-
-    fn perform_one(&mut self, core: &mut Core, vm: VmId, runner: &mut Runner, effect: Effect) {
-        let desired = runner.state.record().desired.clone();
-        let work = core.uid();
-        let disks = |disk_work| What::Disks(vm, self.agent_epoch, work, disk_work);
-        let delay = core.between(1, 60);
-        match effect {
-            Effect::Persist | Effect::Reset => {}
-            Effect::CancelPrepare => runner.work = None,
-            Effect::Prepare => {
-                runner.work = Some(work);
-                let delay = if self.slow > 0 { delay + core.between(100, 9000) } else { delay };
-                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Make(Box::new(desired))));
-            }
-            Effect::DeleteDisks => {
-                runner.work = Some(work);
-                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Delete(Box::new(desired))));
-            }
-            Effect::Adopt => {
-                runner.work = Some(work);
-                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Adopt));
-            }
-            Effect::Launch { incarnation: _, lease_generation } => {
-                if !std::mem::take(&mut runner.prepared) {
-                    core.check.violation(format!("{vm} is launched and not prepared"));
-                }
-                runner.work = Some(work);
-                let start = Start {
-                    vm,
-                    uid: core.uid(),
-                    agent: (self.agent_epoch, work),
-                    incarnation: desired.incarnation,
-                    generation: lease_generation,
-                    class: desired.class(),
-                    pools: pools(&desired),
-                    disk_generation: desired.disk_generation,
-                };
-                // The agent forks, or it does not: a dead one starts nothing.
-                self.agent_later(core, delay, What::Spawn(Box::new(start)));
-            }
-            Effect::PowerDown => {
-                if let Some(uid) = runner.instance {
-                    core.check.ends(vm, uid, self.id, "asked to power down", self.lease_over(core, vm));
-                    // Some guests do not listen.
-                    if core.rng.permille(800) {
-                        let delay = core.between(100, 4000);
-                        core.after(delay, self.kernel(), self.boot, What::Guest(vm, uid, GuestAct::Obey));
-                    }
-                }
-            }
-            Effect::Quit => {
-                if let Some(uid) = runner.instance {
-                    if !core.rng.permille(50) {
-                        self.end(core, vm, uid, Death::Exited(0), 2, 100);
-                    }
-                }
-            }
-            Effect::Kill => {
-                if let Some(uid) = runner.instance {
-                    core.check.ends(vm, uid, self.id, "killed", self.lease_over(core, vm));
-                    self.end(core, vm, uid, Death::Killed, 1, 20);
-                }
-            }
-        }
-    }
-
-    fn lease_over(&self, core: &Core, vm: VmId) -> bool {
-        self.qemus.get(&vm).is_none_or(|q| !self.word(q.start.class).permits(q.start.generation, self.now(core)))
-    }
-}
-
-fn ended(runner: &Runner, generations: Generations) -> VmEvent {
-    VmEvent::SessionEnded(generations.of(runner.state.record().desired.class()))
-}
-
-impl Runner {
-    fn new(state: VmState, now: Tick) -> Self {
-        Self { state, mailbox: Mailbox::default(), work: None, prepared: false, instance: None, now }
     }
 }

@@ -35,8 +35,8 @@ pub(crate) struct Config {
     pub(crate) hosts: usize,
     /// VMs that the user keeps at the most.
     pub(crate) vms: usize,
-    /// Lengths of the leases.
-    pub(crate) timings: Timings,
+    /// Lengths of the leases, as each controller is configured. They differ while an operator changes them.
+    pub(crate) timings: Vec<Timings>,
     /// How long there are faults.
     pub(crate) faults_for: Ns,
     /// The mean time between two faults.
@@ -49,18 +49,26 @@ pub(crate) struct Config {
 
 impl Config {
     fn draw(rng: &mut Rng, mode: Mode) -> Self {
-        let fast = rng.pick(&[6, 6, 6, 3]);
-        let patient = rng.pick(&[60, 20, 20, 12]).max(fast);
-        Self {
-            mode,
-            controllers: rng.index(2) + 2,
-            hosts: rng.index(4) + 3,
-            vms: rng.index(7) + 4,
-            timings: Timings {
+        let lengths = |rng: &mut Rng| {
+            let fast = rng.pick(&[6, 6, 6, 3]);
+            let patient = rng.pick(&[60, 20, 20, 12]).max(fast);
+            Timings {
                 fast: Duration::from_secs(fast),
                 patient: Duration::from_secs(patient),
                 kill_allowance: Duration::from_secs(1),
-            },
+            }
+        };
+        let controllers = rng.index(2) + 2;
+        let mut timings = vec![lengths(rng); controllers];
+        if rng.permille(250) {
+            timings[0] = lengths(rng);
+        }
+        Self {
+            mode,
+            controllers,
+            hosts: rng.index(4) + 3,
+            vms: rng.index(7) + 4,
+            timings,
             faults_for: rng.range(60, 150) * SEC,
             fault_every: rng.range(500, 3000) * MS,
             loss: rng.pick(&[0, 0, 1, 3]),

@@ -1,9 +1,8 @@
-//! One term of a leader: the writer, and the reconciler's task.
+//! One term of a leader: its beginning, the writer, and its end.
 //!
 //! Mirrors `controller/src/leadership/writer.rs` (group commit: decide against the working state, one transaction at a time,
-//! answer when it is durable, end the term when the outcome is unknown), `leadership/leader.rs` (`begin`, `announce`) and
-//! `reconcile/driver.rs` (a pass: verdicts, then placements, one batch after the other). What is decided is decided by
-//! the real `State`, `HealthTable`, `Validity` and `reconcile::plan`.
+//! answer when it is durable, end the term when the outcome is unknown) and `leadership/leader.rs` (`begin`, `announce`). What
+//! is decided is decided by the real `State`, `HealthTable` and `Validity`.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,23 +14,21 @@ use uncloud_controller::{
     health::{HealthTable, Timings, Verdict},
     leadership::{Committed, Validity, WriteError},
     model::{EventType, Key, Record},
-    reconcile::plan::{self, Attempts, BATCH, Situation},
+    reconcile::plan::Attempts,
     state::{
         State,
         command::{Answer, Change, Command, Context, Mutation, Refusal},
     },
     store::MAX_OPERATIONS,
 };
-use uncloud_proto::{
-    clock::Tick,
-    ids::{HostId, Revision, Term, VmId},
-};
+use uncloud_proto::ids::{HostId, Revision, Term};
 
 use super::{
     clock::{MS, NodeClock},
     core::Core,
     etcd::{Basis, Response},
     queue::{What, Whom, Written},
+    reconciler::{Driver, Pass},
     session::{Purpose, Session},
     user::{Answered, Call},
 };
@@ -76,25 +73,6 @@ struct Batch {
     waiting: Vec<(Reply, Outcome)>,
 }
 
-#[derive(Debug)]
-enum Pass {
-    Idle,
-    Announcing,
-    Declaring(usize),
-    Shortening,
-    Placing { left: VecDeque<Vec<VmId>>, current: Vec<VmId>, situation: Arc<Situation>, now: Tick },
-}
-
-#[derive(Debug)]
-struct Driver {
-    began: Tick,
-    attempts: Attempts,
-    announced: bool,
-    verdicts: Vec<Verdict>,
-    pass: Pass,
-    again: bool,
-}
-
 /// A term.
 #[derive(Debug)]
 pub(crate) struct Lead {
@@ -114,7 +92,7 @@ pub(crate) struct Lead {
     state: State,
     queue: VecDeque<Job>,
     writing: Option<Batch>,
-    driver: Driver,
+    pub(super) driver: Driver,
     serving: bool,
     over: bool,
 }
@@ -129,7 +107,7 @@ impl Lead {
         state: State,
     ) -> Self {
         let took_over = clock.tick(core.now);
-        let timings = core.config.timings;
+        let timings = core.config.timings[process.0];
         // `Stored::longest`
         let stored = state.cluster().cloned();
         let longest = stored.as_ref().map_or(timings, |c| {
@@ -186,7 +164,7 @@ impl Lead {
         self.submit(core, Command::Note { event: EventType::LeaderElected, message }, Reply::Elected);
     }
 
-    fn later(&self, core: &mut Core, delay: u64, what: What) {
+    pub(super) fn later(&self, core: &mut Core, delay: u64, what: What) {
         core.after(delay, Whom::Controller(self.process.0), self.process.1, what);
     }
 
@@ -442,75 +420,6 @@ impl Lead {
                 session.dirty = true;
             }
             self.wake_session(core, stream);
-        }
-    }
-
-    // --- the reconciler ---
-
-    fn look(&mut self, core: &mut Core, clock: &NodeClock) {
-        let now = clock.tick(core.now);
-        // L2
-        if !self.validity.holds(now) {
-            return;
-        }
-        self.driver.verdicts = self.health.tick(now);
-        let engaged = self.health.brake().engaged;
-        if engaged != self.driver.announced {
-            self.driver.pass = Pass::Announcing;
-            core.log(format_args!("term {}: brake {engaged}", self.term));
-            core.stats.brakes += u64::from(engaged);
-            let event = if engaged { EventType::BrakeEngaged } else { EventType::BrakeReleased };
-            return self.submit(core, Command::Note { event, message: String::new() }, Reply::Brake(engaged));
-        }
-        self.declare(core, clock);
-    }
-
-    fn declare(&mut self, core: &mut Core, clock: &NodeClock) {
-        let verdicts = std::mem::take(&mut self.driver.verdicts);
-        if verdicts.is_empty() {
-            return self.shorten(core, clock);
-        }
-        self.driver.pass = Pass::Declaring(verdicts.len());
-        for verdict in verdicts {
-            let Verdict { host, lapsed } = verdict;
-            core.stats.verdicts += 1;
-            core.log(format_args!("term {}: host {host} declared lapsed: {lapsed:?}", self.term));
-            self.submit(core, Command::DeclareLapsed { host, lapsed, limit: BATCH }, Reply::Verdict(verdict));
-        }
-    }
-
-    fn shorten(&mut self, core: &mut Core, clock: &NodeClock) {
-        let in_office = clock.tick(core.now).since(self.driver.began);
-        let stored = self.mirror.cluster().cloned();
-        if let Some(command) = stored.and_then(|c| plan::shorter_leases(&c, &self.timings, in_office)) {
-            self.driver.pass = Pass::Shortening;
-            return self.submit(core, command, Reply::Leases);
-        }
-        self.place(core, clock);
-    }
-
-    fn place(&mut self, core: &mut Core, clock: &NodeClock) {
-        self.driver.again = false;
-        let now = clock.tick(core.now);
-        let silent = self.health.silent(now);
-        let situation = Arc::new(Situation { openings: self.mirror.view().openings(), silent });
-        let left = plan::plan(&self.mirror, &self.driver.attempts, &situation, now).into();
-        self.driver.pass = Pass::Placing { left, current: Vec::new(), situation, now };
-        self.next_batch(core, clock);
-    }
-
-    fn next_batch(&mut self, core: &mut Core, clock: &NodeClock) {
-        let valid = self.validity.holds(clock.tick(core.now));
-        if let Pass::Placing { left, current, .. } = &mut self.driver.pass
-            && valid
-            && let Some(vms) = left.pop_front()
-        {
-            current.clone_from(&vms);
-            return self.submit(core, Command::Place { vms }, Reply::Placed);
-        }
-        self.driver.pass = Pass::Idle;
-        if self.driver.again {
-            self.later(core, 1, What::DriverWake(self.serial));
         }
     }
 }

@@ -93,6 +93,8 @@ pub(crate) enum What {
     Down(u64, Box<Down>),
     /// There may be reports to send.
     Flush(u64),
+    /// A renewal is written that was held up after the clock had been read.
+    Renew(LeaseClass, Tick, Tick),
     /// A VM's task has mail.
     Mail(VmId),
     /// A VM's task has waited long enough.
