@@ -99,7 +99,9 @@ impl World {
                 self.core.log(format_args!("fault: controller {controller} cut from etcd, up {up}, down {down}"));
                 self.etcd.links[controller].cut_up += u32::from(up);
                 self.etcd.links[controller].cut_down += u32::from(down);
-                self.heal_later(Healing::EtcdLink(controller, up, down), 200, 6000);
+                // Long enough, now and then, for another leader to give away what this one would still grant.
+                let (low, high) = self.core.rng.pick(&[(200, 3000), (200, 6000), (6000, 15_000), (10_000, 40_000)]);
+                self.heal_later(Healing::EtcdLink(controller, up, down), low, high);
             }
             6 => self.etcd_fault(),
             7 | 8 => {

@@ -121,8 +121,13 @@ impl World {
         if self.core.config.timings.iter().any(|t| t.fast.as_secs() < 6) {
             return Ok(()); // an election takes too much of such a short lease
         }
-        let wait = self.core.now + 3 * SEC;
-        self.run_until(wait)?;
+        // What is still on its way arrives.
+        let mut good = 0;
+        while good < 5 {
+            let next = self.core.now + SEC;
+            self.run_until(next)?;
+            good = if self.settled().is_ok() { good + 1 } else { 0 };
+        }
         self.core.check.quiet = true;
         self.core.log(format_args!("all is well: from here on nothing may stop"));
         for i in 0..self.controllers.len() {
