@@ -156,7 +156,8 @@ impl Host {
         };
         let word = self.words[i].renewed(deadline, now);
         if word != self.words[i] {
-            self.moves[i].push_back((now, word.deadline));
+            let written = self.clock.tick(core.now); // `now` was perhaps read long before
+            self.moves[i].push_back((written, word.deadline));
             if self.moves[i].len() > 128 {
                 self.moves[i].pop_front();
             }

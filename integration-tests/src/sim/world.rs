@@ -123,7 +123,8 @@ impl World {
         }
         // What is still on its way arrives.
         let mut good = 0;
-        while good < 5 {
+        let end = self.core.now + RECOVERY;
+        while good < 5 && self.core.now < end {
             let next = self.core.now + SEC;
             self.run_until(next)?;
             good = if self.settled().is_ok() { good + 1 } else { 0 };
