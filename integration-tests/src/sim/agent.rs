@@ -63,6 +63,20 @@ pub(crate) struct Agent {
     dialled: bool,
 }
 
+/// How far a session is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Greeting,
+    Welcomed,
+}
+
+impl Agent {
+    fn has_session(&self, stream: u64, stage: Stage) -> bool {
+        let is = |s: &Session| if s.interval.is_some() { Stage::Welcomed } else { Stage::Greeting };
+        self.session.as_ref().is_some_and(|s| s.stream == stream && is(s) == stage)
+    }
+}
+
 impl Host {
     /// Starts the agent. Its VMs have not noticed that it was away.
     pub(crate) fn start_agent(&mut self, core: &mut Core) {
@@ -124,10 +138,8 @@ impl Host {
             What::Patience => self.dial_first(core, &mut agent),
             What::Dial => self.dial(core, &mut agent),
             What::Beat(stream) => self.beat(core, &mut agent, stream),
-            What::WelcomeTimeout(stream) => {
-                if agent.session.as_ref().is_some_and(|s| s.stream == stream && s.interval.is_none()) {
-                    self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
-                }
+            What::WelcomeTimeout(stream) if agent.has_session(stream, Stage::Greeting) => {
+                self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
             }
             What::Down(stream, down) if agent.session.as_ref().is_some_and(|s| s.stream == stream) => {
                 if let Err(end) = self.take(core, &mut agent, *down) {
@@ -143,12 +155,10 @@ impl Host {
                     core.close(stream, AGENT);
                 }
             }
-            What::Flush(stream) => {
-                if agent.session.as_ref().is_some_and(|s| s.stream == stream && s.interval.is_some()) {
-                    let vms = agent.outbox.unsent(256);
-                    if !vms.is_empty() {
-                        core.send_up(stream, Up(session_request::Message::Report(v1::Report { vms })));
-                    }
+            What::Flush(stream) if agent.has_session(stream, Stage::Welcomed) => {
+                let vms = agent.outbox.unsent(256);
+                if !vms.is_empty() {
+                    core.send_up(stream, Up(session_request::Message::Report(v1::Report { vms })));
                 }
             }
             What::Renew(class, deadline, now) => {

@@ -191,7 +191,7 @@ impl Host {
             _ => (self.id.uuid(), start.disk_generation),
         });
         let (disks, now) = (disks.collect(), core.now);
-        core.check.started(vm, uid, self.index, self.id, start.incarnation, disks, now);
+        core.check.started(vm, uid, (self.index, self.id), start.incarnation, disks, now);
         let mut delay = core.between(20, 300);
         if self.slow > 0 {
             delay += core.between(100, 8000);

@@ -212,10 +212,8 @@ impl Lead {
                     self.look(core, clock);
                 }
             }
-            What::DriverWake(serial) if serial == self.serial && !self.over => {
-                if matches!(self.driver.pass, Pass::Idle) && self.driver.again {
-                    self.place(core, clock);
-                }
+            What::DriverWake(serial) if serial == self.serial && !self.over && self.driver.is_wanted() => {
+                self.place(core, clock);
             }
             What::SessionWake(stream) if !self.over => self.wake(core, clock, stream),
             _ => {}

@@ -41,6 +41,13 @@ pub(crate) struct Driver {
     pub(super) again: bool,
 }
 
+impl Driver {
+    /// Something was committed since it last looked, and it is not at work.
+    pub(super) fn is_wanted(&self) -> bool {
+        matches!(self.pass, Pass::Idle) && self.again
+    }
+}
+
 impl Lead {
     pub(super) fn look(&mut self, core: &mut Core, clock: &NodeClock) {
         let now = clock.tick(core.now);

@@ -395,7 +395,7 @@ impl Lead {
 
     fn begin_job(&mut self, core: &mut Core, stream: u64) {
         let Some(session) = self.sessions.get_mut(&stream) else { return };
-        if !session.welcomed || session.job.is_some() || !(session.rules.has_batch() || !session.commands.is_empty()) {
+        if !session.welcomed || session.job.is_some() || (!session.rules.has_batch() && session.commands.is_empty()) {
             return;
         }
         let reports = session.rules.batch();
