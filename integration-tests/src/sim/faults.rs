@@ -52,11 +52,11 @@ impl World {
 
     /// How long a fault lasts: mostly about a fast lease, sometimes longer than a patient one.
     fn span(&mut self) -> (u64, u64) {
-        match self.core.rng.below(10) {
-            0..=3 => (200, 3000),
-            4..=7 => (3000, 9000),
-            8 => (9000, 20_000),
-            _ => (20_000, 75_000),
+        match self.core.rng.below(20) {
+            0..=6 => (200, 3000),
+            7..=13 => (3000, 9000),
+            14..=16 => (9000, 25_000),
+            _ => (20_000, 80_000),
         }
     }
 

@@ -105,7 +105,8 @@ impl User {
 
     /// The next thing.
     pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId], cordoned: &[HostId]) {
-        let delay = core.between(300, 2500);
+        // Now and then the user has other things to do.
+        let delay = if core.rng.permille(30) { core.between(5000, 30_000) } else { core.between(300, 2500) };
         core.after(delay, Whom::User, 0, What::UserNext);
         if let Some(vm) = self.to_delete.pop_first() {
             return self.delete(core, vm);
