@@ -4,6 +4,8 @@
 #   make test    every test, with real etcd and real QEMU guests
 #   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind
 #   make lint    formatting, clippy, the protocol files
+#   make sim     the simulation over many seeds: SEEDS=10000 FROM=1
+#   make mutants breaks each safety rule in turn, and says whether a test notices
 #   make bench   the numbers, as a table and in target/bench.json
 #
 # Each of them first installs what is missing (make setup) and says what that is.
@@ -70,6 +72,18 @@ chaos: setup
 	@$(MAKE) --no-print-directory guests
 	$(CARGO) build --release -p uncloud-controller -p uncloud-agent -p uncloud-integration-tests --bins
 	$(TARGET)/release/uncloud-chaos run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+# The simulation: many hosts, controllers and faults in one process, from seeds. Ends with an error if any promise is broken.
+SEEDS ?= 10000
+FROM ?= 1
+.PHONY: sim
+sim: setup
+	$(CARGO) build --workspace --profile sim --bin uncloud-sim
+	$(TARGET)/sim/uncloud-sim --seeds $(SEEDS) --from $(FROM)
+
+# Each safety rule is broken in a copy of the sources, and a test must notice.
+.PHONY: mutants
+mutants: setup
+	@integration-tests/mutants/run $(MUTANTS)
 
 .PHONY: clean
 clean:

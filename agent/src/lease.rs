@@ -133,7 +133,8 @@ impl LeaseWord {
     }
 
     /// After a reboot nothing that ran before can run, and nothing that was decided before may start.
-    fn after_reboot(self) -> Self {
+    #[must_use]
+    pub fn after_reboot(self) -> Self {
         Self { generation: self.generation.wrapping_add(1), deadline: Tick::ZERO }
     }
 

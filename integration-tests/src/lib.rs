@@ -23,6 +23,7 @@ pub mod paths;
 pub mod proc_table;
 pub mod process;
 pub mod proxy;
+pub mod sim;
 pub mod slots;
 pub mod specs;
 pub mod wait;

@@ -448,7 +448,9 @@ async fn answer(inspector: Inspector, question: v1::InspectFile, messages: mpsc:
     let _ = messages.send(SessionRequest { message: Some(Ours::Inspection(inspection)) }).await;
 }
 
-fn end_of_goodbye(goodbye: &v1::Goodbye, served: bool) -> End {
+/// What a Goodbye means. `served`: the session had had its Welcome.
+#[must_use]
+pub fn end_of_goodbye(goodbye: &v1::Goodbye, served: bool) -> End {
     let hint = Some(goodbye.leader_address.clone()).filter(|a| !a.is_empty());
     let words = format!("{}: {}", goodbye.reason().as_str_name(), goodbye.message);
     match goodbye.reason() {

@@ -46,7 +46,9 @@ pub struct Mail {
 }
 
 impl Mail {
-    fn is_empty(&self) -> bool {
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
@@ -127,12 +129,18 @@ impl Mailbox {
     /// Waits for mail. Cancel safe. For the one task that owns the mailbox.
     pub async fn take(&self) -> Mail {
         loop {
-            let mail = std::mem::take(&mut self.lock().mail);
+            let mail = self.try_take();
             if !mail.is_empty() {
                 return mail;
             }
             self.shared.filled.notified().await;
         }
+    }
+
+    /// Takes what is there, perhaps nothing.
+    #[must_use]
+    pub fn try_take(&self) -> Mail {
+        std::mem::take(&mut self.lock().mail)
     }
 
     /// Takes only the end of a session, if there was one.

@@ -97,12 +97,7 @@ impl<H: Hypervisor> Manager<H> {
 
     /// P1: to which lease generation a word that comes now is bound.
     fn acceptance(&self, class: LeaseClass) -> Acceptance {
-        let word = self.host.lease.word(class);
-        if word.valid_at(self.host.clock.now()) {
-            Acceptance::Firm(word.generation)
-        } else {
-            Acceptance::Expected(word.generation.wrapping_add(1))
-        }
+        Acceptance::of(self.host.lease.word(class), self.host.clock.now())
     }
 
     /// The leases' generations as they are now.

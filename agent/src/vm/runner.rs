@@ -23,7 +23,7 @@ use uncloud_proto::{
 use super::{
     hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
     mailbox::{Generations, Mail, Mailbox},
-    state::{Effect, Event, Lease, Moment, ReportState, VmState},
+    state::{Effect, Event, Lease, Moment, ReportState, Skipped, VmState},
 };
 use crate::{
     lease::{LeaseClass, LeaseFile},
@@ -251,7 +251,7 @@ impl<H: Hypervisor> Runner<H> {
             if let Err(error) = blocking(move || write(&dirs, &record)).await {
                 let reason = chain(&error);
                 error!("the record of a VM cannot be written: {reason}");
-                failed = Some(Event::PersistFailed(reason));
+                failed = Some(Event::PersistFailed(reason, Skipped::of(effects)));
             }
         }
         self.publish();

@@ -23,18 +23,18 @@ use crate::{
 
 /// What a host last said about a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Seen {
+pub struct Seen {
     /// The incarnation that it has.
-    pub(crate) incarnation: Incarnation,
+    pub incarnation: Incarnation,
     /// What it is.
-    pub(crate) state: ObservedState,
+    pub state: ObservedState,
     /// Number of the report.
-    pub(crate) sequence: u64,
+    pub sequence: u64,
 }
 
 /// What a host should do with a VM. The same value means the same message: nothing need be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wanted {
+pub enum Wanted {
     /// As the VM's record says, which was last written at this revision.
     AsRecorded(Revision),
     /// It belongs elsewhere, or was deleted.
@@ -43,17 +43,17 @@ pub(crate) enum Wanted {
 
 /// What a host should have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Plan {
+pub struct Plan {
     /// Everything that the host is told.
-    pub(crate) vms: BTreeMap<VmId, Wanted>,
+    pub vms: BTreeMap<VmId, Wanted>,
     /// VMs that execute here and belong elsewhere.
-    pub(crate) misplaced: BTreeSet<VmId>,
+    pub misplaced: BTreeSet<VmId>,
     /// VMs that execute here and that the cluster knows nothing about.
-    pub(crate) unknown: BTreeSet<VmId>,
+    pub unknown: BTreeSet<VmId>,
 }
 
 /// Says what a host should have, given what it has.
-pub(crate) fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> Plan {
+pub fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> Plan {
     let mut plan = Plan::default();
     for id in state.vms_on(host) {
         if let Some(entry) = state.vm(id) {
@@ -86,7 +86,7 @@ pub(crate) fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> 
 }
 
 /// The message that tells `host` what to do with a VM. `None`: the VM has changed since, and will be planned anew.
-pub(crate) fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<v1::DesiredVm> {
+pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<v1::DesiredVm> {
     match wanted {
         Wanted::Forget(incarnation) => Some(v1::DesiredVm {
             vm_id: vm.to_string(),

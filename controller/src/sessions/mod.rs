@@ -8,12 +8,12 @@
 //!
 //! It decides nothing about where VMs go or when a host is dead: that is `scheduler/`, `health/` and `reconcile/`.
 
-mod desired;
+pub mod desired;
 mod job;
 mod outgoing;
-mod parse;
+pub mod parse;
 pub mod registry;
-mod rules;
+pub mod rules;
 mod stream;
 
 pub(crate) use outgoing::{Item, QUEUE};

@@ -35,24 +35,24 @@ const MAX_REASON: usize = 2048;
 
 /// What a Hello says.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Greeting {
+pub struct Greeting {
     /// For the host's record.
-    pub(crate) facts: HostFacts,
+    pub facts: HostFacts,
     /// Free space of each pool in bytes.
-    pub(crate) free_bytes: BTreeMap<String, u64>,
+    pub free_bytes: BTreeMap<String, u64>,
     /// The VMs that the agent has a record of.
-    pub(crate) vms: Vec<Reported>,
+    pub vms: Vec<Reported>,
     /// The newest term that the agent has seen.
-    pub(crate) newest_term: Term,
+    pub newest_term: Term,
 }
 
 /// What a host says about one VM.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Reported {
+pub struct Reported {
     /// Grows with each report of this VM from one agent process.
-    pub(crate) sequence: u64,
+    pub sequence: u64,
     /// For the state.
-    pub(crate) seen: VmObservation,
+    pub seen: VmObservation,
 }
 
 /// Reads a Hello.
@@ -60,7 +60,7 @@ pub(crate) struct Reported {
 /// # Errors
 ///
 /// All that is wrong with it.
-pub(crate) fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
+pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
     let mut check = Checker::default();
     if hello.protocol != AGENT_PROTOCOL {
         let problem =
@@ -110,14 +110,14 @@ pub(crate) fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
 /// # Errors
 ///
 /// All that is wrong with it.
-pub(crate) fn pools(report: v1::PoolsReport) -> Result<(Vec<Pool>, BTreeMap<String, u64>), Violations> {
+pub fn pools(report: v1::PoolsReport) -> Result<(Vec<Pool>, BTreeMap<String, u64>), Violations> {
     let mut check = Checker::default();
     let pools = check_pools(&mut check, report.pools);
     check.finish(pools)
 }
 
 /// Reads a report of VMs: those that make sense, and what is wrong with the others.
-pub(crate) fn report(report: v1::Report) -> (Vec<Reported>, Option<Violations>) {
+pub fn report(report: v1::Report) -> (Vec<Reported>, Option<Violations>) {
     let mut check = Checker::default();
     let vms = check_vms(&mut check, report.vms);
     (vms, check.finish(()).err())

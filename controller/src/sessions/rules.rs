@@ -22,11 +22,36 @@ use super::{
     desired::{Plan, Seen, Wanted},
     parse::Reported,
 };
-use crate::state::command::ObservedState;
+use crate::{
+    model::{Liveness, vm::Failover},
+    state::{
+        State,
+        command::{HostFacts, ObservedState},
+    },
+};
+
+/// S6: a VM that may still execute on the machine that had this host's id before, if the one that registers now is another
+/// one (or the same after a reboot). `proven` is what silence has proven about the leases of before.
+#[must_use]
+pub fn other_machine(state: &State, facts: &HostFacts, proven: Liveness) -> Option<String> {
+    let known = state.host(facts.id)?;
+    if known.record.boot_id == facts.boot_id {
+        return None;
+    }
+    known.vms.iter().filter_map(|&vm| state.vm(vm)).find_map(|vm| {
+        let waits = match vm.record.spec.failover {
+            Failover::Fast => proven == Liveness::Up,
+            Failover::Patient => proven != Liveness::Dead,
+            // No lease binds it, and no time proves anything: an operator who copies a state directory is on his own.
+            Failover::Hold => false,
+        };
+        waits.then(|| vm.record.name.clone())
+    })
+}
 
 /// The state of one session.
 #[derive(Debug, Default)]
-pub(crate) struct Rules {
+pub struct Rules {
     /// What the host has, by its newest reports.
     seen: BTreeMap<VmId, Seen>,
     /// Reports that are to be stored, the newest of each VM.
@@ -44,16 +69,16 @@ pub(crate) struct Rules {
 
 /// What to do after a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Changes {
+pub struct Changes {
     /// What the host is told.
-    pub(crate) send: Vec<(VmId, Wanted)>,
+    pub send: Vec<(VmId, Wanted)>,
     /// VMs that are now known to execute here and that nobody knows.
-    pub(crate) newly_unknown: Vec<VmId>,
+    pub newly_unknown: Vec<VmId>,
 }
 
 /// What to do about a heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum OnHeartbeat {
+pub enum OnHeartbeat {
     /// Up to `health/`.
     Ask,
     /// Not answered: these VMs execute here and belong elsewhere.
@@ -64,7 +89,7 @@ pub(crate) enum OnHeartbeat {
 
 impl Rules {
     /// The rules of a session whose Hello showed these VMs. They have been stored.
-    pub(crate) fn new(vms: &[Reported]) -> Self {
+    pub fn new(vms: &[Reported]) -> Self {
         let mut rules = Self::default();
         for vm in vms {
             rules.see(vm);
@@ -94,7 +119,7 @@ impl Rules {
     }
 
     /// The host reported VMs. A plan is due.
-    pub(crate) fn reported(&mut self, reports: Vec<Reported>) {
+    pub fn reported(&mut self, reports: Vec<Reported>) {
         for report in reports {
             let vm = report.seen.vm;
             let newest = self.seen.get(&vm).map(|s| s.sequence).max(self.waiting.get(&vm).map(|w| w.sequence));
@@ -107,12 +132,12 @@ impl Rules {
     }
 
     /// What the host has.
-    pub(crate) fn seen(&self) -> &BTreeMap<VmId, Seen> {
+    pub fn seen(&self) -> &BTreeMap<VmId, Seen> {
         &self.seen
     }
 
     /// Takes in a new plan.
-    pub(crate) fn planned(&mut self, plan: Plan) -> Changes {
+    pub fn planned(&mut self, plan: Plan) -> Changes {
         // Only one that belongs here again is no longer misplaced: one that was deleted elsewhere still executes here.
         self.unclean.retain(|vm| !matches!(plan.vms.get(vm), Some(Wanted::AsRecorded(_))));
         self.unclean.extend(&plan.misplaced);
@@ -125,12 +150,12 @@ impl Rules {
     }
 
     /// VMs that execute here and that the cluster knows nothing about.
-    pub(crate) fn unknown(&self) -> &BTreeSet<VmId> {
+    pub fn unknown(&self) -> &BTreeSet<VmId> {
         &self.unknown
     }
 
     /// A heartbeat came.
-    pub(crate) fn heartbeat(&mut self, sequence: u64) -> OnHeartbeat {
+    pub fn heartbeat(&mut self, sequence: u64) -> OnHeartbeat {
         if self.last_heartbeat.is_some_and(|last| sequence <= last) {
             return OnHeartbeat::Stale;
         }
@@ -143,7 +168,7 @@ impl Rules {
     }
 
     /// The reports to store now, if none are being stored. To be followed by [`Rules::settled`].
-    pub(crate) fn batch(&mut self) -> Vec<Reported> {
+    pub fn batch(&mut self) -> Vec<Reported> {
         if self.storing || self.waiting.is_empty() {
             return Vec::new();
         }
@@ -152,7 +177,7 @@ impl Rules {
     }
 
     /// The batch is settled: stored, refused, or there was no room for `again`, which waits again unless a newer report does.
-    pub(crate) fn settled(&mut self, again: Vec<Reported>) {
+    pub fn settled(&mut self, again: Vec<Reported>) {
         self.storing = false;
         for report in again {
             self.waiting.entry(report.seen.vm).or_insert(report);
@@ -160,7 +185,7 @@ impl Rules {
     }
 
     /// Whether reports wait to be stored and none are being stored.
-    pub(crate) fn has_batch(&self) -> bool {
+    pub fn has_batch(&self) -> bool {
         !self.storing && !self.waiting.is_empty()
     }
 }

@@ -34,12 +34,12 @@ use super::{
     outgoing::{End, Item, Outgoing},
     parse::{self, Greeting, Reported},
     registry::{Claim, LiveFacts, Order},
-    rules::{OnHeartbeat, Rules},
+    rules::{self, OnHeartbeat, Rules},
 };
 use crate::{
     health::Grant,
     leadership::{Leader, LeaderSlot, WriteError},
-    model::{Liveness, host::Pool, vm::Failover},
+    model::{Liveness, host::Pool},
     report,
     state::command::{Command, HostFacts, Refusal},
 };
@@ -130,21 +130,7 @@ async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> 
 /// The session has the claim on the host id by now, so the first machine is granted nothing meanwhile.
 fn other_machine(leader: &Leader, facts: &HostFacts) -> Result<(), End> {
     let proven = leader.health().proven(facts.id, leader.clock.now());
-    let may_execute = leader.mirror.read(|state| {
-        let known = state.host(facts.id)?;
-        if known.record.boot_id == facts.boot_id {
-            return None;
-        }
-        known.vms.iter().filter_map(|&vm| state.vm(vm)).find_map(|vm| {
-            let waits = match vm.record.spec.failover {
-                Failover::Fast => proven == Liveness::Up,
-                Failover::Patient => proven != Liveness::Dead,
-                // No lease binds it, and no time proves anything: an operator who copies a state directory is on his own.
-                Failover::Hold => false,
-            };
-            waits.then(|| vm.record.name.clone())
-        })
-    });
+    let may_execute = leader.mirror.read(|state| rules::other_machine(state, facts, proven));
     match may_execute {
         None => Ok(()),
         Some(name) => Err(End::goodbye(

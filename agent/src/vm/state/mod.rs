@@ -42,7 +42,10 @@ use super::{
     desired::{Desired, DisksExpected, Disposition, RestartMode, RestartPolicy, StopMode},
     hypervisor::{Exit, ExitKind},
 };
-use crate::records::{LastExit, Launched, Record, Settled};
+use crate::{
+    lease::LeaseWord,
+    records::{LastExit, Launched, Record, Settled},
+};
 
 /// How long QEMU may take to end after it was told to, before it is killed (again).
 const QUIT_GRACE: Duration = Duration::from_secs(5);
@@ -79,6 +82,14 @@ pub enum Acceptance {
     Firm(u16),
 }
 
+impl Acceptance {
+    /// P1: to which lease generation a word is bound that comes at `now`, while the lease stands like this.
+    #[must_use]
+    pub fn of(word: LeaseWord, now: Tick) -> Self {
+        if word.valid_at(now) { Self::Firm(word.generation) } else { Self::Expected(word.generation.wrapping_add(1)) }
+    }
+}
+
 /// Something happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -112,8 +123,25 @@ pub enum Event {
     DisksDeleted,
     /// They could not be deleted. In words.
     DeleteFailed(String),
-    /// The record could not be written, so nothing that was to follow has been done.
-    PersistFailed(String),
+    /// The record could not be written, in words, and what was not done because of that.
+    PersistFailed(String, Skipped),
+}
+
+/// What was to follow a record that could not be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skipped {
+    /// Nothing that needs it. What was under way before goes on, and will be answered.
+    Nothing,
+    /// The work that was to begin has not been begun.
+    Work,
+}
+
+impl Skipped {
+    /// What is left out of these effects.
+    #[must_use]
+    pub fn of(effects: &[Effect]) -> Self {
+        if effects.iter().any(|e| e.needs_record()) { Self::Work } else { Self::Nothing }
+    }
 }
 
 /// What the runner must do, in this order.
@@ -304,7 +332,7 @@ impl VmState {
     pub fn on(&mut self, event: Event, at: Moment) -> Vec<Effect> {
         let before = self.record.clone();
         let mut effects = Vec::new();
-        self.unsaved |= matches!(event, Event::PersistFailed(_));
+        self.unsaved |= matches!(event, Event::PersistFailed(..));
         self.apply(event, at, &mut effects);
         self.settle(at, &mut effects);
         if self.record.settled != before.settled {
@@ -368,8 +396,9 @@ impl VmState {
                 self.work = Work::None;
                 self.failed(reason, at);
             }
-            Event::PersistFailed(reason) => {
-                // Whatever was to follow has not been begun.
+            // P1: a launch that was under way before is not over because something else could not be written.
+            Event::PersistFailed(_, Skipped::Nothing) => {}
+            Event::PersistFailed(reason, Skipped::Work) => {
                 if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting) {
                     self.work = Work::None;
                     self.not_launched(|s| s.failed(reason, at));

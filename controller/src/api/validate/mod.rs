@@ -55,7 +55,7 @@ pub(crate) struct Violation {
 
 /// Everything that is wrong with a request. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Violations {
+pub struct Violations {
     /// The first ones.
     pub(crate) listed: Vec<Violation>,
     /// How many more there were.

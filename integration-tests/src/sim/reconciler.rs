@@ -1,0 +1,117 @@
+//! The reconciler's task of a term.
+//!
+//! Mirrors `controller/src/reconcile/driver.rs`: a pass has due verdicts stored, and then hands VMs that need a host to the
+//! writer, one batch after the other. What is decided is decided by the real `HealthTable` and `reconcile::plan`.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use uncloud_controller::{
+    health::Verdict,
+    model::EventType,
+    reconcile::plan::{self, Attempts, BATCH, Situation},
+    state::command::Command,
+};
+use uncloud_proto::{clock::Tick, ids::VmId};
+
+use super::{
+    clock::NodeClock,
+    core::Core,
+    lead::{Lead, Reply},
+    queue::What,
+};
+
+/// Where a pass is.
+#[derive(Debug)]
+pub(crate) enum Pass {
+    Idle,
+    Announcing,
+    Declaring(usize),
+    Shortening,
+    Placing { left: VecDeque<Vec<VmId>>, current: Vec<VmId>, situation: Arc<Situation>, now: Tick },
+}
+
+/// The task.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    pub(super) attempts: Attempts,
+    pub(super) announced: bool,
+    pub(super) verdicts: Vec<Verdict>,
+    pub(super) pass: Pass,
+    pub(super) again: bool,
+}
+
+impl Driver {
+    /// Something was committed since it last looked, and it is not at work.
+    pub(super) fn is_wanted(&self) -> bool {
+        matches!(self.pass, Pass::Idle) && self.again
+    }
+}
+
+impl Lead {
+    pub(super) fn look(&mut self, core: &mut Core, clock: &NodeClock) {
+        let now = clock.tick(core.now);
+        // L2
+        if !self.validity.holds(now) {
+            return;
+        }
+        self.driver.verdicts = self.health.tick(now);
+        let engaged = self.health.brake().engaged;
+        if engaged != self.driver.announced {
+            self.driver.pass = Pass::Announcing;
+            core.log(format_args!("term {}: brake {engaged}", self.term));
+            core.stats.brakes += u64::from(engaged);
+            let event = if engaged { EventType::BrakeEngaged } else { EventType::BrakeReleased };
+            return self.submit(core, Command::Note { event, message: String::new() }, Reply::Brake(engaged));
+        }
+        self.declare(core, clock);
+    }
+
+    pub(super) fn declare(&mut self, core: &mut Core, clock: &NodeClock) {
+        let verdicts = std::mem::take(&mut self.driver.verdicts);
+        if verdicts.is_empty() {
+            return self.shorten(core, clock);
+        }
+        self.driver.pass = Pass::Declaring(verdicts.len());
+        for verdict in verdicts {
+            let Verdict { host, lapsed } = verdict;
+            core.stats.verdicts += 1;
+            core.log(format_args!("term {}: host {host} declared lapsed: {lapsed:?}", self.term));
+            self.submit(core, Command::DeclareLapsed { host, lapsed, limit: BATCH }, Reply::Verdict(verdict));
+        }
+    }
+
+    pub(super) fn shorten(&mut self, core: &mut Core, clock: &NodeClock) {
+        let running = self.health.running(clock.tick(core.now));
+        let stored = self.mirror.cluster().cloned();
+        if let Some(command) = stored.and_then(|c| plan::shorter_leases(&c, &self.timings, running)) {
+            self.driver.pass = Pass::Shortening;
+            return self.submit(core, command, Reply::Leases);
+        }
+        self.place(core, clock);
+    }
+
+    pub(super) fn place(&mut self, core: &mut Core, clock: &NodeClock) {
+        self.driver.again = false;
+        let now = clock.tick(core.now);
+        let silent = self.health.silent(now);
+        let situation = Arc::new(Situation { openings: self.mirror.view().openings(), silent });
+        let left = plan::plan(&self.mirror, &self.driver.attempts, &situation, now).into();
+        self.driver.pass = Pass::Placing { left, current: Vec::new(), situation, now };
+        self.next_batch(core, clock);
+    }
+
+    pub(super) fn next_batch(&mut self, core: &mut Core, clock: &NodeClock) {
+        let valid = self.validity.holds(clock.tick(core.now));
+        if let Pass::Placing { left, current, .. } = &mut self.driver.pass
+            && valid
+            && let Some(vms) = left.pop_front()
+        {
+            current.clone_from(&vms);
+            return self.submit(core, Command::Place { vms }, Reply::Placed);
+        }
+        self.driver.pass = Pass::Idle;
+        if self.driver.again {
+            self.later(core, 1, What::DriverWake(self.serial));
+        }
+    }
+}
