@@ -73,8 +73,9 @@ impl Node {
                 copy: copy.clone(),
                 store: watch::channel(Some(store.clone())).1,
                 address: address.clone(),
+                dial: uncloud_proto::dial::Dial::tcp(),
             };
-            let serving = api::serve(listener, serving, stop.clone());
+            let serving = api::serve(api::accept(listener), serving, stop.clone());
             async move { serving.await.unwrap() }
         });
 
