@@ -1,0 +1,5 @@
+//! Simulations of what controllers and agents stand on.
+//!
+//! [`etcd`] is the model of etcd that they use.
+
+pub mod etcd;
