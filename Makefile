@@ -58,11 +58,13 @@ test: setup
 lint: setup
 	@.ci/lint
 
-# Only what is measured, in release mode. (Nothing in the tests' package turns on features of its own in the others.)
+# Only what is measured, in release mode. The tests' package turns on features of tokio and etcd-client that are not shipped, so
+# it is built apart.
 .PHONY: bench
 bench: setup
 	@$(MAKE) --no-print-directory guests
-	$(CARGO) build --release -p uncloud-controller -p uncloud-agent -p uncloud-integration-tests --bins
+	$(CARGO) build --release -p uncloud-controller -p uncloud-agent --bins
+	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
 	$(TARGET)/release/uncloud-bench --out target/bench.json
 
 # Faults at random for MINUTES, from SEED or the clock. Needs root, for network namespaces.
@@ -70,8 +72,10 @@ MINUTES ?= 10
 .PHONY: chaos
 chaos: setup
 	@$(MAKE) --no-print-directory guests
-	$(CARGO) build --release -p uncloud-controller -p uncloud-agent -p uncloud-integration-tests --bins
+	$(CARGO) build --release -p uncloud-controller -p uncloud-agent --bins
+	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-chaos
 	$(TARGET)/release/uncloud-chaos run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 # The simulation: many hosts, controllers and faults in one process, from seeds. Ends with an error if any promise is broken.
 SEEDS ?= 10000
 FROM ?= 1

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 use uncloud_proto::{
     clock::Clock,
+    dial::Dial,
     ids::HostId,
     v1::{self, AcceleratorKind},
 };
@@ -120,7 +121,7 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
         streams: Streams::new(host_id, dirs),
     };
     info!(host = %host_id, name = config.name, vms = manager.vms().len(), "the agent runs");
-    connect::run(session, config.controllers, rand::random, cancel)
+    connect::run(session, config.controllers, Dial::tcp(), rand::random, cancel)
         .instrument(info_span!(parent: None, "session", host = %host_id))
         .await;
 

@@ -5,6 +5,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     path::Path,
     sync::Arc,
     time::Duration,
@@ -12,10 +13,18 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use rustix::fs::FlockOperation;
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::watch,
+    task::JoinHandle,
+    time,
+};
+use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
 use tracing::{info, warn};
-use uncloud_proto::{clock::Clock, ids::ControllerId};
+use uncloud_proto::{clock::Clock, dial::Dial, ids::ControllerId};
 
 use crate::{
     api,
@@ -50,16 +59,50 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
 
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+    info!(address = %config.listen, "serving");
+    let edge = Edge { incoming: api::accept(listener), store: connect(&endpoints), dial: Dial::tcp() };
+    control(&config, &clock, edge, stop).await;
+    if let Some(mut etcd) = embedded.take() {
+        tokio::task::spawn_blocking(move || etcd.stop()).await.context("stop etcd")?;
+    }
+    info!("stopped");
+    Ok(())
+}
+
+/// Where a controller touches the network. A simulation has another one.
+#[derive(Debug)]
+pub struct Edge<I, F> {
+    /// The connections that come in.
+    pub incoming: I,
+    /// Gives etcd, when it can be had.
+    pub store: F,
+    /// How other controllers are reached.
+    pub dial: Dial,
+}
+
+/// All of a controller but its files and its own etcd: serves, stands for election and leads until `stop` fires.
+pub async fn control<S>(
+    config: &Config,
+    clock: &Clock,
+    edge: Edge<impl Stream<Item = io::Result<S>> + Send + 'static, impl Future<Output = Store>>,
+    stop: CancellationToken,
+) where
+    S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let part = Part { slot: LeaderSlot::default(), copy: WarmCopy::default() };
     let (store, known) = watch::channel(None);
     let served = CancellationToken::new();
-    let serving =
-        api::Serving { slot: part.slot.clone(), copy: part.copy.clone(), store: known, address: config.address() };
-    let server = tokio::spawn(api::serve(listener, serving, served.clone()));
-    info!(address = %config.listen, "serving");
+    let serving = api::Serving {
+        slot: part.slot.clone(),
+        copy: part.copy.clone(),
+        store: known,
+        address: config.address(),
+        dial: edge.dial,
+    };
+    let server = tokio::spawn(api::serve(edge.incoming, serving, served.clone()));
 
     // Ends by itself when `stop` fires, after a hand-over.
-    elections(&config, &clock, &endpoints, &part, &store, &stop).await;
+    elections(config, clock, edge.store, &part, &store, &stop).await;
 
     served.cancel();
     match time::timeout(SERVER_END, server).await {
@@ -67,11 +110,6 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
         Ok(Ok(Err(error))) => warn!("the server ended: {}", report(&error)),
         Ok(Err(error)) => warn!("the server ended badly: {error}"),
     }
-    if let Some(mut etcd) = embedded.take() {
-        tokio::task::spawn_blocking(move || etcd.stop()).await.context("stop etcd")?;
-    }
-    info!("stopped");
-    Ok(())
 }
 
 /// What this process is at the moment: the leader, or one that follows.
@@ -85,7 +123,7 @@ struct Part {
 async fn elections(
     config: &Config,
     clock: &Clock,
-    endpoints: &[String],
+    store: impl Future<Output = Store>,
     part: &Part,
     known: &watch::Sender<Option<Store>>,
     stop: &CancellationToken,
@@ -93,7 +131,7 @@ async fn elections(
     let store = tokio::select! {
         biased;
         () = stop.cancelled() => return,
-        store = connect(endpoints) => store,
+        store = store => store,
     };
     known.send_replace(Some(store.clone()));
     // A process is a candidate once: after a restart it is another.

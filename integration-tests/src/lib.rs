@@ -19,6 +19,7 @@ pub mod etcd;
 pub mod guest;
 pub mod logs;
 pub mod netns;
+pub mod netsim;
 pub mod paths;
 pub mod proc_table;
 pub mod process;

@@ -9,6 +9,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{error, info, warn};
+use uncloud_proto::dial::Dial;
 
 use super::{
     dialer::{Dialer, Outcome},
@@ -26,6 +27,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 pub async fn run<H: Hypervisor>(
     mut session: Session<H>,
     controllers: Vec<String>,
+    dial: Dial,
     mut random: impl FnMut() -> f64,
     cancel: CancellationToken,
 ) {
@@ -33,7 +35,7 @@ pub async fn run<H: Hypervisor>(
     let mut channels: BTreeMap<String, Channel> = BTreeMap::new();
     loop {
         let address = dialer.address().to_owned();
-        let end = match channel(&mut channels, &address) {
+        let end = match channel(&mut channels, &dial, &address) {
             Ok(channel) => session.run(channel, &cancel, |controllers| dialer.welcomed(controllers)).await,
             Err(problem) => End::Unreachable(problem),
         };
@@ -70,19 +72,19 @@ pub async fn run<H: Hypervisor>(
 }
 
 /// The connection to a controller. It is made when it is first used, and again when it breaks.
-fn channel(channels: &mut BTreeMap<String, Channel>, address: &str) -> Result<Channel, String> {
+fn channel(channels: &mut BTreeMap<String, Channel>, dial: &Dial, address: &str) -> Result<Channel, String> {
     if let Some(channel) = channels.get(address) {
         return Ok(channel.clone());
     }
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|e| format!("{} is no address: {e}", address.escape_debug()))?;
-    let channel = endpoint
+    let endpoint = endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-        .keep_alive_while_idle(true)
-        .connect_lazy();
+        .keep_alive_while_idle(true);
+    let channel = dial.lazily(endpoint);
     channels.insert(address.to_owned(), channel.clone());
     Ok(channel)
 }

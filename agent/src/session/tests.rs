@@ -321,7 +321,7 @@ impl Machine {
         let controllers = controllers.iter().map(ToString::to_string).collect();
         let stop = cancel.clone();
         let task = tokio::spawn(async move {
-            connect::run(session, controllers, || 0.0, stop).await;
+            connect::run(session, controllers, uncloud_proto::dial::Dial::tcp(), || 0.0, stop).await;
             manager.stopped().await;
         });
         Agent { cancel, task, lease, clock }

@@ -26,7 +26,7 @@ use tonic::{
 };
 use tower::{Layer, Service, ServiceExt as _};
 use tracing::debug;
-use uncloud_proto::FORWARDED_METADATA_KEY;
+use uncloud_proto::{FORWARDED_METADATA_KEY, dial::Dial};
 
 use super::error;
 use crate::leadership::{LeaderSlot, WarmCopy};
@@ -68,13 +68,14 @@ struct Shared {
     copy: WarmCopy,
     /// Where this controller serves: it passes nothing on to itself.
     address: String,
+    dial: Dial,
     /// The connection to the leader, by its address. One at the most.
     channel: Mutex<BTreeMap<String, Channel>>,
 }
 
 impl ForwardLayer {
-    pub(super) fn new(slot: LeaderSlot, copy: WarmCopy, address: String) -> Self {
-        Self { shared: Arc::new(Shared { slot, copy, address, channel: Mutex::default() }) }
+    pub(super) fn new(slot: LeaderSlot, copy: WarmCopy, address: String, dial: Dial) -> Self {
+        Self { shared: Arc::new(Shared { slot, copy, address, dial, channel: Mutex::default() }) }
     }
 }
 
@@ -157,14 +158,13 @@ impl Shared {
         if let Some(channel) = self.channels().get(leader) {
             return Ok(channel.clone());
         }
-        let channel = Endpoint::from_shared(format!("http://{leader}"))?
+        let endpoint = Endpoint::from_shared(format!("http://{leader}"))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
             .http2_keep_alive_interval(KEEP_ALIVE)
             .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true)
-            .connect()
-            .await?;
+            .keep_alive_while_idle(true);
+        let channel = self.dial.now(endpoint).await?;
         let mut channels = self.channels();
         channels.clear();
         channels.insert(leader.to_owned(), channel.clone());

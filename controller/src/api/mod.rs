@@ -25,4 +25,4 @@ mod vm_service;
 mod vm_watch;
 mod watch;
 
-pub use server::{Error, Serving, serve};
+pub use server::{Error, Serving, accept, serve};

@@ -3,17 +3,22 @@
 use std::{io, time::Duration};
 
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::watch,
     time,
 };
 use tokio_stream::Stream;
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Server};
+use tonic::{
+    service::Routes,
+    transport::{Server, server::Connected},
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::warn;
 use uncloud_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
+    dial::Dial,
     v1::{
         agent_service_server::AgentServiceServer, cluster_service_server::ClusterServiceServer,
         host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
@@ -71,16 +76,25 @@ pub struct Serving {
     pub store: watch::Receiver<Option<Store>>,
     /// Where others reach this controller, `HOST:PORT`.
     pub address: String,
+    /// How it reaches others.
+    pub dial: Dial,
 }
 
-/// Serves until `stop` fires and the connections have ended.
+/// Serves the connections that come in until `stop` fires and they have ended.
 ///
 /// # Errors
 ///
 /// When the server cannot be set up, or its listener fails.
-pub async fn serve(listener: TcpListener, serving: Serving, stop: CancellationToken) -> Result<(), Error> {
+pub async fn serve<S>(
+    incoming: impl Stream<Item = io::Result<S>>,
+    serving: Serving,
+    stop: CancellationToken,
+) -> Result<(), Error>
+where
+    S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let (health, health_service) = tonic_health::server::health_reporter();
-    let Serving { slot, copy, store, address } = serving;
+    let Serving { slot, copy, store, address, dial } = serving;
     let context = Context { slot: slot.clone(), copy: copy.clone(), store };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -109,21 +123,21 @@ pub async fn serve(listener: TcpListener, serving: Serving, stop: CancellationTo
 
     let own = address.clone();
     let server = Server::builder()
-        .layer(ForwardLayer::new(slot.clone(), copy.clone(), address))
+        .layer(ForwardLayer::new(slot.clone(), copy.clone(), address, dial))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(MAX_STREAMS)
         .http2_max_header_list_size(MAX_HEADERS)
         .add_routes(routes)
-        .serve_with_incoming_shutdown(accept(listener), stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(incoming, stop.clone().cancelled_owned());
     tokio::select! {
         result = server => Ok(result?),
         () = tell_health(slot, copy, own, health, stop) => unreachable!("health is told for ever"),
     }
 }
 
-/// The connections that come in. Never ends: when there are no file descriptors left, it waits until there are again.
-fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
+/// The connections that come in over TCP. Never ends: when there are no file descriptors left, it waits until there are again.
+pub fn accept(listener: TcpListener) -> impl Stream<Item = io::Result<TcpStream>> {
     futures_util::stream::unfold(listener, |listener| async {
         loop {
             match listener.accept().await {

@@ -55,6 +55,11 @@ impl Members {
                 .with_require_leader(true);
             clients.push(limited(REQUEST_TIMEOUT, Client::connect([endpoint], Some(options))).await?);
         }
+        Self::new(clients, first)
+    }
+
+    /// One client for each member.
+    pub(super) fn new(clients: Vec<Client>, first: usize) -> Result<Self, Error> {
         if clients.is_empty() {
             return Err(Error::Protocol("no etcd endpoint is configured".into()));
         }

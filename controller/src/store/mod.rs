@@ -75,6 +75,15 @@ impl Store {
         Ok(Self { members: Members::connect(endpoints, rand::random::<u16>().into()).await? })
     }
 
+    /// With connections that were made elsewhere, one client for each member; the first is asked first.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn from_clients(clients: Vec<Client>) -> Result<Self, Error> {
+        Ok(Self { members: Members::new(clients, 0)? })
+    }
+
     /// The client itself, for what only tests need.
     #[must_use]
     pub fn client(&self) -> Client {

@@ -29,9 +29,14 @@ async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
     let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
     let (slot, stop) = (LeaderSlot::default(), CancellationToken::new());
     slot.clear(Some(dead.clone()));
-    let serving =
-        api::Serving { slot, copy: WarmCopy::default(), store: watch::channel(None).1, address: address.to_string() };
-    let server = tokio::spawn(api::serve(listener, serving, stop.clone()));
+    let serving = api::Serving {
+        slot,
+        copy: WarmCopy::default(),
+        store: watch::channel(None).1,
+        address: address.to_string(),
+        dial: uncloud_proto::dial::Dial::tcp(),
+    };
+    let server = tokio::spawn(api::serve(api::accept(listener), serving, stop.clone()));
     let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
 
     // A read wants a copy, or at least etcd.

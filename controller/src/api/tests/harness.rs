@@ -73,8 +73,9 @@ impl Node {
                 copy: copy.clone(),
                 store: watch::channel(Some(store.clone())).1,
                 address: address.clone(),
+                dial: uncloud_proto::dial::Dial::tcp(),
             };
-            let serving = api::serve(listener, serving, stop.clone());
+            let serving = api::serve(api::accept(listener), serving, stop.clone());
             async move { serving.await.unwrap() }
         });
 
@@ -122,9 +123,14 @@ impl Node {
         let address = listener.local_addr().unwrap().to_string();
         let (slot, stop) = (LeaderSlot::default(), CancellationToken::new());
         slot.clear(Some(self.leader.settings.address.clone()));
-        let serving =
-            api::Serving { slot, copy: WarmCopy::default(), store: watch::channel(None).1, address: address.clone() };
-        let serving = api::serve(listener, serving, stop.clone());
+        let serving = api::Serving {
+            slot,
+            copy: WarmCopy::default(),
+            store: watch::channel(None).1,
+            address: address.clone(),
+            dial: uncloud_proto::dial::Dial::tcp(),
+        };
+        let serving = api::serve(api::accept(listener), serving, stop.clone());
         tokio::spawn(async move { serving.await.unwrap() });
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
         Another { channel, _stop: stop.drop_guard() }
