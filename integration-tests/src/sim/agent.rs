@@ -61,6 +61,8 @@ pub(crate) struct Agent {
     pub(super) looking: BTreeSet<VmId>,
     pub(super) session: Option<Session>,
     dialled: bool,
+    /// Until then the session is held up in writing a renewal: it is one task, which takes nothing else meanwhile.
+    renewing_until: u64,
 }
 
 /// How far a session is.
@@ -95,6 +97,7 @@ impl Host {
             looking: BTreeSet::new(),
             session: None,
             dialled: false,
+            renewing_until: 0,
         };
         // `Manager::adopt_all`
         let mut incarnations = BTreeMap::new();
@@ -140,6 +143,10 @@ impl Host {
             What::Beat(stream) => self.beat(core, &mut agent, stream),
             What::WelcomeTimeout(stream) if agent.has_session(stream, Stage::Greeting) => {
                 self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
+            }
+            // The session is one task; what comes while it is held up waits, in its order.
+            What::Down(..) | What::Broken(_) if core.now <= agent.renewing_until => {
+                self.agent_later(core, agent.renewing_until - core.now + 1, what);
             }
             What::Down(stream, down) if agent.session.as_ref().is_some_and(|s| s.stream == stream) => {
                 if let Err(end) = self.take(core, &mut agent, *down) {
@@ -342,6 +349,7 @@ impl Host {
             if !core.healed && core.rng.permille(10) {
                 core.stats.fault("renewal written late");
                 let delay = core.between(1, 7000);
+                agent.renewing_until = agent.renewing_until.max(core.now + delay);
                 self.agent_later(core, delay, What::Renew(class, deadline, now));
             } else {
                 fresh |= self.write_renewal(core, class, deadline, now);
