@@ -14,7 +14,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
 /// How many others, from 1 on.
 const FIXED: u64 = 40;
 /// How many that nobody has tried before.
-const FRESH: u64 = 40;
+const FRESH: u64 = 10;
 
 fn passes(seed: u64) -> sim::Outcome {
     let outcome = sim::run(seed, Mode::Assumptions, Print::Violations);
