@@ -92,23 +92,7 @@ impl Members {
         limit: Duration,
         request: impl Fn(Client) -> F,
     ) -> Result<T, Error> {
-        let mut attempts = self.clients.len();
-        loop {
-            let member = self.current();
-            let error = match limited(limit, request(member.client.clone())).await {
-                Ok(answer) => return Ok(answer),
-                Err(error) => error,
-            };
-            if !is_the_members(&error) {
-                return Err(error);
-            }
-            self.failed(&member);
-            attempts -= 1;
-            if attempts == 0 {
-                return Err(error);
-            }
-            debug!("one etcd member did not answer, another one is asked: {}", report(&error));
-        }
+        self.ask_while(limit, request, |_| true).await
     }
 
     /// Asks for what may be done once only: another member is asked only when one was surely not reached.
@@ -116,6 +100,16 @@ impl Members {
         &self,
         limit: Duration,
         request: impl Fn(Client) -> F,
+    ) -> Result<T, Error> {
+        self.ask_while(limit, request, never_sent).await
+    }
+
+    /// Asks the next member as long as the failure was the member's and `again` allows it, each of them once.
+    async fn ask_while<T, F: Future<Output = Result<T, etcd_client::Error>>>(
+        &self,
+        limit: Duration,
+        request: impl Fn(Client) -> F,
+        again: impl Fn(&Error) -> bool,
     ) -> Result<T, Error> {
         let mut attempts = self.clients.len();
         loop {
@@ -129,9 +123,10 @@ impl Members {
             }
             self.failed(&member);
             attempts -= 1;
-            if attempts == 0 || !never_sent(&error) {
+            if attempts == 0 || !again(&error) {
                 return Err(error);
             }
+            debug!("one etcd member did not answer, another one is asked: {}", report(&error));
         }
     }
 }
