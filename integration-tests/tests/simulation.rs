@@ -9,6 +9,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (139, "the stop of a VM could not be written while its QEMU was being started; it was reported stopped, and ran"),
     (357, "the same, and its disks were deleted while it executed"),
     (504, "the same once more, with other faults around it"),
+    (2958, "a start was put off over the end of the lease that its word was for, and waited for ever"),
 ];
 
 /// How many others, from 1 on.

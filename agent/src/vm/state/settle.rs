@@ -123,8 +123,10 @@ impl VmState {
         }
         match self.acceptance {
             Acceptance::Void => return Verdict::Wait,
-            Acceptance::Expected(g) if g != current => return Verdict::Wait,
-            Acceptance::Firm(g) if g != current => return Verdict::Fenced,
+            Acceptance::Expected(g) if current.wrapping_add(1) == g => return Verdict::Wait,
+            // The lease that the word was for is over. Nothing else would ever come for this incarnation while the
+            // session lives, so the leader must know.
+            Acceptance::Expected(g) | Acceptance::Firm(g) if g != current => return Verdict::Fenced,
             Acceptance::Expected(_) | Acceptance::Firm(_) => {}
         }
         let due = self.retry.as_ref().is_none_or(|r| at.now >= r.at);

@@ -88,6 +88,19 @@ fn a_word_waits_for_the_lease_of_its_own_session() {
     assert!(state.on(word(desired(1), Acceptance::Firm(1)), moment(14, 1, true)).contains(&Effect::Prepare));
 }
 
+/// The word came before the lease that it was for, the start was put off, and the lease ran out and was granted once more
+/// by the same session: no word will come again by itself.
+#[test]
+fn a_start_that_waits_while_its_lease_goes_and_another_comes_is_fenced() {
+    let mut state = VmState::new(vm());
+    state.on(word(desired(1), Acceptance::Expected(1)), moment(10, 0, false));
+    assert!(state.on(Event::Wake, moment(11, 1, true)).contains(&Effect::Prepare));
+    state.on(Event::PrepareFailed("no room".into()), moment(11, 1, true));
+    assert_eq!(shown(&state), ReportState::Failed);
+    state.on(Event::Wake, moment(12, 2, true));
+    assert_eq!(shown(&state), ReportState::Fenced);
+}
+
 /// V1: a stop in between does not make an incarnation good that may run elsewhere.
 #[test]
 fn what_was_fenced_and_then_stopped_is_still_fenced() {
