@@ -95,6 +95,8 @@ fn a_start_that_waits_while_its_lease_goes_and_another_comes_is_fenced() {
     let mut state = VmState::new(vm());
     state.on(word(desired(1), Acceptance::Expected(1)), moment(10, 0, false));
     assert!(state.on(Event::Wake, moment(11, 1, true)).contains(&Effect::Prepare));
+    // The first time it is tried again at once.
+    state.on(Event::PrepareFailed("no room".into()), moment(11, 1, true));
     state.on(Event::PrepareFailed("no room".into()), moment(11, 1, true));
     assert_eq!(shown(&state), ReportState::Failed);
     state.on(Event::Wake, moment(12, 2, true));
