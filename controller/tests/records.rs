@@ -108,6 +108,8 @@ fn small_vm() -> VmRecord {
             priority: 0,
             host_labels: BTreeMap::new(),
             anti_affinity_group: None,
+            display: Display::None,
+            guest_agent: GuestAgent::Disabled,
             ..vm().spec
         },
         pending: None,

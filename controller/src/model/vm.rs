@@ -207,14 +207,19 @@ pub struct VmSpec {
     /// How long the guest may take to power down, in seconds.
     pub stop_grace_seconds: u32,
     /// Whether it has a screen. VMs of a program that knew no screens have none.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub display: Display,
     /// Whether it has a channel to a guest agent. VMs of a program that knew none have none.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub guest_agent: GuestAgent,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// What says nothing is not written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a VM shows its screen with.
