@@ -17,12 +17,13 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{
-    Code, ConnectError, Response, Status, Streaming,
+    Code, ConnectError, Request, Response, Status, Streaming,
+    metadata::MetadataValue,
     transport::{Channel, Endpoint},
 };
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use uncloud_proto::{
-    LEADER_METADATA_KEY, MAX_MESSAGE_BYTES,
+    LEADER_METADATA_KEY, MAX_MESSAGE_BYTES, READ_METADATA_KEY,
     v1::{
         self, cluster_service_client::ClusterServiceClient, host_service_client::HostServiceClient,
         image_service_client::ImageServiceClient, vm_service_client::VmServiceClient,
@@ -39,10 +40,11 @@ use crate::{
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long one attempt to connect may take. Longer means that a host that is off holds up the next endpoint.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a connection with an open call is probed, and how long the answer may take. This finds a controller
-/// that hangs or is cut off well within [`DEFAULT_TIMEOUT`], so that another one can still be asked.
-const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(2);
-const KEEP_ALIVE_ANSWER: Duration = Duration::from_secs(3);
+/// How often a connection with an open call is probed, and how long the answer may take: a controller that hangs or is cut
+/// off is left within 3 s, so that another one can still be asked. An answer needs no more than the controller's network task; an
+/// agent leaves a controller that is silent for as long. Shorter, and a controller whose machine is busy loses its clients.
+const KEEP_ALIVE_EVERY: Duration = Duration::from_secs(1);
+const KEEP_ALIVE_ANSWER: Duration = Duration::from_secs(2);
 /// Bytes typed into a console that may wait to be sent, in messages.
 const CONSOLE_INPUT_QUEUE: usize = 64;
 
@@ -53,6 +55,29 @@ pub struct Options {
     pub endpoints: Vec<String>,
     /// How long a call may take in all, with everything that is tried again.
     pub timeout: Duration,
+    /// How new the answers to reads must be.
+    pub reads: Reads,
+}
+
+/// How new the answer to a read must be, where a controller answers from its own copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reads {
+    /// It shows everything that was acknowledged before it was asked for.
+    #[default]
+    Linearizable,
+    /// It may be old.
+    Stale,
+}
+
+impl Reads {
+    /// The request, with this said.
+    fn mark<T>(self, request: T) -> Request<T> {
+        let mut request = Request::new(request);
+        if self == Self::Stale {
+            request.metadata_mut().insert(READ_METADATA_KEY, MetadataValue::from_static("stale"));
+        }
+        request
+    }
 }
 
 /// A handle on a cluster. Cheap to clone; clones share connections.
@@ -66,6 +91,16 @@ struct Shared {
     endpoints: Mutex<Endpoints>,
     channels: Mutex<HashMap<String, Channel>>,
     timeout: Duration,
+    reads: Reads,
+}
+
+/// A viewer's side of an open screen.
+#[derive(Debug)]
+pub struct Vnc {
+    /// What to send. The screen is closed when it is dropped.
+    pub input: mpsc::Sender<v1::VncRequest>,
+    /// What the VNC server says.
+    pub output: Streaming<v1::VncResponse>,
 }
 
 /// The user's side of an open console.
@@ -88,8 +123,9 @@ macro_rules! calls {
                 ///
                 /// The server's refusal, or that nobody could be reached.
                 pub async fn $name(&self, request: v1::$request) -> Result<v1::$answer, Status> {
+                    let reads = self.shared.reads;
                     self.call(Safety::$safety, request, |channel, request| async move {
-                        $service(channel).$name(request).await
+                        $service(channel).$name(reads.mark(request)).await
                     })
                     .await
                 }
@@ -103,6 +139,8 @@ calls! {
     get_vm(GetVmRequest) -> GetVmResponse, vms, Repeatable;
     /// Lists one page of VMs.
     list_vms(ListVmsRequest) -> ListVmsResponse, vms, Repeatable;
+    /// Changes a VM. The same call again changes nothing more.
+    update_vm(UpdateVmRequest) -> UpdateVmResponse, vms, Repeatable;
     /// Deletes a VM. Not tried again when the answer was lost: the name could belong to another VM by then.
     delete_vm(DeleteVmRequest) -> DeleteVmResponse, vms, Once;
     /// Makes running the desired state.
@@ -121,6 +159,8 @@ calls! {
     cordon_host(CordonHostRequest) -> CordonHostResponse, hosts, Repeatable;
     /// Lets a host take VMs again.
     uncordon_host(UncordonHostRequest) -> UncordonHostResponse, hosts, Repeatable;
+    /// Says what would become of VMs if their hosts died.
+    simulate_host_failure(SimulateHostFailureRequest) -> SimulateHostFailureResponse, hosts, Repeatable;
     /// Forgets a host.
     remove_host(RemoveHostRequest) -> RemoveHostResponse, hosts, Once;
     /// Shows one image.
@@ -150,6 +190,7 @@ impl Client {
             endpoints: Mutex::new(Endpoints::new(&options.endpoints)?),
             channels: Mutex::default(),
             timeout: options.timeout,
+            reads: options.reads,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -212,6 +253,34 @@ impl Client {
             input.try_send(first).expect("the queue is empty and its receiver is alive");
             let output = vms(channel).console(ReceiverStream::new(queue)).await?.into_inner();
             Ok(Response::new(Console { input, output }))
+        })
+        .await
+    }
+
+    /// Takes a screenshot: a PNG file in pieces. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn screenshot(
+        &self,
+        request: v1::ScreenshotRequest,
+    ) -> Result<Streaming<v1::ScreenshotResponse>, Status> {
+        self.call(Safety::Repeatable, request, |c, r| async move { vms(c).screenshot(r).await }).await
+    }
+
+    /// Opens a VNC connection. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn vnc(&self, open: v1::VncOpen) -> Result<Vnc, Status> {
+        self.call(Safety::Repeatable, open, |channel, open| async move {
+            let (input, queue) = mpsc::channel(CONSOLE_INPUT_QUEUE);
+            let first = v1::VncRequest { message: Some(v1::vnc_request::Message::Open(open)) };
+            input.try_send(first).expect("the queue is empty and its receiver is alive");
+            let output = vms(channel).vnc(ReceiverStream::new(queue)).await?.into_inner();
+            Ok(Response::new(Vnc { input, output }))
         })
         .await
     }

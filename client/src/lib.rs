@@ -9,6 +9,7 @@ pub mod client;
 pub mod dev;
 pub mod endpoints;
 pub mod exit;
+pub mod manifest;
 pub mod output;
 pub mod retry;
 pub mod units;

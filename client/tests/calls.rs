@@ -10,14 +10,14 @@ use std::{net::TcpListener, time::Duration};
 use fake::{Answer, Asked, Fake, VM_ID};
 use tokio::time::Instant;
 use tonic::{Code, Status};
-use uncloud_client::{Client, Options, watch::Step};
+use uncloud_client::{Client, Options, client::Reads, watch::Step};
 use uncloud_proto::{
     LEADER_METADATA_KEY,
     v1::{self, watch_vms_response::Event},
 };
 
 fn client(endpoints: &[String], timeout: Duration) -> Client {
-    Client::new(Options { endpoints: endpoints.to_vec(), timeout }).unwrap()
+    Client::new(Options { endpoints: endpoints.to_vec(), timeout, reads: Reads::default() }).unwrap()
 }
 
 fn get() -> v1::GetVmRequest {

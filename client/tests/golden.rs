@@ -52,7 +52,10 @@ fn running() -> v1::Vm {
         host_labels: [("rack".to_owned(), "1".to_owned())].into(),
         anti_affinity_group: "web".to_owned(),
         stop_grace_seconds: 60,
+        display: v1::DisplayType::Standard.into(),
+        guest_agent: v1::GuestAgentMode::Enabled.into(),
     };
+    let next_spec = v1::VmSpec { memory_mib: 2048, failover: v1::FailoverPolicy::Hold.into(), ..spec.clone() };
     v1::Vm {
         id: id(1),
         name: "web-1".to_owned(),
@@ -71,6 +74,7 @@ fn running() -> v1::Vm {
             phase: v1::VmPhase::Running.into(),
             since: ago(120),
             incarnation: 3,
+            addresses: vec!["10.0.2.15".to_owned(), "2001:db8::5".to_owned()],
             last_exit: Some(v1::LastExit {
                 code: -1,
                 signal: 9,
@@ -81,6 +85,8 @@ fn running() -> v1::Vm {
         }),
         created: ago(90_000),
         revision: 4711,
+        pending_restart: vec!["spec.memory_mib".to_owned(), "spec.failover".to_owned()],
+        next_spec: Some(next_spec),
         ..Default::default()
     }
 }
@@ -198,6 +204,31 @@ fn tables_of_hosts_images_and_the_cluster() {
     check("host-lines.txt", &[host(), down].iter().map(|h| output::host_line(h) + "\n").collect::<String>());
     let answer = v1::GetHostResponse { host: Some(host()), vms: vec![running()] };
     check("host-show.txt", &output::show_host(&answer, now));
+
+    let vm = |name: &str, outcome: v1::SimulatedOutcome, to: &str, reason: &str| v1::SimulatedVm {
+        vm_id: id(1),
+        name: name.to_owned(),
+        owner: "default".to_owned(),
+        from_host: "host-1".to_owned(),
+        outcome: outcome.into(),
+        to_host: to.to_owned(),
+        reason: reason.to_owned(),
+        vcpus: 2,
+        memory_mib: 1536,
+        priority: 5,
+    };
+    let answer = v1::SimulateHostFailureResponse {
+        summary: "1 of 3 VMs would move, 1 would wait for room elsewhere, 1 would wait for their hosts".to_owned(),
+        warnings: vec!["failover is switched off: nothing would move for the next 60 s".to_owned()],
+        vms: vec![
+            vm("web-1", v1::SimulatedOutcome::MovesWithNewDisks, "host-2", "the only host that can take it"),
+            vm("db", v1::SimulatedOutcome::Pending, "", "1 host: 1 lacks 1536 MiB of memory"),
+            vm("dns", v1::SimulatedOutcome::Unreachable, "", "`failover: hold` keeps it on its host"),
+        ],
+        more: 0,
+        revision: 12,
+    };
+    check("host-what-if.txt", &output::what_if(&answer));
 
     let file = |role: v1::ImageFileRole, source: &str, size_bytes| v1::ImageFile {
         role: role.into(),

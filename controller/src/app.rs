@@ -96,6 +96,8 @@ pub async fn control<S>(
         slot: part.slot.clone(),
         copy: part.copy.clone(),
         store: known,
+        clock: clock.clone(),
+        cpu_overcommit_percent: config.cpu_overcommit,
         address: config.address(),
         dial: edge.dial,
     };

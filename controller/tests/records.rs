@@ -14,8 +14,8 @@ use uncloud_controller::model::{
     host::{Accelerator, AcceleratorKind, Pool},
     image::{DiskFormat, FileRole, ImageFile, ImageKind},
     vm::{
-        Disk, DiskHome, Failover, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss, Placement, RestartPolicy,
-        VmSpec,
+        Disk, DiskHome, Display, Failover, GuestAgent, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss,
+        PendingSpec, Placement, RestartPolicy, VmSpec,
     },
 };
 use uncloud_proto::{
@@ -66,8 +66,15 @@ fn vm() -> VmRecord {
             host_labels: [("zone".to_owned(), "a".to_owned())].into(),
             anti_affinity_group: Some("web".into()),
             stop_grace_seconds: 60,
+            display: Display::Standard,
+            guest_agent: GuestAgent::Enabled,
             extra: Extra::new(),
         },
+        pending: Some(PendingSpec {
+            memory_mib: Some(1024),
+            failover: Some(Failover::Patient),
+            ..PendingSpec::default()
+        }),
         desired: Desired::Running,
         placement: Placement {
             host: Some(host_id()),
@@ -101,8 +108,11 @@ fn small_vm() -> VmRecord {
             priority: 0,
             host_labels: BTreeMap::new(),
             anti_affinity_group: None,
+            display: Display::None,
+            guest_agent: GuestAgent::Disabled,
             ..vm().spec
         },
+        pending: None,
         desired: Desired::Stopped,
         placement: Placement { host: None, incarnation: Incarnation::NONE, why: "created stopped".into(), since: AT },
         restarts: 0,

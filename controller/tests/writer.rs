@@ -155,6 +155,7 @@ async fn fields_of_a_newer_program_survive_a_rewrite() {
         disks_ready: true,
         last_exit: None,
         next_attempt: None,
+        addresses: Vec::new(),
         restarts_done: 0,
     };
     let host = host_facts(1).id;

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use uncloud_proto::v1::{
-    CreateImageRequest, CreateVmRequest, Disk, ImageFile, ImageFileRole, ImageKind, KernelBoot, VmSpec,
+    CreateImageRequest, CreateVmRequest, Disk, DisplayType, GuestAgentMode, ImageFile, ImageFileRole, ImageKind,
+    KernelBoot, VmSpec,
 };
 
 use crate::paths;
@@ -21,7 +22,16 @@ pub const LOCAL: &str = "local";
 #[must_use]
 pub fn micro(name: &str) -> CreateVmRequest {
     let disk = Disk { image: MICRO.into(), ..Disk::default() };
-    request(name, VmSpec { memory_mib: 16, machine: "pc".into(), disks: vec![disk], ..VmSpec::default() })
+    let spec = VmSpec {
+        memory_mib: 16,
+        machine: "pc".into(),
+        disks: vec![disk],
+        // It has nothing to show and knows no agent, and many of them run at once.
+        display: DisplayType::None.into(),
+        guest_agent: GuestAgentMode::Disabled.into(),
+        ..VmSpec::default()
+    };
+    request(name, spec)
 }
 
 /// The Linux guest: [`LINUX`] and an empty disk in the shared pool.

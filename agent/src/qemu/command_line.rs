@@ -18,6 +18,14 @@ use uncloud_proto::ids::{Incarnation, VmId};
 pub const QMP_SOCKETS: usize = 3;
 /// The serial console's socket.
 pub const CONSOLE_SOCKET: &str = "console.sock";
+/// The VNC server's socket.
+pub const VNC_SOCKET: &str = "vnc.sock";
+/// The guest agent's socket.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// The guest agent's channel as QMP names its back end.
+pub const AGENT_CHARDEV: &str = "agent0";
+/// The guest agent's channel as QMP's events name it.
+pub const AGENT_PORT: &str = "agentport0";
 /// All that the guest ever wrote to its serial console.
 pub const SERIAL_LOG: &str = "serial.log";
 /// What QEMU may use for translated code, in MiB. Its own default is up to 1 GiB for each VM.
@@ -88,6 +96,24 @@ pub struct UserNic {
     pub mac: String,
 }
 
+/// What the screen is shown with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Screen {
+    /// There is none.
+    None,
+    /// A VGA card, with a VNC server on a socket in the VM's directory.
+    Vga,
+}
+
+/// Whether there is a channel to a guest agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentChannel {
+    /// There is none.
+    None,
+    /// A virtio serial port with a socket in the VM's directory.
+    VirtioSerial,
+}
+
 /// Everything that the command line says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineSpec {
@@ -111,6 +137,10 @@ pub struct MachineSpec {
     pub disks: Vec<DiskFile>,
     /// The NICs, likewise.
     pub nics: Vec<UserNic>,
+    /// The screen.
+    pub screen: Screen,
+    /// The channel to a guest agent.
+    pub agent: AgentChannel,
 }
 
 /// The command line, the program first.
@@ -133,6 +163,15 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     argv.option("-device", "virtio-rng-pci,id=rng0");
     // Lets the guest say that its kernel panicked.
     argv.option("-device", "pvpanic-pci,id=pvpanic0");
+    // Last, so that the other devices have the same places with and without them.
+    match spec.agent {
+        AgentChannel::None => {}
+        AgentChannel::VirtioSerial => argv.agent_channel(),
+    }
+    match spec.screen {
+        Screen::None => {}
+        Screen::Vga => argv.screen(),
+    }
     argv.0
 }
 
@@ -194,6 +233,21 @@ impl Argv {
         let log = format!("logfile={SERIAL_LOG},logappend=on");
         self.option("-chardev", format!("socket,id=console0,path={CONSOLE_SOCKET},server=on,wait=off,{log}"));
         self.option("-serial", "chardev:console0");
+    }
+
+    fn agent_channel(&mut self) {
+        self.option("-device", "virtio-serial-pci,id=serial0");
+        self.option("-chardev", format!("socket,id={AGENT_CHARDEV},path={AGENT_SOCKET},server=on,wait=off"));
+        let port = format!("chardev={AGENT_CHARDEV},id={AGENT_PORT},name=org.qemu.guest_agent.0");
+        self.option("-device", format!("virtserialport,bus=serial0.0,nr=1,{port}"));
+    }
+
+    fn screen(&mut self) {
+        self.option("-device", "VGA,id=vga0");
+        // Points where the viewer points. A guest without a driver for it has the board's PS/2 mouse.
+        self.option("-device", "virtio-tablet-pci,id=tablet0");
+        // Several may look; none waits for another, and none is waited for.
+        self.option("-vnc", format!("unix:{VNC_SOCKET},share=force-shared"));
     }
 
     fn boot(&mut self, spec: &MachineSpec) {
@@ -267,6 +321,8 @@ mod tests {
                 DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
             ],
             nics: vec![UserNic { mac: "42:00:00:00:00:01".into() }, UserNic { mac: "42:00:00:00:00:02".into() }],
+            screen: Screen::Vga,
+            agent: AgentChannel::VirtioSerial,
         }
     }
 
@@ -303,6 +359,8 @@ mod tests {
                 kernel: Some(kernel),
                 disks: spec().disks[..1].to_vec(),
                 nics: vec![],
+                screen: Screen::None,
+                agent: AgentChannel::None,
                 ..spec()
             },
         );

@@ -6,6 +6,7 @@
 
 use std::{
     io,
+    net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -24,6 +25,7 @@ use uncloud_proto::ids::{Incarnation, VmId};
 use super::{
     command_line::{QMP_SOCKETS, qmp_socket},
     files::{self, Exit, KeeperRecord},
+    guest_agent,
     pidfd::Process,
     qmp::{self, Client, Event, Events},
 };
@@ -45,6 +47,8 @@ pub enum InstanceEvent {
     GuestPanicked,
     /// The guest reset the machine; it goes on.
     GuestReset,
+    /// The guest's agent has said which addresses the guest has.
+    GuestAddresses(Vec<IpAddr>),
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }
@@ -72,7 +76,13 @@ impl Instance {
         let facts = Arc::new(Facts::default());
         let (connected, receiver) = watch::channel(None);
         let qemu = processes.qemu.clone();
-        let watcher = Watcher { vm_dir: vm_dir.to_owned(), record: record.clone(), facts: facts.clone(), connected };
+        let watcher = Watcher {
+            vm_dir: vm_dir.to_owned(),
+            record: record.clone(),
+            facts: facts.clone(),
+            connected,
+            agent_open: watch::Sender::new(false),
+        };
         let watcher = tokio::spawn(watcher.run(processes, link)).abort_handle();
         Self {
             incarnation: record.incarnation,
@@ -198,6 +208,7 @@ struct Untold {
     reset: bool,
     panicked: bool,
     shutdown: bool,
+    addresses: Option<Vec<IpAddr>>,
     ended: Option<Exit>,
 }
 
@@ -212,6 +223,7 @@ impl Facts {
             InstanceEvent::GuestReset => untold.reset = true,
             InstanceEvent::GuestPanicked => untold.panicked = true,
             InstanceEvent::GuestShutdown => untold.shutdown = true,
+            InstanceEvent::GuestAddresses(addresses) => untold.addresses = Some(addresses),
             InstanceEvent::Ended(exit) => untold.ended = Some(exit),
         }
         drop(untold);
@@ -227,6 +239,8 @@ impl Facts {
             Some(InstanceEvent::GuestPanicked)
         } else if std::mem::take(&mut untold.shutdown) {
             Some(InstanceEvent::GuestShutdown)
+        } else if let Some(addresses) = untold.addresses.take() {
+            Some(InstanceEvent::GuestAddresses(addresses))
         } else {
             untold.ended.take().map(InstanceEvent::Ended)
         }
@@ -239,6 +253,8 @@ struct Watcher {
     record: KeeperRecord,
     facts: Arc<Facts>,
     connected: watch::Sender<Option<Arc<Client>>>,
+    /// Whether somebody in the guest has the agent's channel open.
+    agent_open: watch::Sender<bool>,
 }
 
 impl Watcher {
@@ -246,6 +262,7 @@ impl Watcher {
         let exit = tokio::select! {
             exit = self.end(&processes) => exit,
             never = self.listen(link) => match never {},
+            never = self.ask_guest() => match never {},
         };
         self.connected.send_replace(None);
         self.facts.add(InstanceEvent::Ended(exit));
@@ -293,10 +310,51 @@ impl Watcher {
                 return;
             }
         }
+        match client.execute("query-chardev", None).await {
+            Ok(answer) => self.note_agent(guest_agent::is_open(&answer)),
+            Err(e) => {
+                tracing::debug!(vm = %self.record.vm, error = %e, "the guest agent's channel cannot be asked for")
+            }
+        }
         drop(client);
         while let Some(event) = events.next().await {
+            if let Some(open) = guest_agent::opened(&event) {
+                self.note_agent(open);
+            }
             if let Some(event) = meaning(&event) {
                 self.facts.add(event);
+            }
+        }
+    }
+}
+
+impl Watcher {
+    fn note_agent(&self, open: bool) {
+        self.agent_open.send_if_modified(|was| std::mem::replace(was, open) != open);
+    }
+
+    /// Asks the guest's agent for its addresses now and then, while there is one. The guest decides what comes back, so it is
+    /// bounded in size and time, and how often a guest makes itself be asked is, too.
+    async fn ask_guest(&self) -> std::convert::Infallible {
+        let mut open = self.agent_open.subscribe();
+        loop {
+            if open.wait_for(|open| *open).await.is_err() {
+                return std::future::pending().await; // cannot be: the sender lives as long as this
+            }
+            let pause = match guest_agent::addresses(&self.vm_dir, &self.record).await {
+                Ok(addresses) => {
+                    self.facts.add(InstanceEvent::GuestAddresses(addresses));
+                    guest_agent::EVERY
+                }
+                Err(e) => {
+                    tracing::debug!(vm = %self.record.vm, error = %e, "the guest's agent did not answer");
+                    guest_agent::AGAIN
+                }
+            };
+            sleep(guest_agent::AT_LEAST).await;
+            tokio::select! {
+                () = sleep(pause) => {}
+                _ = open.changed() => {}
             }
         }
     }

@@ -7,7 +7,9 @@
 pub mod command_line;
 pub mod console;
 mod files;
+mod guest_agent;
 mod instance;
 mod pidfd;
 pub mod process;
 pub mod qmp;
+pub mod screen;

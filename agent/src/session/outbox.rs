@@ -97,6 +97,7 @@ impl Entry {
             }),
             next_attempt: r.next_attempt.map(|t| t.to_proto()),
             restarts_done: r.restarts_done,
+            addresses: r.addresses.clone(),
         }
     }
 }
@@ -170,6 +171,7 @@ mod tests {
             last_exit: None,
             next_attempt: None,
             restarts_done: 0,
+            addresses: Vec::new(),
         }
     }
 

@@ -400,6 +400,7 @@ impl<H: Hypervisor> Session<H> {
                         last_exit: None,
                         next_attempt: None,
                         restarts_done: 0,
+                        addresses: Vec::new(),
                     };
                     self.manager.host().outbox.put(vm, report);
                 }

@@ -1,4 +1,4 @@
-//! Consoles and logs: streams of bytes that the leader asks for, each an RPC of its own on the session's connection.
+//! Consoles, logs and screens: streams of bytes that the leader asks for, each an RPC of its own on the session's connection.
 
 use std::{
     collections::BTreeMap,
@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::{Semaphore, mpsc},
     time,
 };
@@ -23,8 +24,12 @@ use uncloud_proto::{
 };
 
 use crate::{
-    qemu::console::{self, Console},
+    qemu::{
+        console::{self, Console},
+        screen,
+    },
     records::VmDirs,
+    vm::runner::chain,
 };
 
 /// So many streams are open at once.
@@ -43,6 +48,8 @@ pub struct Streams {
     dirs: VmDirs,
     consoles: Arc<Mutex<BTreeMap<VmId, Console>>>,
     open: Arc<Semaphore>,
+    /// One picture at a time: each is up to 32 MiB in memory, and takes a file.
+    pictures: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// How long the leader may take to read the end of a stream, of which this host keeps a megabyte or two.
@@ -54,7 +61,7 @@ impl Streams {
     /// For the VMs that have their directories here.
     #[must_use]
     pub fn new(host: HostId, dirs: VmDirs) -> Self {
-        Self { host, dirs, consoles: Arc::default(), open: Arc::new(Semaphore::new(MOST)) }
+        Self { host, dirs, consoles: Arc::default(), open: Arc::new(Semaphore::new(MOST)), pictures: Arc::default() }
     }
 
     /// Carries one stream until either side ends it.
@@ -89,7 +96,7 @@ impl Streams {
         incoming: &mut Streaming<AttachStreamResponse>,
     ) -> Result<(), String> {
         let Ok(_open) = self.open.try_acquire() else {
-            return Err(format!("this host has {MOST} consoles and logs open already; close some"));
+            return Err(format!("this host has {MOST} consoles, logs and screens open already; close some"));
         };
         let vm: VmId = request.vm_id.parse().map_err(|e| format!("vm_id: {e}"))?;
         if !self.dirs.dir(vm).exists() {
@@ -98,6 +105,8 @@ impl Streams {
         match request.kind() {
             StreamKind::Console => self.console(vm, request.history_bytes, sender, incoming).await,
             StreamKind::Log => self.log(vm, request, sender).await,
+            StreamKind::Vnc => self.vnc(vm, sender, incoming).await,
+            StreamKind::Screenshot => self.screenshot(vm, sender).await,
             StreamKind::Unspecified => Err("this agent does not know that kind of stream".to_owned()),
         }
     }
@@ -135,6 +144,48 @@ impl Streams {
             () = out => {}
             () = input => {}
         }
+        Ok(())
+    }
+
+    /// Joins a viewer and QEMU's VNC server. QEMU does not wait for a viewer that is slow, and a QEMU that does not read makes the
+    /// viewer wait.
+    async fn vnc(
+        &self,
+        vm: VmId,
+        sender: &Sender,
+        incoming: &mut Streaming<AttachStreamResponse>,
+    ) -> Result<(), String> {
+        let socket = screen::connect_vnc(&self.dirs.dir(vm)).await.map_err(|e| chain(&e))?;
+        let (mut read, mut write) = socket.into_split();
+        let out = async {
+            let mut bytes = vec![0; CHUNK];
+            while let Ok(n @ 1..) = read.read(&mut bytes).await {
+                if !send(sender, &bytes[..n]).await {
+                    return;
+                }
+            }
+        };
+        let input = async {
+            while let Ok(Some(message)) = incoming.message().await {
+                if write.write_all(&message.data).await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::select! {
+            () = out => {}
+            () = input => {}
+            () = sender.closed() => {}
+        }
+        Ok(())
+    }
+
+    async fn screenshot(&self, vm: VmId, sender: &Sender) -> Result<(), String> {
+        let picture = {
+            let _turn = self.pictures.lock().await;
+            screen::picture(&self.dirs.dir(vm)).await.map_err(|e| chain(&e))?
+        };
+        send(sender, &picture).await;
         Ok(())
     }
 

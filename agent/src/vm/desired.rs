@@ -124,6 +124,34 @@ pub struct Spec {
     pub priority: u32,
     /// How long the guest may take to power down, in seconds.
     pub stop_grace_seconds: u32,
+    /// Whether it has a screen.
+    #[serde(default)]
+    pub display: Display,
+    /// Whether it has a channel to a guest agent.
+    #[serde(default)]
+    pub guest_agent: GuestAgent,
+}
+
+/// What a VM shows its screen with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Display {
+    /// It has none.
+    #[default]
+    None,
+    /// A VGA card.
+    Standard,
+}
+
+/// Whether a VM has a channel to a guest agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GuestAgent {
+    /// It has none.
+    #[default]
+    Disabled,
+    /// It has one.
+    Enabled,
 }
 
 /// QEMU's machine type.
@@ -412,6 +440,15 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
         class,
         priority: s.priority,
         stop_grace_seconds: s.stop_grace_seconds,
+        display: match s.display() {
+            // A controller that knows no screens says nothing.
+            v1::DisplayType::Unspecified | v1::DisplayType::None => Display::None,
+            v1::DisplayType::Standard => Display::Standard,
+        },
+        guest_agent: match s.guest_agent() {
+            v1::GuestAgentMode::Unspecified | v1::GuestAgentMode::Disabled => GuestAgent::Disabled,
+            v1::GuestAgentMode::Enabled => GuestAgent::Enabled,
+        },
     })
 }
 

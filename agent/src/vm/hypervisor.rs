@@ -68,6 +68,8 @@ pub enum InstanceEvent {
     GuestPanicked,
     /// The machine was reset.
     GuestReset,
+    /// The guest has said which addresses it has.
+    GuestAddresses(Vec<String>),
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }

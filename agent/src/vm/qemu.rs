@@ -7,12 +7,12 @@ use tracing::warn;
 use uncloud_proto::ids::{Incarnation, VmId};
 
 use super::{
-    desired::{Desired, Machine},
+    desired::{Desired, Display, GuestAgent, Machine},
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
 };
 use crate::{
     qemu::{
-        command_line::{self, AcceleratorChoice, DiskFile, KernelFiles, MachineSpec, UserNic},
+        command_line::{self, AcceleratorChoice, AgentChannel, DiskFile, KernelFiles, MachineSpec, Screen, UserNic},
         process::{self, ExitOutcome, Launch, VmUser},
     },
     records::VmDirs,
@@ -121,6 +121,14 @@ fn machine(
         }),
         disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
         nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
+        screen: match spec.display {
+            Display::None => Screen::None,
+            Display::Standard => Screen::Vga,
+        },
+        agent: match spec.guest_agent {
+            GuestAgent::Disabled => AgentChannel::None,
+            GuestAgent::Enabled => AgentChannel::VirtioSerial,
+        },
     })
 }
 
@@ -174,6 +182,9 @@ impl Instance for process::Instance {
             process::InstanceEvent::GuestShutdown => InstanceEvent::GuestShutdown,
             process::InstanceEvent::GuestPanicked => InstanceEvent::GuestPanicked,
             process::InstanceEvent::GuestReset => InstanceEvent::GuestReset,
+            process::InstanceEvent::GuestAddresses(addresses) => {
+                InstanceEvent::GuestAddresses(addresses.iter().map(ToString::to_string).collect())
+            }
             process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
         }
     }

@@ -167,6 +167,7 @@ impl<H: Hypervisor> Runner<H> {
             InstanceEvent::GuestShutdown => self.handle(Event::GuestShutdown).await,
             InstanceEvent::GuestPanicked => self.handle(Event::GuestPanicked).await,
             InstanceEvent::GuestReset => debug!("the machine was reset"),
+            InstanceEvent::GuestAddresses(addresses) => self.handle(Event::GuestAddresses(addresses)).await,
             InstanceEvent::Ended(exit) => {
                 info!(incarnation = %exit.incarnation, "{}", exit.kind);
                 self.instance = None;

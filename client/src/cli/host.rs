@@ -18,6 +18,8 @@ pub(crate) enum Command {
     Uncordon(Named),
     /// Forgets a host that is down and has no VMs.
     Remove(Named),
+    /// Says where VMs would go if these hosts died now, and which would not fit.
+    WhatIf(WhatIf),
     /// Shows all hosts, then every change, until Ctrl-C.
     Watch(Watch),
 }
@@ -35,6 +37,13 @@ pub(crate) struct Cordon {
     /// Why, for those who wonder.
     #[arg(long, default_value = "", hide_default_value = true)]
     reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WhatIf {
+    /// The hosts that die at once: name, UUID or unique prefix of each.
+    #[arg(required = true, value_name = "HOST")]
+    hosts: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -68,6 +77,10 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Remove(Named { host }) => {
             let answer = client.remove_host(v1::RemoveHostRequest { host: host.clone() }).await?;
             context.print(&answer, |_| format!("{} is forgotten.", output::clean(&host)))
+        }
+        Command::WhatIf(WhatIf { hosts }) => {
+            let answer = client.simulate_host_failure(v1::SimulateHostFailureRequest { hosts }).await?;
+            context.print(&answer, output::what_if)
         }
         Command::Watch(Watch { from_revision }) => watch(context, from_revision).await,
     }

@@ -2,6 +2,7 @@
 //!
 //! Data goes to stdout, everything else to stderr; `exit.rs` says what the exit codes mean.
 
+mod apply;
 mod completions;
 mod dev;
 mod error;
@@ -21,7 +22,7 @@ use uncloud_proto::clock::{Clock, WallTime};
 
 pub(crate) use self::{error::Error, signals::Signals};
 use crate::{
-    client::{Client, Options},
+    client::{Client, Options, Reads},
     exit::{self, Exit},
     output::{self, Format, json},
     units,
@@ -75,6 +76,10 @@ struct Global {
         help_heading = "Global options"
     )]
     timeout: Duration,
+    /// Takes an answer that may be old from any controller that has one, also when etcd does not answer. Counts for what is
+    /// shown of VMs, images and events, and for what-if.
+    #[arg(long, global = true, help_heading = "Global options")]
+    stale: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -88,6 +93,10 @@ enum Command {
     /// Images: what disks and kernels are made from.
     #[command(subcommand)]
     Image(image::Command),
+    /// Makes VMs as files describe them: creates those that are not there, and changes the others.
+    ///
+    /// What a file does not say of a VM is left as it is.
+    Apply(apply::Arguments),
     /// Shows the cluster as a whole, and what an operator should look at.
     Status,
     /// Shows what happened.
@@ -168,18 +177,21 @@ pub fn definition() -> clap::Command {
 }
 
 async fn run(cli: Cli) -> Result<Exit, Error> {
-    let Global { endpoint, owner, output, timeout } = cli.global;
+    let Global { endpoint, owner, output, timeout, stale } = cli.global;
     let command = match cli.command {
         Command::Completions(arguments) => return completions::run(&arguments).map(|()| Exit::Done),
         Command::Dev(arguments) => return dev::run(arguments).await,
         other => other,
     };
-    let client = Client::new(Options { endpoints: endpoint, timeout }).map_err(|e| Error::Usage(e.to_string()))?;
+    let reads = if stale { Reads::Stale } else { Reads::Linearizable };
+    let client =
+        Client::new(Options { endpoints: endpoint, timeout, reads }).map_err(|e| Error::Usage(e.to_string()))?;
     let context = Context { client, owner, format: output, clock: Clock::system() };
     match command {
         Command::Vm(command) => vm::run(&context, command).await?,
         Command::Host(command) => host::run(&context, command).await?,
         Command::Image(command) => image::run(&context, command).await?,
+        Command::Apply(arguments) => apply::run(&context, arguments).await?,
         Command::Status => status::run(&context).await?,
         Command::Events(arguments) => events::run(&context, arguments).await?,
         Command::Failover(command) => failover::run(&context, command).await?,

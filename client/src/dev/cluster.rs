@@ -27,7 +27,7 @@ use super::{
     power::{self, Identity},
     process::{Death, Process, tail},
 };
-use crate::client::{Client, DEFAULT_TIMEOUT, Options as ClientOptions};
+use crate::client::{Client, DEFAULT_TIMEOUT, Options as ClientOptions, Reads};
 
 /// How long a start may take. Far longer than it does: etcd needs about a second, an agent's probe 0.3 s.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -140,7 +140,7 @@ impl Cluster {
         }
         options.dir = std::path::absolute(&options.dir).map_err(io_error("find the directory"))?;
         let endpoints = vec![address.to_string()];
-        let client = Client::new(ClientOptions { endpoints, timeout: DEFAULT_TIMEOUT })
+        let client = Client::new(ClientOptions { endpoints, timeout: DEFAULT_TIMEOUT, reads: Reads::default() })
             .expect("the address of a socket is a valid endpoint");
         Ok(Self { options, address, client, controller: None, hosts: Vec::new(), is_down: false })
     }

@@ -27,7 +27,7 @@ use super::{
     looker::{Looker, Sight},
 };
 use crate::{
-    client::{Client, Options as ClientOptions},
+    client::{Client, Options as ClientOptions, Reads},
     output::{Columns, clean, say, vm_line, vms},
     units,
     wait::{Goal, Verdict, judge},
@@ -151,7 +151,8 @@ impl Guest {
     fn listen(&mut self, cluster: &Cluster) -> Result<(), String> {
         // Short, so that a try that goes to a host that is gone does not delay what is measured.
         let timeout = Duration::from_millis(500);
-        let options = ClientOptions { endpoints: vec![cluster.address().to_string()], timeout };
+        let options =
+            ClientOptions { endpoints: vec![cluster.address().to_string()], timeout, reads: Reads::default() };
         let client = Client::new(options).map_err(|e| e.to_string())?;
         if let Some(old) = self.listener.take() {
             old.abort();

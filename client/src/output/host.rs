@@ -97,6 +97,40 @@ pub fn show_host(answer: &v1::GetHostResponse, now: WallTime) -> String {
     out
 }
 
+/// What would become of VMs if their hosts died.
+#[must_use]
+pub fn what_if(answer: &v1::SimulateHostFailureResponse) -> String {
+    let mut out = format!("{}\n", super::clean(&answer.summary));
+    for warning in &answer.warnings {
+        out.push_str(&format!("Warning: {}\n", super::clean(warning)));
+    }
+    if !answer.vms.is_empty() {
+        let rows: Vec<Vec<String>> = answer
+            .vms
+            .iter()
+            .map(|vm| {
+                vec![
+                    vm.owner.clone(),
+                    vm.name.clone(),
+                    vm.from_host.clone(),
+                    word(vm.outcome().as_str_name(), "SIMULATED_OUTCOME_").replace('_', " "),
+                    or_dash(&vm.to_host),
+                    vm.vcpus.to_string(),
+                    mib(vm.memory_mib),
+                    vm.priority.to_string(),
+                    vm.reason.clone(),
+                ]
+            })
+            .collect();
+        let header = ["OWNER", "VM", "HOST", "WOULD BE", "ON", "VCPUS", "MEMORY", "PRIORITY", "BECAUSE"];
+        out.push_str(&format!("\n{}\n", table(&header, &rows)));
+    }
+    if answer.more > 0 {
+        out.push_str(&format!("\nand {} more VMs\n", answer.more));
+    }
+    out
+}
+
 fn heartbeat(h: &v1::Host) -> String {
     match h.state() {
         v1::HostState::Up | v1::HostState::Silent => {

@@ -16,7 +16,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 
 pub use self::{
     cluster::{event_line, events, status},
-    host::{host_line, hosts, show_host},
+    host::{host_line, hosts, show_host, what_if},
     image::{images, show_image},
     text::{clean, clean_lines},
     vm::{Columns, explain, phase_word, show_vm, vm_line, vms},

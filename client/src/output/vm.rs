@@ -112,6 +112,9 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         ("Host labels", labels(&spec.host_labels)),
         ("Anti-affinity", spec.anti_affinity_group.clone()),
         ("Stop grace", format!("{}s", spec.stop_grace_seconds)),
+        ("Display", word(spec.display().as_str_name(), "DISPLAY_TYPE_")),
+        ("Guest agent", word(spec.guest_agent().as_str_name(), "GUEST_AGENT_MODE_")),
+        ("Next start", next_start(vm)),
         ("Created", moment_and_age(vm.created.as_ref(), now)),
         ("Revision", vm.revision.to_string()),
     ]);
@@ -163,6 +166,20 @@ fn failover(spec: &v1::VmSpec) -> String {
         v1::DiskLossPolicy::Recreate => format!("{policy}, with new disks if they are lost"),
         v1::DiskLossPolicy::Wait | v1::DiskLossPolicy::Unspecified => policy,
     }
+}
+
+/// What is different from the next start on.
+fn next_start(vm: &v1::Vm) -> String {
+    let Some(next) = &vm.next_spec else { return String::new() };
+    let value = |field: &str| match field {
+        "spec.vcpus" => format!("vCPUs {}", next.vcpus),
+        "spec.memory_mib" => format!("memory {}", mib(next.memory_mib)),
+        "spec.failover" => format!("failover {}", word(next.failover().as_str_name(), "FAILOVER_POLICY_")),
+        "spec.display" => format!("display {}", word(next.display().as_str_name(), "DISPLAY_TYPE_")),
+        "spec.guest_agent" => format!("guest agent {}", word(next.guest_agent().as_str_name(), "GUEST_AGENT_MODE_")),
+        other => other.to_owned(),
+    };
+    vm.pending_restart.iter().map(|f| value(f)).collect::<Vec<_>>().join(", ")
 }
 
 fn last_exit(exit: &v1::LastExit, now: WallTime) -> String {

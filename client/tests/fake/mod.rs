@@ -96,6 +96,8 @@ impl VmService for Fake {
     type WatchVmsStream = Answers<v1::WatchVmsResponse>;
     type ConsoleStream = Answers<v1::ConsoleResponse>;
     type GetVmLogStream = Answers<v1::GetVmLogResponse>;
+    type ScreenshotStream = Answers<v1::ScreenshotResponse>;
+    type VncStream = Answers<v1::VncResponse>;
 
     async fn create_vm(&self, r: Request<v1::CreateVmRequest>) -> Result<Response<v1::CreateVmResponse>, Status> {
         let request_id = r.into_inner().request_id;
@@ -127,6 +129,18 @@ impl VmService for Fake {
     }
 
     async fn list_vms(&self, _: Request<v1::ListVmsRequest>) -> Result<Response<v1::ListVmsResponse>, Status> {
+        not_here()
+    }
+
+    async fn update_vm(&self, _: Request<v1::UpdateVmRequest>) -> Result<Response<v1::UpdateVmResponse>, Status> {
+        not_here()
+    }
+
+    async fn screenshot(&self, _: Request<v1::ScreenshotRequest>) -> Result<Response<Self::ScreenshotStream>, Status> {
+        not_here()
+    }
+
+    async fn vnc(&self, _: Request<Streaming<v1::VncRequest>>) -> Result<Response<Self::VncStream>, Status> {
         not_here()
     }
 

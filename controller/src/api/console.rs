@@ -1,4 +1,4 @@
-//! Consoles and logs: a stream of bytes between a client and an agent, through this controller.
+//! Consoles, logs and screens: a stream of bytes between a client and an agent, through this controller.
 //!
 //! The leader asks the agent over its session (`OpenStream`), the agent calls `AttachStream`, and the two streams are
 //! joined. Nothing is stored here. Queues are bounded in both directions, and a side that does not read makes the other
@@ -51,8 +51,35 @@ pub(super) async fn console(
         ..Default::default()
     };
     let (joined, input, done) = join(context, &target.vm, request).await?;
-    tokio::spawn(type_in(inbound, input, done, joined.sender.clone()));
+    let typed = inbound.map(|message| Ok(validate::console_input(message?)?));
+    tokio::spawn(type_in(typed, input, done, joined.sender.clone(), HalfClose::GoesOnReading));
     Ok(joined.map(|piece| piece.map(|output| v1::ConsoleResponse { output: output.into() })))
+}
+
+/// Opens a VNC connection.
+pub(super) async fn vnc(
+    context: &Context,
+    mut inbound: Streaming<v1::VncRequest>,
+) -> Result<impl Stream<Item = Result<v1::VncResponse, Status>> + Send + use<>, Status> {
+    let first = time::timeout(ATTACH_TIMEOUT, inbound.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("there was no first message; send `open` with the VM at once"))??;
+    let vm = validate::vnc_open(first)?;
+    let request = v1::OpenStream { kind: v1::StreamKind::Vnc.into(), ..Default::default() };
+    let (joined, input, done) = join(context, &vm, request).await?;
+    let sent = inbound.map(|message| Ok(validate::vnc_data(message?)?));
+    tokio::spawn(type_in(sent, input, done, joined.sender.clone(), HalfClose::Ends));
+    Ok(joined.map(|piece| piece.map(|data| v1::VncResponse { data: data.into() })))
+}
+
+/// Takes a screenshot.
+pub(super) async fn screenshot(
+    context: &Context,
+    vm: &VmRef,
+) -> Result<impl Stream<Item = Result<v1::ScreenshotResponse, Status>> + Send + use<>, Status> {
+    let request = v1::OpenStream { kind: v1::StreamKind::Screenshot.into(), ..Default::default() };
+    let joined = listen(context, vm, request).await?;
+    Ok(joined.map(|piece| piece.map(|data| v1::ScreenshotResponse { data: data.into() })))
 }
 
 /// Opens a log.
@@ -66,13 +93,18 @@ pub(super) async fn log(
         follow: target.follow,
         ..Default::default()
     };
-    let (joined, input, done) = join(context, &target.vm, request).await?;
-    // Nothing is ever typed. The agent's side stays open until the stream ends.
+    let joined = listen(context, &target.vm, request).await?;
+    Ok(joined.map(|piece| piece.map(|data| v1::GetVmLogResponse { data: data.into() })))
+}
+
+/// A stream into which nothing is ever typed. The agent's side stays open until it ends.
+async fn listen(context: &Context, vm: &VmRef, request: v1::OpenStream) -> Result<Joined, Status> {
+    let (joined, input, done) = join(context, vm, request).await?;
     tokio::spawn(async move {
         done.cancelled().await;
         drop(input);
     });
-    Ok(joined.map(|piece| piece.map(|data| v1::GetVmLogResponse { data: data.into() })))
+    Ok(joined)
 }
 
 /// What the client receives. Dropped with the client's stream, it ends the agent's.
@@ -131,7 +163,7 @@ async fn find(context: &Context, vm: &VmRef, request: &mut v1::OpenStream) -> Re
         request.vm_id = id.to_string();
         let host = state.vm(id).and_then(|entry| entry.record.placement.host);
         let Some(host) = host else {
-            let message = "the VM has no host, so it has no console; `explain` says why";
+            let message = "the VM has no host, so there is nothing to look at; `explain` says why";
             return Err(crate::state::command::Refusal::Precondition(message.to_owned()).into());
         };
         let name = state.host(host).map_or_else(|| host.to_string(), |h| h.record.name.clone());
@@ -150,35 +182,43 @@ fn unreachable_host(host: &Where, error: AskError) -> Status {
     }
 }
 
-/// Passes on what the client types. A client that closes its side goes on reading.
+/// What a client means that closes its side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HalfClose {
+    /// It has typed all that it wants to type, and looks on.
+    GoesOnReading,
+    /// It has gone.
+    Ends,
+}
+
+/// Passes on what the client sends. An error of `inbound` is what is wrong with it, or that the client has gone.
 async fn type_in(
-    mut inbound: Streaming<v1::ConsoleRequest>,
+    mut inbound: impl Stream<Item = Result<Vec<u8>, Status>> + Unpin,
     input: mpsc::Sender<Bytes>,
     done: CancellationToken,
     output: mpsc::WeakSender<Result<Bytes, Status>>,
+    half_close: HalfClose,
 ) {
     let typing = async {
         loop {
-            match inbound.message().await {
-                Ok(Some(message)) => match validate::console_input(message) {
-                    Ok(bytes) => {
-                        if input.send(bytes.into()).await.is_err() {
-                            return; // the agent has gone, and `done` says so
-                        }
+            match inbound.next().await {
+                Some(Ok(bytes)) => {
+                    if input.send(bytes.into()).await.is_err() {
+                        return; // the agent has gone, and `done` says so
                     }
-                    Err(violations) => {
-                        if let Some(output) = output.upgrade() {
-                            // If it is full the stream just ends.
-                            let _ = output.try_send(Err(violations.into()));
-                        }
-                        done.cancel();
-                        return;
+                }
+                Some(Err(status)) => {
+                    if let Some(output) = output.upgrade() {
+                        // If it is full the stream just ends.
+                        let _ = output.try_send(Err(status));
                     }
-                },
-                Ok(None) => return,
-                // The client has gone.
-                Err(_) => {
                     done.cancel();
+                    return;
+                }
+                None => {
+                    if half_close == HalfClose::Ends {
+                        done.cancel();
+                    }
                     return;
                 }
             }

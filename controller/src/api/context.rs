@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::watch;
 use tonic::{Status, metadata::MetadataMap};
-use uncloud_proto::READ_METADATA_KEY;
+use uncloud_proto::{READ_METADATA_KEY, clock::Clock};
 
 use super::error;
 use crate::{
@@ -25,6 +25,10 @@ pub(crate) struct Context {
     pub(crate) copy: WarmCopy,
     /// etcd, once it has been reached.
     pub(crate) store: watch::Receiver<Option<Store>>,
+    /// The time.
+    pub(crate) clock: Clock,
+    /// vCPUs promised per CPU thread, in percent.
+    pub(crate) cpu_overcommit_percent: u32,
 }
 
 /// How new an answer must be.
@@ -61,6 +65,11 @@ impl Readable {
     /// The copy.
     pub(crate) const fn mirror(&self) -> &Mirror {
         &self.mirror
+    }
+
+    /// Who leads, if this process does.
+    pub(crate) fn leader(&self) -> Option<&Leader> {
+        self.leader.as_deref()
     }
 }
 

@@ -38,7 +38,7 @@ const fn code(refusal: &Refusal) -> Code {
         Refusal::NoVm(_) | Refusal::NoHost(_) | Refusal::NoImage { .. } => Code::NotFound,
         Refusal::VmNameTaken { .. } | Refusal::ImageNameTaken(_) | Refusal::HostNameTaken { .. } => Code::AlreadyExists,
         Refusal::RequestIdReused(_) | Refusal::Invalid { .. } => Code::InvalidArgument,
-        Refusal::MacTaken(_) => Code::Aborted,
+        Refusal::MacTaken(_) | Refusal::Outdated(_) => Code::Aborted,
         Refusal::DuplicateHost(..) | Refusal::Precondition(_) => Code::FailedPrecondition,
         Refusal::Unreadable(_) => Code::DataLoss,
     }
@@ -77,6 +77,7 @@ fn details(refusal: &Refusal, message: &str) -> ErrorDetails {
         }
         Refusal::RequestIdReused(_) => ErrorDetails::with_bad_request_violation("request_id", message),
         Refusal::Invalid { field, problem } => ErrorDetails::with_bad_request_violation(field, problem),
+        Refusal::Outdated(name) => resource("uncloud.v1.Vm", name),
         Refusal::Precondition(_) => ErrorDetails::with_precondition_failure_violation("STATE", "", message),
         Refusal::Unreadable(key) => resource("etcd key", key),
     }

@@ -38,10 +38,11 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// What every controller answers from its own copy, or about itself. All else of ours goes to the leader: it writes, or it
 /// tells what only the leader knows (who is heard, what hosts say).
-const ANSWERED_HERE: [&str; 9] = [
+const ANSWERED_HERE: [&str; 10] = [
     "/uncloud.v1.VmService/GetVm",
     "/uncloud.v1.VmService/ListVms",
     "/uncloud.v1.VmService/WatchVms",
+    "/uncloud.v1.HostService/SimulateHostFailure",
     "/uncloud.v1.ImageService/GetImage",
     "/uncloud.v1.ImageService/ListImages",
     "/uncloud.v1.ClusterService/ListEvents",

@@ -7,9 +7,9 @@ use uncloud_proto::{
 };
 
 use super::{
-    context::{Context, timely},
+    context::{Context, Freshness, timely},
     convert::{self, HostExtras},
-    host_watch, validate, watch,
+    host_watch, validate, watch, what_if,
 };
 use crate::{
     leadership::Leader,
@@ -126,6 +126,15 @@ impl HostService for Hosts {
             Ok(Response::new(v1::RemoveHostResponse {}))
         })
         .await
+    }
+
+    async fn simulate_host_failure(
+        &self,
+        request: Request<v1::SimulateHostFailureRequest>,
+    ) -> Result<Response<v1::SimulateHostFailureResponse>, Status> {
+        let freshness = Freshness::of(request.metadata())?;
+        let hosts = validate::simulate_host_failure(request.into_inner())?;
+        Ok(Response::new(timely(what_if::simulate(&self.context, freshness, hosts)).await?))
     }
 
     type WatchHostsStream = watch::Stream<v1::WatchHostsResponse>;

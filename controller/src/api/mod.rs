@@ -24,5 +24,6 @@ pub(crate) mod validate;
 mod vm_service;
 mod vm_watch;
 mod watch;
+mod what_if;
 
 pub use server::{Error, Serving, accept, serve};

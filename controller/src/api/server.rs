@@ -18,6 +18,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::warn;
 use uncloud_proto::{
     FILE_DESCRIPTOR_SET, MAX_MESSAGE_BYTES,
+    clock::Clock,
     dial::Dial,
     v1::{
         agent_service_server::AgentServiceServer, cluster_service_server::ClusterServiceServer,
@@ -74,6 +75,10 @@ pub struct Serving {
     pub copy: WarmCopy,
     /// etcd, once it has been reached.
     pub store: watch::Receiver<Option<Store>>,
+    /// The time.
+    pub clock: Clock,
+    /// vCPUs promised per CPU thread, in percent.
+    pub cpu_overcommit_percent: u32,
     /// Where others reach this controller, `HOST:PORT`.
     pub address: String,
     /// How it reaches others.
@@ -94,8 +99,8 @@ where
     S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let Serving { slot, copy, store, address, dial } = serving;
-    let context = Context { slot: slot.clone(), copy: copy.clone(), store };
+    let Serving { slot, copy, store, clock, cpu_overcommit_percent, address, dial } = serving;
+    let context = Context { slot: slot.clone(), copy: copy.clone(), store, clock, cpu_overcommit_percent };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)

@@ -45,15 +45,9 @@ impl Vms {
     }
 
     /// Has a command about a VM carried out and shows the VM as it is then.
-    async fn change(
-        &self,
-        vm: String,
-        owner: String,
-        command: impl FnOnce(VmId) -> Command,
-    ) -> Result<Option<v1::Vm>, Status> {
-        let vm = validate::vm_ref(vm, owner)?;
+    async fn change(&self, vm: &VmRef, command: impl FnOnce(VmId) -> Command) -> Result<Option<v1::Vm>, Status> {
         timely(async {
-            let id = self.resolve(&vm).await?;
+            let id = self.resolve(vm).await?;
             let leader = self.context.leader()?;
             let committed = self.context.submit(&leader, command(id)).await?;
             Ok(Some(shown(&leader, id, committed)?))
@@ -236,22 +230,30 @@ impl VmService for Vms {
         Ok(Response::new(answer))
     }
 
+    async fn update_vm(&self, request: Request<v1::UpdateVmRequest>) -> Result<Response<v1::UpdateVmResponse>, Status> {
+        let (vm, update) = validate::update_vm(request.into_inner())?;
+        let vm = self.change(&vm, |vm| Command::UpdateVm { vm, update: Box::new(update) }).await?;
+        Ok(Response::new(v1::UpdateVmResponse { vm }))
+    }
+
     async fn delete_vm(&self, request: Request<v1::DeleteVmRequest>) -> Result<Response<v1::DeleteVmResponse>, Status> {
         let v1::DeleteVmRequest { vm, owner } = request.into_inner();
-        let vm = self.change(vm, owner, |vm| Command::DeleteVm { vm }).await?;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::DeleteVm { vm }).await?;
         Ok(Response::new(v1::DeleteVmResponse { vm }))
     }
 
     async fn start_vm(&self, request: Request<v1::StartVmRequest>) -> Result<Response<v1::StartVmResponse>, Status> {
         let v1::StartVmRequest { vm, owner } = request.into_inner();
-        let vm = self.change(vm, owner, |vm| Command::SetDesired { vm, desired: PowerChange::Start }).await?;
+        let vm = self
+            .change(&validate::vm_ref(vm, owner)?, |vm| Command::SetDesired { vm, desired: PowerChange::Start })
+            .await?;
         Ok(Response::new(v1::StartVmResponse { vm }))
     }
 
     async fn stop_vm(&self, request: Request<v1::StopVmRequest>) -> Result<Response<v1::StopVmResponse>, Status> {
         let v1::StopVmRequest { vm, owner, force } = request.into_inner();
         let desired = if force { PowerChange::ForceStop } else { PowerChange::Stop };
-        let vm = self.change(vm, owner, |vm| Command::SetDesired { vm, desired }).await?;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::SetDesired { vm, desired }).await?;
         Ok(Response::new(v1::StopVmResponse { vm }))
     }
 
@@ -260,7 +262,7 @@ impl VmService for Vms {
         request: Request<v1::RestartVmRequest>,
     ) -> Result<Response<v1::RestartVmResponse>, Status> {
         let v1::RestartVmRequest { vm, owner, force } = request.into_inner();
-        let vm = self.change(vm, owner, |vm| Command::RestartVm { vm, force }).await?;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::RestartVm { vm, force }).await?;
         Ok(Response::new(v1::RestartVmResponse { vm }))
     }
 
@@ -307,6 +309,24 @@ impl VmService for Vms {
     ) -> Result<Response<Self::GetVmLogStream>, Status> {
         let target = validate::get_vm_log(request.into_inner())?;
         let stream = console::log(&self.context, target).await?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    type ScreenshotStream = BoxStream<v1::ScreenshotResponse>;
+
+    async fn screenshot(
+        &self,
+        request: Request<v1::ScreenshotRequest>,
+    ) -> Result<Response<Self::ScreenshotStream>, Status> {
+        let v1::ScreenshotRequest { vm, owner } = request.into_inner();
+        let stream = console::screenshot(&self.context, &validate::vm_ref(vm, owner)?).await?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    type VncStream = BoxStream<v1::VncResponse>;
+
+    async fn vnc(&self, request: Request<Streaming<v1::VncRequest>>) -> Result<Response<Self::VncStream>, Status> {
+        let stream = console::vnc(&self.context, request.into_inner()).await?;
         Ok(Response::new(Box::pin(stream)))
     }
 }

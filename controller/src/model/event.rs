@@ -67,6 +67,7 @@ pub enum EventType {
     StartRequested,
     RestartRequested,
     DeleteRequested,
+    Updated,
     Stopped,
     PoweredOff,
     Failed,

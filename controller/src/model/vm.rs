@@ -23,8 +23,11 @@ pub struct VmRecord {
     /// Free labels.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// What it is made of, with every default filled in.
+    /// What its present incarnation is made of, with every default filled in.
     pub spec: VmSpec,
+    /// What its next incarnation has otherwise. See [`VmRecord::begin_next`] for when that is (W4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending: Option<PendingSpec>,
     /// What its user wants it to be.
     pub desired: Desired,
     /// Where it is.
@@ -53,6 +56,85 @@ pub struct VmRecord {
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+impl VmRecord {
+    /// What its next incarnation is made of.
+    #[must_use]
+    pub fn next_spec(&self) -> VmSpec {
+        let mut spec = self.spec.clone();
+        if let Some(pending) = &self.pending {
+            pending.apply(&mut spec);
+        }
+        spec
+    }
+
+    /// What was pending becomes what the VM is made of.
+    ///
+    /// # Safety argument (W4)
+    ///
+    /// The record's class says under which lease the VM may execute, and the leader judges by it. So this may be called only
+    /// where it is known that the VM does not execute, and for the same write that gives it a new incarnation or leaves it
+    /// without a host.
+    pub fn begin_next(&mut self) {
+        self.spec = self.next_spec();
+        self.pending = None;
+    }
+}
+
+/// Changes of a VM's spec that wait for its next incarnation. What is absent stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PendingSpec {
+    /// Virtual CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    /// Memory in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// Under which lease it lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failover: Option<Failover>,
+    /// Whether it has a screen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display: Option<Display>,
+    /// Whether it has a channel to a guest agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_agent: Option<GuestAgent>,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+impl PendingSpec {
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Changes a spec accordingly.
+    pub fn apply(&self, spec: &mut VmSpec) {
+        let Self { vcpus, memory_mib, failover, display, guest_agent, extra: _ } = self;
+        spec.vcpus = vcpus.unwrap_or(spec.vcpus);
+        spec.memory_mib = memory_mib.unwrap_or(spec.memory_mib);
+        spec.failover = failover.unwrap_or(spec.failover);
+        spec.display = display.unwrap_or(spec.display);
+        spec.guest_agent = guest_agent.unwrap_or(spec.guest_agent);
+    }
+
+    /// The fields of the spec that wait, as paths of the API.
+    #[must_use]
+    pub fn fields(&self) -> Vec<&'static str> {
+        let Self { vcpus, memory_mib, failover, display, guest_agent, extra: _ } = self;
+        let all = [
+            ("spec.vcpus", vcpus.is_some()),
+            ("spec.memory_mib", memory_mib.is_some()),
+            ("spec.failover", failover.is_some()),
+            ("spec.display", display.is_some()),
+            ("spec.guest_agent", guest_agent.is_some()),
+        ];
+        all.into_iter().filter(|(_, waits)| *waits).map(|(field, _)| field).collect()
+    }
 }
 
 /// Where the disks of a VM lie.
@@ -124,9 +206,42 @@ pub struct VmSpec {
     pub anti_affinity_group: Option<String>,
     /// How long the guest may take to power down, in seconds.
     pub stop_grace_seconds: u32,
+    /// Whether it has a screen. VMs of a program that knew no screens have none.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub display: Display,
+    /// Whether it has a channel to a guest agent. VMs of a program that knew none have none.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub guest_agent: GuestAgent,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// What says nothing is not written.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// What a VM shows its screen with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Display {
+    /// It has none.
+    #[default]
+    None,
+    /// A VGA card that every guest knows.
+    Standard,
+}
+
+/// Whether a VM has a channel to a guest agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuestAgent {
+    /// It has none.
+    #[default]
+    Disabled,
+    /// It has one.
+    Enabled,
 }
 
 /// QEMU's machine type.

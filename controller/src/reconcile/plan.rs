@@ -5,7 +5,6 @@
 //! Whether and where a VM may go is decided by [`State::decide`], which looks again.
 
 use std::{
-    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
@@ -19,7 +18,7 @@ use uncloud_proto::{
 use crate::{
     health::Timings,
     model::{ClusterRecord, Desired, Liveness, VmRecord},
-    state::{MAX_PLACEMENTS, State, command::Command, lease_lapsed},
+    state::{MAX_PLACEMENTS, State, command::Command, lease_lapsed, placing_order},
 };
 
 /// How many VMs one command may move: as many as fit into one transaction.
@@ -84,7 +83,7 @@ impl Attempts {
 #[must_use]
 pub fn plan(state: &State, attempts: &Attempts, situation: &Situation, now: Tick) -> Vec<Vec<VmId>> {
     let mut due: Vec<&VmRecord> = wanting(state).filter(|vm| attempts.is_due(vm, situation, now)).collect();
-    due.sort_by_key(|vm| (Reverse(vm.spec.priority), Reverse(vm.spec.memory_mib), vm.id));
+    due.sort_by_cached_key(|vm| placing_order(vm));
     due.chunks(BATCH).map(|batch| batch.iter().map(|vm| vm.id).collect()).collect()
 }
 

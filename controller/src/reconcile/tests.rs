@@ -21,7 +21,7 @@ use crate::{
     model::{
         ClusterRecord, Desired, Extra, HostMode, HostRecord, Key, Liveness, Record, VmRecord,
         host::{Accelerator, AcceleratorKind},
-        vm::{Failover, Machine, OnDiskLoss, Placement, RestartPolicy, VmSpec},
+        vm::{Display, Failover, GuestAgent, Machine, OnDiskLoss, Placement, RestartPolicy, VmSpec},
     },
     state::{
         State,
@@ -77,8 +77,11 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
             host_labels: BTreeMap::new(),
             anti_affinity_group: None,
             stop_grace_seconds: 60,
+            display: Display::None,
+            guest_agent: GuestAgent::Disabled,
             extra: Extra::new(),
         },
+        pending: None,
         desired: Desired::Running,
         placement: Placement {
             host: host.map(host_id),

@@ -2,9 +2,9 @@
 
 use std::fmt;
 
-use uncloud_proto::ids::HostId;
+use uncloud_proto::ids::{HostId, VmId};
 
-use super::{Home, HostView, Limits, Request};
+use super::{Home, HostView, Limits, Request, Resources};
 use crate::model::{HostMode, Liveness};
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
@@ -119,15 +119,25 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
         return Err(Rejection::Group(group.clone()));
     }
 
-    let promised = host.promised_to_others(request.vm);
+    check_room(host, request.vm, request.needs().resources, limits)
+}
+
+/// Whether there is room for a VM of this size.
+pub(super) fn check_room(
+    host: HostView<'_>,
+    vm: VmId,
+    needed: Resources,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
+    let promised = host.promised_to_others(vm);
     // 64 bits: the product of two u32 fits.
     let vcpus = u64::from(host.record.vcpus) * u64::from(limits.cpu_overcommit_percent) / 100;
-    if vcpus < u64::from(promised.vcpus) + u64::from(request.vcpus) {
-        return Err(Rejection::Vcpus { needed: request.vcpus });
+    if vcpus < u64::from(promised.vcpus) + u64::from(needed.vcpus) {
+        return Err(Rejection::Vcpus { needed: needed.vcpus });
     }
     // Never overcommitted: a host that runs out of memory kills guests.
-    if host.record.memory_mib < promised.memory_mib.saturating_add(request.memory_mib) {
-        return Err(Rejection::Memory { needed_mib: request.memory_mib });
+    if host.record.memory_mib < promised.memory_mib.saturating_add(needed.memory_mib) {
+        return Err(Rejection::Memory { needed_mib: needed.memory_mib });
     }
     Ok(())
 }

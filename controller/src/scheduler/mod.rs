@@ -118,6 +118,19 @@ pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Resu
     }
 }
 
+/// Whether a host has room for a VM of this size that it may have already. Nothing but room is looked at: a VM stays where it
+/// is, whatever else would keep it from being placed there. `None`: there is no such host.
+#[must_use]
+pub fn room(
+    view: &ClusterView,
+    host: HostId,
+    vm: VmId,
+    needed: Resources,
+    limits: &Limits<'_>,
+) -> Option<Result<(), Rejection>> {
+    view.host(host).map(|host| filter::check_room(host, vm, needed, limits))
+}
+
 /// Says of every host whether it could take the VM now, and if not, why.
 #[must_use]
 pub fn explain(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Explanation {

@@ -143,7 +143,7 @@ mod tests {
     use crate::{
         model::{
             host::{Accelerator, AcceleratorKind},
-            vm::{Failover, Machine, OnDiskLoss, RestartPolicy},
+            vm::{Display, Failover, GuestAgent, Machine, OnDiskLoss, RestartPolicy},
         },
         state::command::{Command, Context, HostFacts, NewVm, PowerChange},
     };
@@ -196,6 +196,8 @@ mod tests {
                 host_labels: BTreeMap::new(),
                 anti_affinity_group: None,
                 stop_grace_seconds: 60,
+                display: Display::None,
+                guest_agent: GuestAgent::Disabled,
                 extra: Default::default(),
             },
             image_names: Vec::new(),

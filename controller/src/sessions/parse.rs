@@ -4,7 +4,10 @@
 //! Hello that is not acceptable is refused as a whole, with the fields. Of a report, only the VMs that make no sense
 //! are left out: a host must not lose its lease because of one of its VMs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use uncloud_proto::{
     AGENT_PROTOCOL,
@@ -32,6 +35,8 @@ const MAX_MEMORY_MIB: u64 = 1 << 30;
 const MAX_VERSION: usize = 64;
 /// Bytes of a reason that are kept: enough for QEMU's last words.
 const MAX_REASON: usize = 2048;
+/// Addresses of one VM that are kept.
+const MAX_ADDRESSES: usize = 16;
 
 /// What a Hello says.
 #[derive(Clone, Debug, PartialEq)]
@@ -152,11 +157,18 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             disks_ready: vm.disks_ready,
             last_exit,
             next_attempt: vm.next_attempt.as_ref().map(WallTime::from_proto),
+            addresses: addresses(&vm.addresses),
             restarts_done: vm.restarts_done,
         };
         checked.push(Reported { sequence: vm.sequence, seen });
     }
     checked
+}
+
+/// What a guest says of itself, by its host: whatever is not an address is left out, and so is what is too much.
+fn addresses(said: &[String]) -> Vec<String> {
+    let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+    parsed.take(MAX_ADDRESSES).map(|address| address.to_string()).collect()
 }
 
 fn state(check: &mut Checker, field: &str, value: i32) -> Option<ObservedState> {

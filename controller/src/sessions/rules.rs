@@ -212,6 +212,7 @@ mod tests {
             disks_ready: false,
             last_exit: None,
             next_attempt: None,
+            addresses: Vec::new(),
             restarts_done: 0,
         };
         Reported { sequence, seen }

@@ -46,6 +46,7 @@ impl State {
         if revision > self.revision {
             self.revision = revision;
             self.events = 0;
+            self.touched.clear();
         }
     }
 
@@ -54,7 +55,12 @@ impl State {
             self.unreadable.remove(&mutation.key.to_string());
         }
         match (&mutation.key, &mutation.value) {
-            (Key::Vm(id), Some(Record::Vm(record))) => self.put_vm(*id, Some(record), revision),
+            (Key::Vm(id), Some(Record::Vm(record))) => {
+                if revision == self.revision {
+                    self.touched.insert(*id);
+                }
+                self.put_vm(*id, Some(record), revision);
+            }
             (Key::Vm(id), None) => self.put_vm(*id, None, revision),
             (Key::VmStatus(id), Some(Record::VmStatus(status))) => self.put_status(*id, Some(status), revision),
             (Key::VmStatus(id), None) => self.put_status(*id, None, revision),
@@ -265,9 +271,16 @@ fn unindex<Id: Ord>(index: &mut BTreeMap<String, BTreeSet<Id>>, name: &str, id: 
 }
 
 /// What a VM is promised on its host.
+/// What a VM is promised on its host: room for what it has and for what it has from its next incarnation on.
 pub(super) fn needs(record: &VmRecord) -> Needs {
+    let pending = record.pending.as_ref();
+    let next_vcpus = pending.and_then(|p| p.vcpus).unwrap_or(0);
+    let next_memory = pending.and_then(|p| p.memory_mib).unwrap_or(0);
     Needs {
-        resources: Resources { vcpus: record.spec.vcpus, memory_mib: record.spec.memory_mib },
+        resources: Resources {
+            vcpus: record.spec.vcpus.max(next_vcpus),
+            memory_mib: record.spec.memory_mib.max(next_memory),
+        },
         group: record.spec.anti_affinity_group.clone(),
     }
 }

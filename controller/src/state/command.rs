@@ -18,7 +18,7 @@ use uuid::Uuid;
 use crate::model::{
     Desired, HostMode, ImageRecord, Key, Record, VmRecord,
     host::{Accelerator, Pool},
-    vm::{LastExit, VmSpec},
+    vm::{Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
 };
 
 /// What the state must know about this moment.
@@ -50,6 +50,8 @@ pub enum Command {
     SetDesired { vm: VmId, desired: PowerChange },
     /// A user restarts a VM.
     RestartVm { vm: VmId, force: bool },
+    /// A user changes what a VM is made of.
+    UpdateVm { vm: VmId, update: Box<VmUpdate> },
     /// A user deletes a VM.
     DeleteVm { vm: VmId },
     /// A user cordons or uncordons a host.
@@ -147,6 +149,33 @@ pub struct NewVm {
     pub desired: Desired,
 }
 
+/// What to change of a VM; what is absent stays as it is. Everything has been checked that can be checked without the state.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct VmUpdate {
+    /// The revision that the user has read. Refused if the VM's record is newer.
+    pub read: Option<Revision>,
+    /// All its labels.
+    pub labels: Option<BTreeMap<String, String>>,
+    /// What happens when QEMU dies.
+    pub restart: Option<RestartPolicy>,
+    /// What happens when the host dies and takes the disks with it.
+    pub on_disk_loss: Option<OnDiskLoss>,
+    /// Higher starts first.
+    pub priority: Option<u32>,
+    /// How long the guest may take to power down, in seconds.
+    pub stop_grace_seconds: Option<u32>,
+    /// Virtual CPUs, from the next incarnation on, like all that follow.
+    pub vcpus: Option<u32>,
+    /// Memory in MiB.
+    pub memory_mib: Option<u64>,
+    /// Under which lease it lives.
+    pub failover: Option<Failover>,
+    /// Whether it has a screen.
+    pub display: Option<Display>,
+    /// Whether it has a channel to a guest agent.
+    pub guest_agent: Option<GuestAgent>,
+}
+
 /// Where a spec names an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageUse {
@@ -196,6 +225,8 @@ pub struct VmObservation {
     pub last_exit: Option<LastExit>,
     /// When the agent tries again.
     pub next_attempt: Option<WallTime>,
+    /// Addresses of the guest, as its guest agent says.
+    pub addresses: Vec<String>,
     /// The newest restart counter that the agent has carried out. A guest that powered itself off while a restart was
     /// on its way is not off for good: the agent starts it again when the counter arrives.
     pub restarts_done: u64,
@@ -325,6 +356,9 @@ pub enum Refusal {
         /// What is wrong, and what to do.
         problem: String,
     },
+    /// Somebody has changed it since the user read it.
+    #[error("VM `{0}` has been changed since it was read; read it again and decide anew")]
+    Outdated(String),
     /// The subject is not in a state for this; says what to do.
     #[error("{0}")]
     Precondition(String),

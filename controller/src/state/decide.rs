@@ -8,7 +8,7 @@ use super::{
     REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     draft::Draft,
-    hosts, images, placement, reports, vms,
+    hosts, images, placement, reports, update, vms,
 };
 use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject};
 
@@ -44,6 +44,7 @@ impl State {
             }
             Command::SetDesired { vm, desired } => vms::set_desired(&mut draft, *vm, *desired)?,
             Command::RestartVm { vm, force } => vms::restart(&mut draft, *vm, *force)?,
+            Command::UpdateVm { vm, update } => update::update(&mut draft, *vm, update)?,
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
             Command::SetHostMode { host, mode, reason } => hosts::set_mode(&mut draft, *host, *mode, reason)?,
             Command::RemoveHost { host } => hosts::remove(&mut draft, *host)?,

@@ -11,7 +11,7 @@ use super::{
     command::{Answer, FailoverChange, HostFacts, Lapsed, Refusal},
     decide::MAX_PLACEMENTS,
     draft::Draft,
-    placement::{self, mark_unreachable},
+    placement::{self, mark_unreachable, placing_order},
 };
 use crate::model::{
     ClusterRecord, Desired, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, Record, Subject,
@@ -211,7 +211,8 @@ pub(super) fn declare_lapsed(
     }
 
     let mut moved = 0;
-    let vms: Vec<VmId> = draft.state.vms_on(host).collect();
+    let mut vms: Vec<VmId> = draft.state.vms_on(host).collect();
+    vms.sort_by_cached_key(|vm| draft.state.vm(*vm).map(|entry| placing_order(&entry.record)));
     for vm in vms {
         if moved >= limit.min(MAX_PLACEMENTS) || draft.is_full() {
             break;

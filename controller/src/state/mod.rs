@@ -21,8 +21,10 @@ mod images;
 mod placement;
 mod reports;
 mod resolve;
+mod simulate;
 #[cfg(test)]
 mod tests;
+mod update;
 mod vms;
 
 use std::{
@@ -43,7 +45,8 @@ use crate::{
 
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use effective::EffectiveStatus;
-pub use placement::{home, lease_lapsed, request};
+pub use placement::{home, lease_lapsed, placing_order, request};
+pub use simulate::{Fate, Outcome};
 
 /// How long the answer to a request is kept.
 pub const REQUESTS_KEPT_MS: u64 = 3_600_000;
@@ -58,6 +61,8 @@ pub struct State {
     revision: Revision,
     /// Events decided since `revision`, so that the keys of a batch's events differ.
     events: u32,
+    /// VMs whose records have been changed by what was decided since `revision`. Their own revisions do not show it yet.
+    touched: BTreeSet<VmId>,
     vms: BTreeMap<VmId, VmEntry>,
     /// Statuses whose VM is not there: keys may come in any order, and one of the two may be unreadable.
     stray_statuses: BTreeMap<VmId, (Arc<VmStatusRecord>, Revision)>,

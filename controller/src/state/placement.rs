@@ -12,7 +12,10 @@
 //!
 //! Everything else leaves the VM where it is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use uncloud_proto::{
     clock::WallTime,
@@ -59,13 +62,21 @@ pub fn home(vm: &VmRecord) -> Home {
     Home::SharedPools { ids }
 }
 
-/// What the scheduler is asked for this VM. It has no favourite.
+/// The order in which VMs that need hosts are given them: higher priority first, and of equals the largest first, which are the
+/// hardest to fit.
+#[must_use]
+pub fn placing_order(vm: &VmRecord) -> impl Ord + use<> {
+    (Reverse(vm.spec.priority), Reverse(vm.next_spec().memory_mib), vm.id)
+}
+
+/// What the scheduler is asked for this VM when it is given a host the next time. It has no favourite.
 #[must_use]
 pub fn request(vm: &VmRecord) -> Request {
+    let next = vm.next_spec();
     Request {
         vm: vm.id,
-        vcpus: vm.spec.vcpus,
-        memory_mib: vm.spec.memory_mib,
+        vcpus: next.vcpus,
+        memory_mib: next.memory_mib,
         pools: pools(vm),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
@@ -85,11 +96,15 @@ pub(super) fn schedule(draft: &mut Draft<'_>, request: &Request) -> Result<Choic
 
 /// Finds a host for a VM that may leave the one that it has. Gives up disks that are lost with their host, if that is
 /// what its user chose and another host takes the VM.
+///
+/// W4: whoever calls this knows that the VM does not execute, and gives it a new incarnation or leaves it without a host. So
+/// here its pending changes become what it is made of.
 pub(super) fn find_host(
     draft: &mut Draft<'_>,
     record: &mut VmRecord,
     prefer: Option<HostId>,
 ) -> Result<Choice, Unplaceable> {
+    record.begin_next();
     let mut request = Request { prefer, ..request(record) };
     let new_disks = disks_given_up(draft, record);
     if new_disks {

@@ -117,6 +117,7 @@ fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase
         incarnation: report.incarnation,
         last_exit: report.last_exit.clone().or_else(|| before.last_exit.clone()),
         next_attempt: report.next_attempt,
+        addresses: report.addresses.clone(),
         ..before
     };
     if entry.status.as_deref() == Some(&status) {

@@ -7,5 +7,7 @@ mod hosts;
 mod images;
 mod properties;
 mod reports;
+mod simulate;
 mod unreadable;
+mod update;
 mod vms;

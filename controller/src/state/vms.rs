@@ -52,6 +52,7 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         owner: new.owner.clone(),
         labels: new.labels.clone(),
         spec: resolved(draft, new)?,
+        pending: None,
         desired: new.desired,
         placement: Placement { host: None, incarnation: Incarnation::NONE, why: String::new(), since: now },
         restarts: 0,
@@ -181,7 +182,7 @@ pub(super) fn set_desired(draft: &mut Draft<'_>, vm: VmId, change: PowerChange) 
     Ok(Answer::Vm(draft.vm(vm)?.record))
 }
 
-fn being_deleted(record: &VmRecord) -> Refusal {
+pub(super) fn being_deleted(record: &VmRecord) -> Refusal {
     Refusal::Precondition(format!("VM `{}` is being deleted", record.name))
 }
 

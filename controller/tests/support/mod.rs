@@ -22,7 +22,7 @@ use uncloud_controller::{
     model::{
         Desired,
         host::{Accelerator, AcceleratorKind, Pool},
-        vm::{Failover, Machine, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{Display, Failover, GuestAgent, Machine, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::command::{self, HostFacts, NewVm, RequestId},
     store::Store,
@@ -285,6 +285,8 @@ pub(crate) fn spec() -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: 60,
+        display: Display::None,
+        guest_agent: GuestAgent::Disabled,
         extra: serde_json::Map::new(),
     }
 }

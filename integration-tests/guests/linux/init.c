@@ -11,6 +11,9 @@
 //   ECHO <line>                 what was typed on the console
 //   BYE                         the power button was pressed, or `poweroff` typed; it powers itself off
 //
+// If the machine has a channel to a guest agent, it answers there like one that knows two commands: the synchronisation and
+// the network's interfaces, which it makes up: 10.0.2.15 and fd00::15 on eth0, and what nobody should be shown.
+//
 // Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine.
 //
 // The disk: sector 0 has the text "COUNT <n> boot <id>", written with O_DIRECT | O_DSYNC.
@@ -46,6 +49,7 @@ static const char *const MODULES[] = {
     "failover",
     "net_failover",
     "virtio_net",
+    "virtio_console",
     "evdev",
     "button",
     "pvpanic",
@@ -100,6 +104,65 @@ static int open_power_button(void) {
     close(fd);
   }
   return -1;
+}
+
+// The port of the agent's channel, which appears a moment after its driver. Without one: none.
+static int open_agent_port(void) {
+  int devices = 0;
+  for (int i = 0; i < 16; i++) {
+    char path[64];
+    snprintf(path, sizeof path, "/sys/bus/virtio/drivers/virtio_console/virtio%d", i);
+    devices += access(path, F_OK) == 0;
+  }
+  if (devices == 0) return -1;
+  for (int64_t end = now_ms() + 1000; now_ms() < end; usleep(20000)) {
+    for (int i = 0; i < 4; i++) {
+      char path[64], name[32] = "";
+      snprintf(path, sizeof path, "/sys/class/virtio-ports/vport%dp1/name", i);
+      int fd = open(path, O_RDONLY | O_CLOEXEC);
+      if (fd < 0) continue;
+      ssize_t n = read(fd, name, sizeof name - 1);
+      close(fd);
+      if (n <= 0 || strncmp(name, "org.qemu.guest_agent.0", 22) != 0) continue;
+      snprintf(path, sizeof path, "/dev/vport%dp1", i);
+      return open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    }
+  }
+  return -1;
+}
+
+static void asked(int port, const char *line) {
+  char answer[600];
+  const char *id = strstr(line, "\"id\":");
+  if (strstr(line, "guest-sync-delimited") && id)
+    snprintf(answer, sizeof answer, "\xff{\"return\": %llu}\n", strtoull(id + 5, NULL, 10));
+  else if (strstr(line, "guest-network-get-interfaces"))
+    snprintf(answer, sizeof answer,
+             "{\"return\": [{\"name\": \"lo\", \"ip-addresses\": [{\"ip-address\": \"127.0.0.1\", \"prefix\": 8}]}, "
+             "{\"name\": \"eth0\", \"ip-addresses\": [{\"ip-address\": \"fe80::1\"}, {\"ip-address\": \"10.0.2.15\"}, "
+             "{\"ip-address\": \"fd00::15\"}, {\"ip-address\": \"no address\"}]}]}\n");
+  else
+    snprintf(answer, sizeof answer, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not known\"}}\n");
+  if (write(port, answer, strlen(answer)) < 0) say("AGENT: %s", strerror(errno));
+}
+
+// Puts what comes from the host together to lines. 0xff ends what came before it.
+static void read_agent(int port) {
+  static char line[1024];
+  static size_t length;
+  char bytes[256];
+  ssize_t n = read(port, bytes, sizeof bytes);
+  for (ssize_t i = 0; i < n; i++) {
+    if (bytes[i] == (char)0xff) {
+      length = 0;
+    } else if (bytes[i] != '\n') {
+      if (length < sizeof line - 1) line[length++] = bytes[i];
+    } else {
+      line[length] = 0;
+      length = 0;
+      asked(port, line);
+    }
+  }
 }
 
 // The disk appears a moment after its driver.
@@ -207,6 +270,7 @@ int main(void) {
   int disk = open_disk();
   int button = open_power_button();
   if (button < 0) say("NOBUTTON");
+  int agent = open_agent_port();
   char mine[SECTOR] = {0};
   unsigned long long found = 0;
   if (disk < 0)
@@ -217,15 +281,21 @@ int main(void) {
   say("READY %llu boot %s", found, boot_id);
 
   int64_t next = now_ms();
+  int agent_rests = 0;
   for (;;) {
     int64_t left = next - now_ms();
     if (left <= 0) {
       count_up(disk, &n, mine);
+      agent_rests = 0;
       next = now_ms() + 1000;
       continue;
     }
-    struct pollfd ready[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.fd = button, .events = POLLIN}};
-    if (poll(ready, 2, (int)left) > 0) {
+    struct pollfd ready[] = {
+        {.fd = STDIN_FILENO, .events = POLLIN}, {.fd = button, .events = POLLIN}, {.fd = agent_rests ? -1 : agent, .events = POLLIN}};
+    if (poll(ready, 3, (int)left) > 0) {
+      if (ready[2].revents & POLLIN) read_agent(agent);
+      // Nobody is at the other end: looked at again after the next beat.
+      else if (ready[2].revents) agent_rests = 1;
       if (ready[0].revents) read_console();
       if (ready[1].revents && button_pressed(button)) power_off();
     }

@@ -16,7 +16,7 @@ use anyhow::Context as _;
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
-use uncloud_client::{Client, Options};
+use uncloud_client::{Client, Options, client::Reads};
 use uncloud_proto::v1::{self, HostMode, PowerState, VmPhase};
 
 use crate::{Cluster, api::phase_of, specs, wait_for};
@@ -97,7 +97,7 @@ impl User {
     ///
     /// An endpoint is not an address.
     pub fn start(endpoints: &[String], hosts: Vec<String>, seed: u64) -> anyhow::Result<Self> {
-        let client = Client::new(Options { endpoints: endpoints.to_vec(), timeout: CALL })?;
+        let client = Client::new(Options { endpoints: endpoints.to_vec(), timeout: CALL, reads: Reads::default() })?;
         let (stop, told) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Told>>::default());
         let mut work =
             Work { client, hosts, rng: StdRng::seed_from_u64(seed), told: Arc::clone(&told), names: 0, cordoned: None };

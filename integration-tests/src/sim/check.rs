@@ -295,6 +295,15 @@ impl Truth {
                 wrong.push("P1: it is given to a host while it executes on another");
             }
         }
+        if before.spec.failover != after.spec.failover {
+            if is.host.is_some() && is.incarnation == was.incarnation {
+                wrong.push("W4: its class changes and its incarnation does not");
+            }
+            // Under which lease could what executes be judged, if not under its own?
+            if !self.executing.is_empty() {
+                wrong.push("W4: its class changes while it executes");
+            }
+        }
         match (before.desired, after.desired) {
             (Desired::Deleted, Desired::Running | Desired::Stopped) => wrong.push("P2: its deletion is taken back"),
             (Desired::Running | Desired::Stopped, Desired::Deleted) if !self.delete_asked => {

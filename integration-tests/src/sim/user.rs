@@ -1,4 +1,4 @@
-//! The user: creates, stops, starts, restarts and deletes VMs, cordons hosts, and repeats creates whose outcome is unknown
+//! The user: creates, stops, starts, restarts, changes and deletes VMs, cordons hosts, and repeats creates whose outcome is unknown
 //! with the same request id.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,9 +7,9 @@ use uncloud_controller::{
     leadership::WriteError,
     model::{
         Desired, HostMode,
-        vm::{Disk, Failover, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
-    state::command::{Answer, Command, FailoverChange, NewVm, PowerChange, Refusal, RequestId},
+    state::command::{Answer, Command, FailoverChange, NewVm, PowerChange, Refusal, RequestId, VmUpdate},
 };
 use uncloud_proto::ids::{HostId, VmId};
 
@@ -63,6 +63,7 @@ enum Doing {
     Create(Create),
     Power(VmId, PowerChange),
     Restart(VmId),
+    Update,
     Delete(VmId),
     Mode,
     Failover,
@@ -137,7 +138,7 @@ impl User {
             return self.create(core);
         }
         let vm = core.rng.pick(&vms);
-        match core.rng.below(12) {
+        match core.rng.below(14) {
             0 | 1 => self.delete(core, vm),
             2 => self.power(core, vm, PowerChange::Stop),
             3 => self.power(core, vm, PowerChange::ForceStop),
@@ -163,6 +164,7 @@ impl User {
                 }
                 Failovers::Off => self.failover(core, FailoverChange::On),
             },
+            11 | 12 => self.update(core, vm),
             _ => {}
         }
     }
@@ -175,6 +177,15 @@ impl User {
     fn mode(&mut self, core: &mut Core, host: HostId, mode: HostMode) {
         core.log(format_args!("user: host {host} {mode:?}"));
         self.call(core, Doing::Mode, Command::SetHostMode { host, mode, reason: String::new() }, 0);
+    }
+
+    /// Another class, mostly: the one change that P1 depends on (W4).
+    fn update(&mut self, core: &mut Core, vm: VmId) {
+        let failover = core.rng.pick(&[Failover::Fast, Failover::Patient, Failover::Hold]);
+        let memory_mib = core.rng.permille(300).then(|| core.rng.pick(&[256, 512, 1024]));
+        core.log(format_args!("user: update {vm} to {failover:?}, memory {memory_mib:?}"));
+        let update = VmUpdate { failover: Some(failover), memory_mib, ..VmUpdate::default() };
+        self.call(core, Doing::Update, Command::UpdateVm { vm, update: Box::new(update) }, 0);
     }
 
     fn delete(&mut self, core: &mut Core, vm: VmId) {
@@ -265,7 +276,7 @@ impl User {
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
-            (Doing::Restart(_) | Doing::Mode | Doing::Failover | Doing::Delete(_), _) => {}
+            (Doing::Restart(_) | Doing::Update | Doing::Mode | Doing::Failover | Doing::Delete(_), _) => {}
         }
     }
 
@@ -285,7 +296,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode | Doing::Failover => {}
+            Doing::Mode | Doing::Update | Doing::Failover => {}
         }
     }
 }
@@ -312,6 +323,8 @@ fn spec(core: &mut Core) -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: u32::try_from(rng.range(2, 15)).unwrap_or(5),
+        display: Display::None,
+        guest_agent: GuestAgent::Disabled,
         extra: serde_json::Map::new(),
     }
 }

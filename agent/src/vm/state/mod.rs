@@ -117,6 +117,8 @@ pub enum Event {
     GuestShutdown,
     /// The guest panicked; QEMU waits.
     GuestPanicked,
+    /// The guest has said which addresses it has.
+    GuestAddresses(Vec<String>),
     /// QEMU and its keeper are gone.
     Ended(Exit),
     /// Its disks are gone.
@@ -194,6 +196,8 @@ struct Execution {
     since: Tick,
     ending: Option<Ending>,
     push: Push,
+    /// What the guest has said. For people.
+    addresses: Vec<String>,
 }
 
 /// Why it is ending.
@@ -384,6 +388,11 @@ impl VmState {
             }
             Event::GuestShutdown => self.guest_down(Ending::PoweredOff, at, effects),
             Event::GuestPanicked => self.guest_down(Ending::Panicked, at, effects),
+            Event::GuestAddresses(addresses) => {
+                if let Some(x) = &mut self.execution {
+                    x.addresses = addresses;
+                }
+            }
             Event::Ended(exit) => self.ended(&exit, at),
             Event::DisksDeleted if self.work == Work::Deleting => {
                 self.work = Work::None;
@@ -450,8 +459,14 @@ impl VmState {
         // A launch that is in the record stays as it is, so that a restart of the agent changes nothing.
         let known = self.record.launched.filter(|l| l.incarnation == incarnation);
         self.record.launched = Some(Launched { incarnation, lease_generation, at: known.map_or(at.wall, |l| l.at) });
-        self.execution =
-            Some(Execution { incarnation, lease_generation, since: at.now, ending: None, push: Push::None });
+        self.execution = Some(Execution {
+            incarnation,
+            lease_generation,
+            since: at.now,
+            ending: None,
+            push: Push::None,
+            addresses: Vec::new(),
+        });
     }
 
     /// A launch came to nothing. What follows counts only for the incarnation that it was for.

@@ -24,6 +24,8 @@ pub struct Report {
     pub next_attempt: Option<WallTime>,
     /// The newest restart counter that has been carried out.
     pub restarts_done: u64,
+    /// Addresses of the guest, as it has said.
+    pub addresses: Vec<String>,
 }
 
 /// What a VM is on a host. The same as in the protocol.
@@ -65,6 +67,7 @@ impl VmState {
             last_exit: self.record.last_exit.clone(),
             next_attempt: None,
             restarts_done: self.record.restarts_done,
+            addresses: self.execution.as_ref().map(|x| x.addresses.clone()).unwrap_or_default(),
         };
         if let Some(x) = &self.execution {
             (report.state, report.reason) = match x.ending {

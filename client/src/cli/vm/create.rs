@@ -1,6 +1,9 @@
 //! `uncloud vm create`: from flags to a request.
 
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, ValueEnum};
 use tonic::Code;
@@ -15,7 +18,14 @@ use crate::{output, units, wait::Goal};
 #[derive(Debug, Args)]
 pub(crate) struct Arguments {
     /// Name of the VM.
-    name: String,
+    #[arg(required_unless_present = "file")]
+    name: Option<String>,
+    /// Takes everything about the VM from a YAML file, as `uncloud apply` does; `-` for stdin.
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "name", "cpus", "memory", "machine", "kernel", "append", "image", "disk_size", "disk", "nic", "restart", "failover",
+        "priority", "host_label", "anti_affinity", "label", "stop_grace", "display", "guest_agent", "stopped",
+    ])]
+    file: Option<PathBuf>,
     /// Virtual CPUs.
     #[arg(long, default_value = "1", value_parser = clap::value_parser!(u32).range(1..=256), value_name = "N")]
     cpus: u32,
@@ -64,6 +74,12 @@ pub(crate) struct Arguments {
     /// How long the guest may take to power down before it is killed.
     #[arg(long, default_value = "60s", value_parser = units::parse_seconds, value_name = "DURATION")]
     stop_grace: u32,
+    /// Its screen; without this, a VM that boots from a disk has one and one that boots a kernel has none.
+    #[arg(long, value_enum)]
+    display: Option<Display>,
+    /// A channel to a guest agent, by which the guest tells its addresses; without this, as with --display.
+    #[arg(long, value_enum)]
+    guest_agent: Option<GuestAgent>,
     /// Creates it without starting it.
     #[arg(long)]
     stopped: bool,
@@ -89,7 +105,7 @@ enum Nic {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Restart {
+pub(crate) enum Restart {
     /// Started again after a failure; a guest that powers itself off stays off.
     OnFailure,
     /// Started again whenever it ends.
@@ -99,7 +115,7 @@ enum Restart {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Failover {
+pub(crate) enum Failover {
     /// Moved as soon as it is safe (about 7 s at the default settings).
     Fast,
     /// Rides out longer network faults, and comes back later (about a minute).
@@ -110,10 +126,69 @@ enum Failover {
     Recreate,
 }
 
+impl Restart {
+    pub(crate) const fn to_proto(self) -> v1::RestartPolicy {
+        match self {
+            Self::OnFailure => v1::RestartPolicy::OnFailure,
+            Self::Always => v1::RestartPolicy::Always,
+            Self::Never => v1::RestartPolicy::Never,
+        }
+    }
+}
+
+impl Failover {
+    pub(crate) const fn to_proto(self) -> (v1::FailoverPolicy, v1::DiskLossPolicy) {
+        match self {
+            Self::Fast => (v1::FailoverPolicy::Fast, v1::DiskLossPolicy::Wait),
+            Self::Patient => (v1::FailoverPolicy::Patient, v1::DiskLossPolicy::Wait),
+            Self::Hold => (v1::FailoverPolicy::Hold, v1::DiskLossPolicy::Wait),
+            Self::Recreate => (v1::FailoverPolicy::Fast, v1::DiskLossPolicy::Recreate),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Display {
+    /// A VGA card.
+    Standard,
+    /// No screen.
+    None,
+}
+
+impl Display {
+    pub(crate) const fn to_proto(self) -> v1::DisplayType {
+        match self {
+            Self::Standard => v1::DisplayType::Standard,
+            Self::None => v1::DisplayType::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum GuestAgent {
+    /// It has the channel.
+    Enabled,
+    /// It has none.
+    Disabled,
+}
+
+impl GuestAgent {
+    pub(crate) const fn to_proto(self) -> v1::GuestAgentMode {
+        match self {
+            Self::Enabled => v1::GuestAgentMode::Enabled,
+            Self::Disabled => v1::GuestAgentMode::Disabled,
+        }
+    }
+}
+
 pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<(), Error> {
     let wait = arguments.wait;
-    let goal = if arguments.stopped { Goal::Stopped } else { Goal::Running };
-    let request = request(arguments, &context.owner);
+    let request = match &arguments.file {
+        Some(file) => from_file(file, &arguments.request_id, &context.owner)?,
+        None => request(arguments, &context.owner),
+    };
+    let stopped = request.desired() == v1::PowerState::Stopped;
+    let goal = if stopped { Goal::Stopped } else { Goal::Running };
     let request_id = request.request_id.clone();
     let mut answer = context.client.create_vm(request).await.map_err(|status| match status.code() {
         Code::Unavailable | Code::DeadlineExceeded => Error::StatusWithHint {
@@ -133,6 +208,17 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<(), E
     context.print(&answer, |a| super::row(context, a.vm.as_ref()))
 }
 
+/// Makes the request from a file that describes one VM.
+fn from_file(file: &Path, request_id: &Option<String>, owner: &str) -> Result<v1::CreateVmRequest, Error> {
+    let documents = super::super::apply::read(file)?;
+    let [document] = documents.as_slice() else {
+        let (name, count) = (file.display(), documents.len());
+        return Err(Error::Usage(format!("{name}: describes {count} VMs; `uncloud apply -f {name}` takes several")));
+    };
+    let request_id = request_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+    Ok(v1::CreateVmRequest { request_id, ..document.create_request(owner) })
+}
+
 /// Makes the request. Gives it an id here, so that the hint after a lost answer can name it.
 fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
     let mut disks = a.disk;
@@ -140,17 +226,7 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         let (image, size_bytes) = (a.image.unwrap_or_default(), a.disk_size.unwrap_or(0));
         disks.insert(0, v1::Disk { image, size_bytes, ..Default::default() });
     }
-    let (failover, on_disk_loss) = match a.failover {
-        Failover::Fast => (v1::FailoverPolicy::Fast, v1::DiskLossPolicy::Wait),
-        Failover::Patient => (v1::FailoverPolicy::Patient, v1::DiskLossPolicy::Wait),
-        Failover::Hold => (v1::FailoverPolicy::Hold, v1::DiskLossPolicy::Wait),
-        Failover::Recreate => (v1::FailoverPolicy::Fast, v1::DiskLossPolicy::Recreate),
-    };
-    let restart = match a.restart {
-        Restart::OnFailure => v1::RestartPolicy::OnFailure,
-        Restart::Always => v1::RestartPolicy::Always,
-        Restart::Never => v1::RestartPolicy::Never,
-    };
+    let (failover, on_disk_loss) = a.failover.to_proto();
     let nic = |nic: &Nic| match nic {
         Nic::User => v1::Nic { r#type: v1::NicType::User.into(), mac: String::new() },
     };
@@ -165,17 +241,19 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         kernel: a.kernel.map(|image| v1::KernelBoot { image, command_line: a.append.unwrap_or_default() }),
         disks,
         nics: a.nic.iter().map(nic).collect(),
-        restart: restart.into(),
+        restart: a.restart.to_proto().into(),
         failover: failover.into(),
         on_disk_loss: on_disk_loss.into(),
         priority: a.priority,
         host_labels: map(a.host_label),
         anti_affinity_group: a.anti_affinity.unwrap_or_default(),
         stop_grace_seconds: a.stop_grace,
+        display: a.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
+        guest_agent: a.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
     };
     v1::CreateVmRequest {
         request_id: a.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
-        name: a.name,
+        name: a.name.unwrap_or_default(),
         owner: owner.to_owned(),
         labels: map(a.label),
         spec: Some(spec),
@@ -236,7 +314,7 @@ mod tests {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
              --disk size=1G,name=data --nic user --restart always --failover recreate --priority 5 --host-label rack=1 \
-             --anti-affinity web --label a=b=c --stop-grace 90s --stopped --request-id r1",
+             --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1",
         )
         .unwrap();
         let spec = v1::VmSpec {
@@ -256,6 +334,8 @@ mod tests {
             host_labels: [("rack".into(), "1".into())].into(),
             anti_affinity_group: "web".into(),
             stop_grace_seconds: 90,
+            display: v1::DisplayType::None.into(),
+            guest_agent: v1::GuestAgentMode::Enabled.into(),
         };
         let expected = v1::CreateVmRequest {
             request_id: "r1".into(),

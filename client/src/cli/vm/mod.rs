@@ -6,11 +6,17 @@ mod escape;
 mod list;
 mod logs;
 mod power;
+mod screen;
+mod update;
 mod wait;
 
 use clap::{Args, Subcommand};
 use uncloud_proto::v1;
 
+pub(crate) use self::{
+    update::note_pending,
+    wait::{WaitArguments, wait_for},
+};
 use super::{Context, Error};
 use crate::output;
 
@@ -28,10 +34,16 @@ pub(crate) enum Command {
     Stop(power::Stop),
     /// Restarts a running VM.
     Restart(power::Restart),
+    /// Changes what a VM is made of; some of it from its next start on.
+    Update(Box<update::Arguments>),
     /// Deletes a VM and its disks.
     Delete(power::Delete),
     /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
     Console(console::Arguments),
+    /// Takes a picture of what the guest's screen shows.
+    Screenshot(screen::Screenshot),
+    /// Opens a local port for VNC viewers: the guest's screen, keyboard and mouse.
+    Vnc(screen::Listen),
     /// Prints the serial log.
     Logs(logs::Arguments),
     /// Says why a VM is where it is, or why it is nowhere.
@@ -61,6 +73,9 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Restart(arguments) => power::restart(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,
+        Command::Update(arguments) => update::run(context, *arguments).await,
+        Command::Screenshot(arguments) => screen::screenshot(context, arguments).await,
+        Command::Vnc(arguments) => screen::vnc(context, arguments).await,
         Command::Logs(arguments) => logs::run(context, arguments).await,
         Command::Explain(Named { vm }) => {
             let answer = context.client.explain_vm(v1::ExplainVmRequest { vm, owner }).await?;

@@ -6,7 +6,7 @@ use super::timestamp;
 use crate::{
     model::{
         Desired, Phase, VmRecord,
-        vm::{Disk, Failover, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{Disk, Display, Failover, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::{State, VmEntry},
 };
@@ -70,6 +70,8 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
         status: Some(status),
         created: timestamp(record.created),
         revision: revision.0,
+        pending_restart: record.pending.iter().flat_map(|p| p.fields()).map(str::to_owned).collect(),
+        next_spec: record.pending.as_ref().map(|_| self::spec(&record.next_spec())),
     }
 }
 
@@ -110,6 +112,16 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
         host_labels: spec.host_labels.clone().into_iter().collect(),
         anti_affinity_group: spec.anti_affinity_group.clone().unwrap_or_default(),
         stop_grace_seconds: spec.stop_grace_seconds,
+        display: match spec.display {
+            Display::None => v1::DisplayType::None,
+            Display::Standard => v1::DisplayType::Standard,
+        }
+        .into(),
+        guest_agent: match spec.guest_agent {
+            GuestAgent::Disabled => v1::GuestAgentMode::Disabled,
+            GuestAgent::Enabled => v1::GuestAgentMode::Enabled,
+        }
+        .into(),
     }
 }
 

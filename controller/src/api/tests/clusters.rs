@@ -33,6 +33,8 @@ async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
         slot,
         copy: WarmCopy::default(),
         store: watch::channel(None).1,
+        clock: uncloud_proto::clock::Clock::system(),
+        cpu_overcommit_percent: 400,
         address: address.to_string(),
         dial: uncloud_proto::dial::Dial::tcp(),
     };

@@ -72,6 +72,8 @@ impl Node {
                 slot: slot.clone(),
                 copy: copy.clone(),
                 store: watch::channel(Some(store.clone())).1,
+                clock: clock.clone(),
+                cpu_overcommit_percent: 400,
                 address: address.clone(),
                 dial: uncloud_proto::dial::Dial::tcp(),
             };
@@ -127,6 +129,8 @@ impl Node {
             slot,
             copy: WarmCopy::default(),
             store: watch::channel(None).1,
+            clock: Clock::system(),
+            cpu_overcommit_percent: 400,
             address: address.clone(),
             dial: uncloud_proto::dial::Dial::tcp(),
         };

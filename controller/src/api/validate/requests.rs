@@ -55,6 +55,22 @@ pub(crate) fn image_ref(image: String) -> Result<String, Violations> {
     check.finish(image)
 }
 
+/// Hosts that one simulation may have.
+const MAX_SIMULATED: usize = 100;
+
+/// The hosts that are to die.
+pub(crate) fn simulate_host_failure(request: v1::SimulateHostFailureRequest) -> Result<Vec<String>, Violations> {
+    let mut check = Checker::default();
+    let count = request.hosts.len();
+    if count == 0 || count > MAX_SIMULATED {
+        check.fail("hosts", format!("has {count} entries; give 1 to {MAX_SIMULATED} hosts"));
+        return check.finish(Vec::new());
+    }
+    let hosts = request.hosts.into_iter().enumerate();
+    let hosts = hosts.map(|(i, host)| check.reference(&format!("hosts[{i}]"), host)).collect();
+    check.finish(hosts)
+}
+
 /// A host and why it is cordoned.
 pub(crate) fn cordon_host(request: v1::CordonHostRequest) -> Result<(String, String), Violations> {
     let mut check = Checker::default();
@@ -216,6 +232,31 @@ pub(crate) fn console_open(first: Option<v1::ConsoleRequest>) -> Result<ConsoleT
 
 fn check_nested_ref(check: &mut Checker, vm: String, owner: String) -> VmRef {
     VmRef { vm: check.reference("open.vm", vm), owner: check.name_or("open.owner", owner, DEFAULT_OWNER) }
+}
+
+/// Checks the first message of a VNC connection.
+pub(crate) fn vnc_open(first: Option<v1::VncRequest>) -> Result<VmRef, Violations> {
+    let Some(v1::vnc_request::Message::Open(open)) = first.and_then(|m| m.message) else {
+        return Err(Violations::one("open", "is required in the first message: it names the VM"));
+    };
+    let mut check = Checker::default();
+    let vm = check_nested_ref(&mut check, open.vm, open.owner);
+    check.finish(vm)
+}
+
+/// Checks a later message of a VNC connection.
+pub(crate) fn vnc_data(message: v1::VncRequest) -> Result<Vec<u8>, Violations> {
+    match message.message {
+        Some(v1::vnc_request::Message::Data(data)) if data.len() <= MAX_INPUT => Ok(data),
+        Some(v1::vnc_request::Message::Data(data)) => {
+            let problem = format!("has {} bytes; send at most {MAX_INPUT} in one message", data.len());
+            Err(Violations::one("data", problem))
+        }
+        Some(v1::vnc_request::Message::Open(_)) => {
+            Err(Violations::one("open", "belongs in the first message only; send `data`"))
+        }
+        None => Err(Violations::one("message", "is empty; send `data`")),
+    }
 }
 
 /// Checks a later message of a console.

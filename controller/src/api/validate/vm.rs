@@ -1,20 +1,22 @@
-//! Checks `CreateVm` and fills in its defaults.
+//! Checks `CreateVm` and fills in its defaults; checks `UpdateVm`.
 
 use std::collections::BTreeSet;
 
 use uncloud_proto::{
-    ids::{ImageId, VmId},
+    ids::{ImageId, Revision, VmId},
     v1,
 };
 use uuid::Uuid;
 
-use super::{Checker, DEFAULT_OWNER, MAX_COMMAND_LINE, Violations, quoted};
+use super::{Checker, DEFAULT_OWNER, MAX_COMMAND_LINE, Violations, VmRef, quoted};
 use crate::{
     model::{
         Desired,
-        vm::{Disk, Failover, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{
+            Disk, Display, Failover, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec,
+        },
     },
-    state::command::{ImageUse, NewVm},
+    state::command::{ImageUse, NewVm, VmUpdate},
 };
 
 const MAX_VCPUS: u64 = 256;
@@ -80,13 +82,8 @@ pub(crate) fn mint_macs(spec: &mut VmSpec, random: &mut dyn FnMut() -> [u8; 5]) 
 }
 
 fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse, String)>) -> VmSpec {
-    let vcpus = if spec.vcpus == 0 { 1 } else { spec.vcpus };
-    check.range("spec.vcpus", u64::from(vcpus), 1, MAX_VCPUS, "");
-    if spec.memory_mib == 0 {
-        check.fail("spec.memory_mib", format!("is required: give 1 to {MAX_MEMORY_MIB} MiB"));
-    } else {
-        check.range("spec.memory_mib", spec.memory_mib, 1, MAX_MEMORY_MIB, " MiB");
-    }
+    let vcpus = check_vcpus(check, spec.vcpus);
+    check_memory(check, spec.memory_mib);
     let machine = match spec.machine.as_str() {
         "" | "q35" => Machine::Q35,
         "pc" => Machine::Pc,
@@ -101,9 +98,13 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
     let kernel = spec.kernel.map(|kernel| check_kernel(check, kernel, images));
     let disks = check_disks(check, spec.disks, images);
     let nics = check_nics(check, &spec.nics);
-    let grace = if spec.stop_grace_seconds == 0 { DEFAULT_GRACE_SECONDS } else { spec.stop_grace_seconds };
-    check.range("spec.stop_grace_seconds", u64::from(grace), 1, MAX_GRACE_SECONDS, " seconds");
+    let grace = check_grace(check, spec.stop_grace_seconds);
     check.range("spec.priority", u64::from(spec.priority), 0, MAX_PRIORITY, "");
+    // What boots by itself is taken for a whole machine.
+    let whole = kernel.is_none();
+    let display = display(check, spec.display).unwrap_or(if whole { Display::Standard } else { Display::None });
+    let guest_agent =
+        guest_agent(check, spec.guest_agent).unwrap_or(if whole { GuestAgent::Enabled } else { GuestAgent::Disabled });
     let host_labels = check.labels("spec.host_labels", spec.host_labels);
     let group = spec.anti_affinity_group;
     let anti_affinity_group = (!group.is_empty()).then(|| check.name("spec.anti_affinity_group", group));
@@ -121,7 +122,124 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
         host_labels,
         anti_affinity_group,
         stop_grace_seconds: grace,
+        display,
+        guest_agent,
         extra: Default::default(),
+    }
+}
+
+fn check_vcpus(check: &mut Checker, vcpus: u32) -> u32 {
+    let vcpus = if vcpus == 0 { 1 } else { vcpus };
+    check.range("spec.vcpus", u64::from(vcpus), 1, MAX_VCPUS, "");
+    vcpus
+}
+
+fn check_memory(check: &mut Checker, memory_mib: u64) {
+    if memory_mib == 0 {
+        check.fail("spec.memory_mib", format!("is required: give 1 to {MAX_MEMORY_MIB} MiB"));
+    } else {
+        check.range("spec.memory_mib", memory_mib, 1, MAX_MEMORY_MIB, " MiB");
+    }
+}
+
+fn check_grace(check: &mut Checker, seconds: u32) -> u32 {
+    let grace = if seconds == 0 { DEFAULT_GRACE_SECONDS } else { seconds };
+    check.range("spec.stop_grace_seconds", u64::from(grace), 1, MAX_GRACE_SECONDS, " seconds");
+    grace
+}
+
+/// Checks a request to change a VM.
+///
+/// # Errors
+///
+/// All that is wrong with it.
+pub(crate) fn update_vm(request: v1::UpdateVmRequest) -> Result<(VmRef, VmUpdate), Violations> {
+    let mut check = Checker::default();
+    let vm =
+        VmRef { vm: check.reference("vm", request.vm), owner: check.name_or("owner", request.owner, DEFAULT_OWNER) };
+    if request.revision < 0 {
+        check.fail("revision", "is negative; give the `revision` of the VM as it was read, or 0");
+    }
+    let mut update =
+        VmUpdate { read: (request.revision > 0).then_some(Revision(request.revision)), ..VmUpdate::default() };
+    let spec = request.spec.unwrap_or_default();
+    let mut labels = Some(request.labels);
+    let paths = request.update_mask.unwrap_or_default().paths;
+    if paths.is_empty() {
+        check.fail("update_mask", format!("is required: name the fields to change, of {}", UPDATABLE.join(", ")));
+    }
+    for (i, path) in paths.iter().enumerate() {
+        match path.as_str() {
+            // A path that is there twice says nothing new.
+            "labels" => {
+                if let Some(labels) = labels.take() {
+                    update.labels = Some(check.labels("labels", labels));
+                }
+            }
+            "spec.restart" => update.restart = Some(restart_policy(&mut check, spec.restart)),
+            "spec.on_disk_loss" => update.on_disk_loss = Some(on_disk_loss(&mut check, spec.on_disk_loss)),
+            "spec.priority" => {
+                check.range("spec.priority", u64::from(spec.priority), 0, MAX_PRIORITY, "");
+                update.priority = Some(spec.priority);
+            }
+            "spec.stop_grace_seconds" => {
+                update.stop_grace_seconds = Some(check_grace(&mut check, spec.stop_grace_seconds));
+            }
+            "spec.vcpus" => update.vcpus = Some(check_vcpus(&mut check, spec.vcpus)),
+            "spec.memory_mib" => {
+                check_memory(&mut check, spec.memory_mib);
+                update.memory_mib = Some(spec.memory_mib);
+            }
+            "spec.failover" => update.failover = Some(failover(&mut check, spec.failover)),
+            "spec.display" => {
+                update.display = display(&mut check, spec.display);
+                if spec.display == 0 {
+                    check.fail("spec.display", "is required when `update_mask` names it");
+                }
+            }
+            "spec.guest_agent" => {
+                update.guest_agent = guest_agent(&mut check, spec.guest_agent);
+                if spec.guest_agent == 0 {
+                    check.fail("spec.guest_agent", "is required when `update_mask` names it");
+                }
+            }
+            other => {
+                let problem =
+                    format!("is `{}`; a VM's fields that can be changed are {}", quoted(other), UPDATABLE.join(", "));
+                check.fail(format!("update_mask.paths[{i}]"), problem);
+            }
+        }
+    }
+    check.finish((vm, update))
+}
+
+/// The fields that `UpdateVm` can change.
+const UPDATABLE: [&str; 10] = [
+    "labels",
+    "spec.vcpus",
+    "spec.memory_mib",
+    "spec.restart",
+    "spec.failover",
+    "spec.on_disk_loss",
+    "spec.priority",
+    "spec.stop_grace_seconds",
+    "spec.display",
+    "spec.guest_agent",
+];
+
+fn display(check: &mut Checker, value: i32) -> Option<Display> {
+    match check.known("spec.display", value, &["DISPLAY_TYPE_NONE", "DISPLAY_TYPE_STANDARD"])? {
+        v1::DisplayType::Unspecified => None,
+        v1::DisplayType::None => Some(Display::None),
+        v1::DisplayType::Standard => Some(Display::Standard),
+    }
+}
+
+fn guest_agent(check: &mut Checker, value: i32) -> Option<GuestAgent> {
+    match check.known("spec.guest_agent", value, &["GUEST_AGENT_MODE_DISABLED", "GUEST_AGENT_MODE_ENABLED"])? {
+        v1::GuestAgentMode::Unspecified => None,
+        v1::GuestAgentMode::Disabled => Some(GuestAgent::Disabled),
+        v1::GuestAgentMode::Enabled => Some(GuestAgent::Enabled),
     }
 }
 

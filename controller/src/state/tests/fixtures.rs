@@ -16,7 +16,7 @@ use crate::{
         Desired, EventType, HostRecord, ImageRecord, Key, Liveness, Phase, Record, VmRecord,
         host::{Accelerator, AcceleratorKind, Pool},
         image::{DiskFormat, FileRole, ImageFile, ImageKind},
-        vm::{Disk, Failover, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     scheduler::Resources,
     state::{
@@ -80,6 +80,8 @@ pub(super) fn spec() -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: 60,
+        display: Display::None,
+        guest_agent: GuestAgent::Disabled,
         extra: serde_json::Map::new(),
     }
 }
@@ -236,8 +238,10 @@ impl World {
             let mut sum = Resources::default();
             for vm in self.state.vms().map(|(_, vm)| vm) {
                 if vm.record.placement.host == Some(*id) && vm.holds_room() {
-                    sum.vcpus += vm.record.spec.vcpus;
-                    sum.memory_mib += vm.record.spec.memory_mib;
+                    // Room for both what it has and what it will have.
+                    let (now, next) = (&vm.record.spec, vm.record.next_spec());
+                    sum.vcpus += now.vcpus.max(next.vcpus);
+                    sum.memory_mib += now.memory_mib.max(next.memory_mib);
                 }
             }
             assert_eq!(host.promised, sum, "what host {id} has promised is the sum");
@@ -295,6 +299,7 @@ impl World {
             disks_ready: !matches!(state, ObservedState::Preparing),
             last_exit: None,
             next_attempt: None,
+            addresses: Vec::new(),
             restarts_done: self.record(vm).restarts,
         }
     }

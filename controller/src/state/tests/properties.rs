@@ -13,7 +13,7 @@ use crate::{
     },
     state::{
         VmEntry,
-        command::{Command, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation},
+        command::{Command, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
         lease_lapsed,
     },
 };
@@ -27,6 +27,7 @@ enum Step {
     Create { vm: u128, failover: u8, pool: u8, recreate: bool, stopped: bool, large: bool },
     Set { vm: u128, change: u8 },
     Restart { vm: u128 },
+    Update { vm: u128, failover: u8, memory: u8, recreate: bool },
     Delete { vm: u128 },
     Mode { host: u128, cordoned: bool },
     Remove { host: u128 },
@@ -48,6 +49,8 @@ fn step() -> impl Strategy<Value = Step> {
         ),
         3 => (vm.clone(), 0..3_u8).prop_map(|(vm, change)| Step::Set { vm, change }),
         1 => vm.clone().prop_map(|vm| Step::Restart { vm }),
+        2 => (vm.clone(), 0..3_u8, 0..4_u8, any::<bool>())
+            .prop_map(|(vm, failover, memory, recreate)| Step::Update { vm, failover, memory, recreate }),
         1 => vm.clone().prop_map(|vm| Step::Delete { vm }),
         1 => (host.clone(), any::<bool>()).prop_map(|(host, cordoned)| Step::Mode { host, cordoned }),
         1 => host.clone().prop_map(|host| Step::Remove { host }),
@@ -63,6 +66,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Place),
     ]
 }
+
+const CLASSES: [Failover; 3] = [Failover::Fast, Failover::Patient, Failover::Hold];
 
 const STATES: [ObservedState; 10] = [
     ObservedState::Preparing,
@@ -89,7 +94,7 @@ impl Step {
                     _ => with_disk("shared"),
                 };
                 let spec = VmSpec {
-                    failover: [Failover::Fast, Failover::Patient, Failover::Hold][usize::from(*failover)],
+                    failover: CLASSES[usize::from(*failover)],
                     on_disk_loss: if *recreate { OnDiskLoss::Recreate } else { OnDiskLoss::Wait },
                     memory_mib: if *large { 2048 } else { 1024 },
                     nics: vec![nic(&format!("42:00:00:00:00:{vm:02}"))],
@@ -106,6 +111,15 @@ impl Step {
                 Command::SetDesired { vm: vm(n), desired }
             }
             Self::Restart { vm: n } => Command::RestartVm { vm: vm(n), force: false },
+            Self::Update { vm: n, failover, memory, recreate } => {
+                let update = VmUpdate {
+                    failover: Some(CLASSES[usize::from(*failover)]),
+                    memory_mib: (*memory > 0).then(|| u64::from(*memory) * 1024),
+                    on_disk_loss: Some(if *recreate { OnDiskLoss::Recreate } else { OnDiskLoss::Wait }),
+                    ..VmUpdate::default()
+                };
+                Command::UpdateVm { vm: vm(n), update: Box::new(update) }
+            }
             Self::Delete { vm: n } => Command::DeleteVm { vm: vm(n) },
             Self::Mode { host: n, cordoned } => {
                 let mode = if *cordoned { HostMode::Cordoned } else { HostMode::Active };
@@ -158,6 +172,8 @@ struct Watcher {
     incarnations: BTreeMap<VmId, u64>,
     /// Incarnations that their host has said to be over for good.
     ended: BTreeSet<(VmId, Incarnation)>,
+    /// The classes of the incarnations of each VM that may execute on its present host.
+    classes: BTreeMap<VmId, BTreeSet<u8>>,
 }
 
 impl Watcher {
@@ -187,8 +203,21 @@ impl Watcher {
             }
             prop_assert!(incarnation.0 >= *newest, "the incarnation of {id} went back");
             *newest = incarnation.0;
-            let Some(was) = before.state.vm(id) else { continue };
+            let class = CLASSES.iter().position(|c| *c == now.record.spec.failover).unwrap() as u8;
+            let classes = self.classes.entry(id).or_default();
+            let Some(was) = before.state.vm(id) else {
+                *classes = [class].into();
+                continue;
+            };
             let (old_host, old_incarnation) = (was.record.placement.host, was.record.placement.incarnation);
+            if host.is_some() && incarnation == old_incarnation {
+                prop_assert_eq!(was.record.spec.failover, now.record.spec.failover, "W4: {}", id);
+            }
+            let old_classes = classes.clone();
+            if host != old_host || self.ended.contains(&(id, old_incarnation)) {
+                classes.clear();
+            }
+            classes.insert(class);
 
             if host.is_some() && host != old_host {
                 prop_assert!(incarnation > old_incarnation, "a new host without a new incarnation");
@@ -209,7 +238,7 @@ impl Watcher {
             if let Some(old_host) = old_host
                 && host != Some(old_host)
             {
-                self.may_leave(world, id, old_host, old_incarnation, was.record.spec.failover)?;
+                self.may_leave(world, id, old_host, old_incarnation, &old_classes)?;
             }
         }
         for (&id, was) in before.state.vms() {
@@ -250,9 +279,10 @@ impl Watcher {
         vm: VmId,
         host: HostId,
         incarnation: Incarnation,
-        class: Failover,
+        classes: &BTreeSet<u8>,
     ) -> Result<(), TestCaseError> {
-        let lapsed = world.state.host(host).is_some_and(|h| lease_lapsed(class, h.record.liveness));
+        let gone = |liveness| classes.iter().all(|&class| lease_lapsed(CLASSES[usize::from(class)], liveness));
+        let lapsed = world.state.host(host).is_some_and(|h| gone(h.record.liveness));
         prop_assert!(
             lapsed || self.ended.contains(&(vm, incarnation)),
             "{vm} left {host} under incarnation {incarnation}, where it may execute"
