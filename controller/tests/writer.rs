@@ -156,6 +156,7 @@ async fn fields_of_a_newer_program_survive_a_rewrite() {
         last_exit: None,
         next_attempt: None,
         restarts_done: 0,
+        migration: None,
     };
     let host = host_facts(1).id;
     let running = Command::Report { host, reports: vec![report(1, ObservedState::Running)] };

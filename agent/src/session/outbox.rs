@@ -97,6 +97,15 @@ impl Entry {
             }),
             next_attempt: r.next_attempt.map(|t| t.to_proto()),
             restarts_done: r.restarts_done,
+            migration: r.migration.as_ref().map(|m| v1::MigrationReport {
+                incarnation: m.incarnation.0,
+                address: m.address.map(|a| a.to_string()).unwrap_or_default(),
+                transferred_bytes: m.progress.transferred_bytes,
+                remaining_bytes: m.progress.remaining_bytes,
+                bytes_per_second: m.progress.bytes_per_second,
+                expected_downtime_ms: m.progress.expected_downtime_ms,
+                failure: m.failure.clone(),
+            }),
         }
     }
 }
@@ -113,6 +122,9 @@ const fn state_to_proto(state: ReportState) -> v1::AgentVmState {
         ReportState::Fenced => v1::AgentVmState::Fenced,
         ReportState::Deleted => v1::AgentVmState::Deleted,
         ReportState::Forgotten => v1::AgentVmState::Forgotten,
+        ReportState::Incoming => v1::AgentVmState::Incoming,
+        ReportState::Received => v1::AgentVmState::Received,
+        ReportState::HandedOver => v1::AgentVmState::HandedOver,
     }
 }
 
@@ -170,6 +182,7 @@ mod tests {
             last_exit: None,
             next_attempt: None,
             restarts_done: 0,
+            migration: None,
         }
     }
 

@@ -7,12 +7,14 @@ use tracing::warn;
 use uncloud_proto::ids::{Incarnation, VmId};
 
 use super::{
-    desired::{Desired, Machine},
+    desired::{Desired, Disposition, Machine},
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+    migration::{Standing, Step},
 };
 use crate::{
     qemu::{
-        command_line::{self, AcceleratorChoice, DiskFile, KernelFiles, MachineSpec, UserNic},
+        command_line::{self, AcceleratorChoice, Begin, DiskFile, KernelFiles, MachineSpec, UserNic},
+        migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
     },
     records::VmDirs,
@@ -38,6 +40,8 @@ pub struct Qemu {
     pub lease_file: PathBuf,
     /// Who QEMU runs as, if not the agent's own user.
     pub user: Option<VmUser>,
+    /// Where QEMU listens for guests from other hosts. `None`: nowhere.
+    pub migration: Option<Listen>,
 }
 
 impl Hypervisor for Qemu {
@@ -90,6 +94,11 @@ impl Hypervisor for Qemu {
         }
     }
 
+    async fn step(&self, vm: VmId, instance: &process::Instance, step: Step) -> Result<(), String> {
+        let vm_dir = self.dirs.dir(vm);
+        migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
+    }
+
     async fn delete_disks(&self, vm: VmId, desired: &Desired) -> Result<(), String> {
         self.storage.delete(vm, desired).await.map_err(|e| e.reason())
     }
@@ -121,6 +130,10 @@ fn machine(
         }),
         disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
         nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
+        begin: match desired.disposition {
+            Disposition::Incoming => Begin::Incoming,
+            Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget => Begin::Boot,
+        },
     })
 }
 
@@ -165,6 +178,10 @@ impl Instance for process::Instance {
         self.quit().await.map_err(|e| e.to_string())
     }
 
+    async fn standing(&self) -> Result<Standing, String> {
+        migration::standing(self).await.map_err(|e| e.to_string())
+    }
+
     fn kill(&self) {
         self.kill();
     }
@@ -174,6 +191,7 @@ impl Instance for process::Instance {
             process::InstanceEvent::GuestShutdown => InstanceEvent::GuestShutdown,
             process::InstanceEvent::GuestPanicked => InstanceEvent::GuestPanicked,
             process::InstanceEvent::GuestReset => InstanceEvent::GuestReset,
+            process::InstanceEvent::MigrationMoved => InstanceEvent::MigrationMoved,
             process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
         }
     }

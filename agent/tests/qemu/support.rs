@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use uncloud_agent::{
     lease::{LeaseClass, LeaseFile, LeaseWord, boot_id},
     qemu::{
-        command_line::{AcceleratorChoice, DiskFile, Machine, MachineSpec, command_line},
+        command_line::{AcceleratorChoice, Begin, DiskFile, Machine, MachineSpec, command_line},
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
 };
@@ -83,6 +83,7 @@ impl Host {
             kernel: None,
             disks: vec![DiskFile { name: "root".into(), path: disk }],
             nics: vec![],
+            begin: Begin::Boot,
         };
         let lease_file = dir.path().join("lease");
         let lease = LeaseFile::open(&lease_file, boot_id().unwrap()).unwrap();

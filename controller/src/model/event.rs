@@ -74,6 +74,9 @@ pub enum EventType {
     FailedOver,
     Unreachable,
     Deleted,
+    MigrationStarted,
+    Migrated,
+    MigrationGivenUp,
     // hosts
     HostJoined,
     HostReturned,

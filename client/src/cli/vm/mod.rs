@@ -5,6 +5,7 @@ mod create;
 mod escape;
 mod list;
 mod logs;
+mod migrate;
 mod power;
 mod wait;
 
@@ -28,6 +29,8 @@ pub(crate) enum Command {
     Stop(power::Stop),
     /// Restarts a running VM.
     Restart(power::Restart),
+    /// Moves a running VM to another host while it runs, or gives that up.
+    Migrate(migrate::Arguments),
     /// Deletes a VM and its disks.
     Delete(power::Delete),
     /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
@@ -59,6 +62,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Start(arguments) => power::start(context, arguments).await,
         Command::Stop(arguments) => power::stop(context, arguments).await,
         Command::Restart(arguments) => power::restart(context, arguments).await,
+        Command::Migrate(arguments) => migrate::run(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,
         Command::Logs(arguments) => logs::run(context, arguments).await,
