@@ -138,7 +138,7 @@ impl User {
             return self.create(core);
         }
         let vm = core.rng.pick(&vms);
-        match core.rng.below(18) {
+        match core.rng.below(28) {
             0 | 1 => self.delete(core, vm),
             2 => self.power(core, vm, PowerChange::Stop),
             3 => self.power(core, vm, PowerChange::ForceStop),
@@ -164,14 +164,14 @@ impl User {
                 }
                 Failovers::Off => self.failover(core, FailoverChange::On),
             },
-            11..=15 => {
+            11..=24 => {
                 let to = if core.rng.permille(500) { Some(core.rng.pick(hosts)) } else { None };
                 core.log(format_args!("user: migrate {vm} to {to:?}"));
                 let secret = format!("{:064x}", core.uid());
                 let command = Command::MigrateVm { vm, to, secret, bytes_per_second: 0 };
                 self.call(core, Doing::Migrate, command, 0);
             }
-            16 => {
+            25 => {
                 core.log(format_args!("user: cancel the migration of {vm}"));
                 self.call(core, Doing::Migrate, Command::CancelMigration { vm }, 0);
             }
