@@ -88,6 +88,7 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
         keeper: config.keeper.clone(),
         lease_file: lease.path().to_owned(),
         user: config.user.map(|u| VmUser { uid: u.uid, gid: u.gid }),
+        migration: config.migration,
     };
     let vms_cancel = CancellationToken::new();
     let host = Host {
@@ -263,6 +264,7 @@ fn identity(config: &Config, host: HostId, boot: Uuid, finding: &Finding) -> Ide
         capacity: v1::Resources { vcpus: config.vcpus, memory_mib: config.memory_mib },
         labels: config.labels.clone(),
         accelerator: v1::Accelerator { kind: kind.into(), why: finding.why.clone() },
+        migration_address: config.migration.map(|m| m.address),
     }
 }
 

@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -14,6 +15,7 @@ use uncloud_proto::names;
 
 use crate::{
     host,
+    qemu::migration::Listen,
     storage::pools::{Kind, Pool, User},
 };
 
@@ -96,6 +98,12 @@ pub struct Options {
     /// How many VMs are started at once. 4, if not given.
     #[arg(long, value_name = "N")]
     pub parallel_starts: Option<usize>,
+    /// Address of this host at which VMs that migrate to it arrive. None can come, if not given.
+    #[arg(long, value_name = "IP")]
+    pub migration_address: Option<String>,
+    /// Ports for that, FIRST-LAST. The kernel picks them, if not given.
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub migration_ports: Option<String>,
 }
 
 /// How the accelerator is chosen.
@@ -140,6 +148,8 @@ pub struct Config {
     pub qemu_img: PathBuf,
     /// How many VMs are started at once.
     pub parallel_starts: usize,
+    /// Where VMs that migrate to this host arrive.
+    pub migration: Option<Listen>,
 }
 
 /// What is wrong with the configuration: the field, and what to do.
@@ -185,6 +195,8 @@ impl Options {
             qemu: self.qemu.or(file.qemu),
             qemu_img: self.qemu_img.or(file.qemu_img),
             parallel_starts: self.parallel_starts.or(file.parallel_starts),
+            migration_address: self.migration_address.or(file.migration_address),
+            migration_ports: self.migration_ports.or(file.migration_ports),
         }
     }
 
@@ -239,6 +251,7 @@ impl Options {
             qemu: find("--qemu", self.qemu, "qemu-system-x86_64", "apt-get install qemu-system-x86")?,
             qemu_img: find("--qemu-img", self.qemu_img, "qemu-img", "apt-get install qemu-utils")?,
             parallel_starts,
+            migration: parse_migration(self.migration_address.as_deref(), self.migration_ports.as_deref())?,
         })
     }
 }
@@ -282,6 +295,31 @@ fn parse_pools(texts: &[String]) -> Result<Vec<Pool>, Error> {
         pools.push(Pool { name: name.to_owned(), path, kind });
     }
     Ok(pools)
+}
+
+fn parse_migration(address: Option<&str>, ports: Option<&str>) -> Result<Option<Listen>, Error> {
+    let Some(address) = address else {
+        return match ports {
+            None => Ok(None),
+            Some(_) => wrong("--migration-ports", "goes with --migration-address"),
+        };
+    };
+    let Ok(ip) = address.parse::<IpAddr>() else {
+        return wrong("--migration-address", format!("`{}` is not an IP address", address.escape_debug()));
+    };
+    if ip.is_unspecified() || ip.is_multicast() {
+        return wrong("--migration-address", format!("{ip} is not an address of one host: others must reach it by it"));
+    }
+    let Some(text) = ports else { return Ok(Some(Listen { address: ip, ports: None })) };
+    let range = text.split_once('-').and_then(|(a, b)| Some((a.parse::<u16>().ok()?, b.parse::<u16>().ok()?)));
+    match range {
+        Some((first, last)) if first > 0 && first <= last => {
+            Ok(Some(Listen { address: ip, ports: Some((first, last)) }))
+        }
+        Some(_) | None => {
+            wrong("--migration-ports", format!("`{}` is not of the form 49152-49215", text.escape_debug()))
+        }
+    }
 }
 
 fn parse_labels(texts: &[String]) -> Result<BTreeMap<String, String>, Error> {

@@ -51,6 +51,10 @@ pub struct Record {
     /// How QEMU last ended.
     #[serde(default)]
     pub last_exit: Option<LastExit>,
+    /// The migration (by the incarnation on its target) that the QEMU which executes is or was part of, until it is known that
+    /// its guest goes on. Written before QEMU is told anything of it.
+    #[serde(default)]
+    pub moving: Option<Incarnation>,
 }
 
 /// A launch.
@@ -63,6 +67,20 @@ pub struct Launched {
     /// When it was launched. For people.
     #[serde(default)]
     pub at: WallTime,
+    /// Whether its guest may have executed.
+    #[serde(default)]
+    pub role: Role,
+}
+
+/// What a QEMU was launched for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Its guest executes, or has.
+    #[default]
+    Executes,
+    /// To wait for a guest from another host, which has never been told to go on here.
+    Incoming,
 }
 
 /// How an incarnation came to rest.
@@ -125,6 +143,7 @@ impl Record {
             settled: None,
             settled_at: WallTime::default(),
             last_exit: None,
+            moving: None,
         }
     }
 }

@@ -149,6 +149,10 @@ calls! {
     stop_vm(StopVmRequest) -> StopVmResponse, vms, Repeatable;
     /// Restarts a VM. Not tried again when the answer was lost: that could restart it twice.
     restart_vm(RestartVmRequest) -> RestartVmResponse, vms, Once;
+    /// Moves a running VM to another host. Not tried again when the answer was lost: it would be refused.
+    migrate_vm(MigrateVmRequest) -> MigrateVmResponse, vms, Once;
+    /// Gives up a migration. Not tried again when the answer was lost: it would be refused.
+    cancel_migration(CancelMigrationRequest) -> CancelMigrationResponse, vms, Once;
     /// Says why a VM is where it is.
     explain_vm(ExplainVmRequest) -> ExplainVmResponse, vms, Repeatable;
     /// Lists hosts.

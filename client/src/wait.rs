@@ -1,6 +1,6 @@
 //! When a VM has become what somebody waits for, and when it never will. Pure.
 
-use uncloud_proto::v1::{PowerState, Vm, VmPhase, VmStatus};
+use uncloud_proto::v1::{MigrationResult, PowerState, Vm, VmPhase, VmStatus};
 
 /// What is waited for.
 #[derive(Clone, Debug, PartialEq)]
@@ -13,6 +13,8 @@ pub enum Goal {
     Stopped,
     /// It is gone.
     Gone,
+    /// The migration that gives it this incarnation is over.
+    Migrated(u64),
 }
 
 /// What a VM's state means for that.
@@ -42,6 +44,7 @@ pub fn judge(goal: &Goal, vm: &Vm) -> Verdict {
         },
         // The watch says when it is gone.
         Goal::Gone => Verdict::Wait,
+        Goal::Migrated(incarnation) => judge_migrated(vm, *incarnation),
     }
 }
 
@@ -63,6 +66,19 @@ fn judge_running(vm: &Vm, new_enough: impl Fn(&VmStatus) -> bool) -> Verdict {
             hopeless(if status.reason.is_empty() { "it failed" } else { &status.reason })
         }
         _ => Verdict::Wait,
+    }
+}
+
+/// The VM runs on the target, or is not going there any more.
+fn judge_migrated(vm: &Vm, incarnation: u64) -> Verdict {
+    let Some(status) = &vm.status else { return Verdict::Wait };
+    if status.migration.as_ref().is_some_and(|m| m.incarnation == incarnation) {
+        return Verdict::Wait;
+    }
+    match status.last_migration.as_ref().filter(|end| end.incarnation == incarnation) {
+        Some(end) if end.result() == MigrationResult::Done => judge_running(vm, |_| true),
+        Some(end) => hopeless(&format!("the migration was given up: {}", end.reason)),
+        None => hopeless("the migration is over"),
     }
 }
 

@@ -13,6 +13,7 @@ use uncloud_controller::model::{
     Liveness, Phase, Record, RequestAnswer, RequestRecord, Subject, VmRecord, VmStatusRecord,
     host::{Accelerator, AcceleratorKind, Pool},
     image::{DiskFormat, FileRole, ImageFile, ImageKind},
+    migration::{Arrival, Migration, MigrationEnd, MigrationProgress, MigrationResult},
     vm::{
         Disk, DiskHome, Display, Failover, GuestAgent, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss,
         PendingSpec, Placement, RestartPolicy, VmSpec,
@@ -76,6 +77,19 @@ fn vm() -> VmRecord {
             ..PendingSpec::default()
         }),
         desired: Desired::Running,
+        migration: Some(Migration {
+            target: HostId::from_uuid(uuid(7)),
+            incarnation: Incarnation(9),
+            since: AT,
+            why: "the only host that can take it".into(),
+            secret: "ab".repeat(32),
+            bytes_per_second: 100 << 20,
+            arrival: Arrival::Listening,
+            address: "10.0.0.2:49152".into(),
+            handed_over: Some(AT),
+            extra: Extra::new(),
+        }),
+        reserved: Incarnation(9),
         placement: Placement {
             host: Some(host_id()),
             incarnation: Incarnation(3),
@@ -114,6 +128,8 @@ fn small_vm() -> VmRecord {
         },
         pending: None,
         desired: Desired::Stopped,
+        migration: None,
+        reserved: Incarnation::NONE,
         placement: Placement { host: None, incarnation: Incarnation::NONE, why: "created stopped".into(), since: AT },
         restarts: 0,
         restart_force: false,
@@ -133,6 +149,20 @@ fn status() -> VmStatusRecord {
         addresses: vec!["10.0.2.15".into()],
         last_exit: Some(LastExit { code: -1, signal: 9, reason: "killed".into(), at: AT }),
         next_attempt: Some(WallTime(AT.0 + 10_000)),
+        migration: Some(MigrationProgress {
+            incarnation: Incarnation(9),
+            transferred_bytes: 91 << 20,
+            remaining_bytes: 1 << 20,
+            bytes_per_second: 100 << 20,
+            expected_downtime_ms: 300,
+        }),
+        last_migration: Some(MigrationEnd {
+            incarnation: Incarnation(8),
+            target: HostId::from_uuid(uuid(7)),
+            result: MigrationResult::GivenUp,
+            reason: "a user cancelled it".into(),
+            at: AT,
+        }),
         extra: Extra::new(),
     }
 }
@@ -153,6 +183,7 @@ fn host() -> HostRecord {
         mode_reason: "new memory".into(),
         liveness: Liveness::FastLapsed,
         liveness_since: AT,
+        migration_address: "10.0.0.1".into(),
         agent_version: "0.1.0".into(),
         boot_id: uuid(5),
         created: AT,

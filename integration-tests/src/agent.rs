@@ -26,13 +26,22 @@ pub struct HostOptions {
     pub labels: Vec<String>,
     /// `auto` lets the agent probe.
     pub accelerator: String,
+    /// Where VMs that migrate to it arrive.
+    pub migration_address: String,
     /// Further arguments.
     pub args: Vec<String>,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        Self { memory_mib: 2048, vcpus: 8, labels: Vec::new(), accelerator: "tcg".into(), args: Vec::new() }
+        Self {
+            memory_mib: 2048,
+            vcpus: 8,
+            labels: Vec::new(),
+            accelerator: "tcg".into(),
+            migration_address: "127.0.0.1".into(),
+            args: Vec::new(),
+        }
     }
 }
 
@@ -69,6 +78,7 @@ impl Agent {
         flag("--memory-mib", options.memory_mib.to_string());
         flag("--vcpus", options.vcpus.to_string());
         flag("--accelerator", options.accelerator.clone());
+        flag("--migration-address", options.migration_address.clone());
         for label in &options.labels {
             flag("--label", label.clone());
         }

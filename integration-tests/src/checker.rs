@@ -2,7 +2,8 @@
 //!
 //! One thread looks at the process table and reads the guests' serial logs every few milliseconds for as long as the
 //! cluster lives. It trusts nothing that uncloud says: a VM is a `qemu-system-…` process with that UUID on its command
-//! line; its history is what the guest wrote to its console and its disk.
+//! line; its history is what the guest wrote to its console and its disk. Two processes of one VM are allowed while it
+//! migrates, as long as QEMU itself says that not both execute.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -23,7 +24,7 @@ use anyhow::bail;
 use crate::{
     guest::{self, Continuity, Said},
     proc_table::{self, Kind, Look, Proc},
-    wait_for,
+    qmp, wait_for,
 };
 
 /// How often it looks. Two copies that live together for less than this can be missed; a failover takes seconds.
@@ -288,7 +289,7 @@ impl Watcher {
         let mut problems = Vec::new();
         for (vm, copies) in by_vm {
             for pair in copies.windows(2) {
-                if self.reported.insert((pair[0].pid, pair[1].pid)) {
+                if both_execute(pair[0], pair[1]) && self.reported.insert((pair[0].pid, pair[1].pid)) {
                     problems.push(format!(
                         "P1 broken: two QEMU processes of VM {vm}: {} in {} and {} in {}",
                         pair[0].pid,
@@ -378,8 +379,13 @@ impl Watcher {
                 }
             }
         }
+        // The one that was written last is read last: of a VM that changed hosts since the newest look, the old host's lines
+        // come first.
+        let written = |log: &Log| log.file.metadata().and_then(|m| m.modified()).ok();
+        let mut logs: Vec<_> = self.logs.values_mut().map(|log| (written(log), log)).collect();
+        logs.sort_by_key(|(written, _)| *written);
         let mut lines = Vec::new();
-        for log in self.logs.values_mut() {
+        for (_, log) in logs {
             log.read(&mut lines);
         }
         lines
@@ -410,6 +416,20 @@ impl Log {
             lines.push(Line { at, vm: self.vm.clone(), host: self.host.clone(), text });
         }
     }
+}
+
+/// Whether two QEMUs of one VM both execute it. While it migrates there are two processes, and one of them at the most may
+/// execute: that is not believed but asked, of both of them. QEMUs of which neither waits for a migration execute, however
+/// they stand.
+fn both_execute(a: &Proc, b: &Proc) -> bool {
+    let is_target = |p: &Proc| p.argv.iter().any(|arg| arg == "-incoming");
+    if !is_target(a) && !is_target(b) {
+        return true;
+    }
+    let executes = |p: &Proc| qmp::status(&p.vm_dir).as_deref() == Some("running");
+    // The questions are not asked at one moment. One that executed before and after the other did, executed beside it: none
+    // goes on again after it has been moved away.
+    executes(a) && executes(b) && executes(a)
 }
 
 fn directories(dir: &Path) -> Vec<PathBuf> {

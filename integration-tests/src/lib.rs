@@ -24,6 +24,7 @@ pub mod paths;
 pub mod proc_table;
 pub mod process;
 pub mod proxy;
+pub mod qmp;
 pub mod sim;
 pub mod slots;
 pub mod specs;

@@ -87,6 +87,12 @@ impl Incarnation {
     /// No host yet.
     pub const NONE: Self = Self(0);
 
+    /// Whether it is [`Incarnation::NONE`].
+    #[must_use]
+    pub const fn is_none(&self) -> bool {
+        self.0 == 0
+    }
+
     /// The next one.
     #[must_use = "an incarnation only fences once it has been stored"]
     pub const fn next(self) -> Self {

@@ -141,6 +141,17 @@ pub struct MachineSpec {
     pub screen: Screen,
     /// The channel to a guest agent.
     pub agent: AgentChannel,
+    /// How it begins.
+    pub begin: Begin,
+}
+
+/// How a machine begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It boots.
+    Boot,
+    /// It waits for a guest from another host, and for being told to let it go on.
+    Incoming,
 }
 
 /// The command line, the program first.
@@ -171,6 +182,15 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     match spec.screen {
         Screen::None => {}
         Screen::Vga => argv.screen(),
+    }
+    // Last: everything before it is the same on both sides of a migration.
+    match spec.begin {
+        Begin::Boot => {}
+        Begin::Incoming => {
+            // Without `-S` it would go on by itself as soon as it has everything (docs/fencing.md, M2).
+            argv.flag("-S");
+            argv.option("-incoming", "defer");
+        }
     }
     argv.0
 }
@@ -323,6 +343,7 @@ mod tests {
             nics: vec![UserNic { mac: "42:00:00:00:00:01".into() }, UserNic { mac: "42:00:00:00:00:02".into() }],
             screen: Screen::Vga,
             agent: AgentChannel::VirtioSerial,
+            begin: Begin::Boot,
         }
     }
 
@@ -364,6 +385,16 @@ mod tests {
                 ..spec()
             },
         );
+    }
+
+    /// What comes from another host finds the machine that it left, and is held still.
+    #[test]
+    fn a_target_has_the_arguments_of_its_source_and_waits() {
+        let qemu = Path::new("q");
+        let source = command_line(qemu, &spec());
+        let target = command_line(qemu, &MachineSpec { begin: Begin::Incoming, ..spec() });
+        assert_eq!(target[..source.len()], source[..]);
+        assert_eq!(target[source.len()..], ["-S", "-incoming", "defer"]);
     }
 
     #[test]

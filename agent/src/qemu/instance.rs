@@ -49,6 +49,8 @@ pub enum InstanceEvent {
     GuestReset,
     /// The guest's agent has said which addresses the guest has.
     GuestAddresses(Vec<IpAddr>),
+    /// Its migration is further, or over.
+    MigrationMoved,
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }
@@ -119,7 +121,7 @@ impl Instance {
     ///
     /// See [`qmp::Error`]; this holds for all commands.
     pub async fn power_down(&self) -> Result<(), qmp::Error> {
-        self.execute("system_powerdown").await.map(drop)
+        self.execute("system_powerdown", None).await.map(drop)
     }
 
     /// Presses the reset button. A machine that is stopped stays stopped until [`Instance::cont`].
@@ -128,7 +130,7 @@ impl Instance {
     ///
     /// See [`qmp::Error`].
     pub async fn reset(&self) -> Result<(), qmp::Error> {
-        self.execute("system_reset").await.map(drop)
+        self.execute("system_reset", None).await.map(drop)
     }
 
     /// Lets a machine that is stopped run.
@@ -137,7 +139,7 @@ impl Instance {
     ///
     /// See [`qmp::Error`].
     pub async fn cont(&self) -> Result<(), qmp::Error> {
-        self.execute("cont").await.map(drop)
+        self.execute("cont", None).await.map(drop)
     }
 
     /// Lets QEMU end by itself, after it has flushed its disks. [`InstanceEvent::Ended`] says when it is gone.
@@ -146,7 +148,7 @@ impl Instance {
     ///
     /// See [`qmp::Error`].
     pub async fn quit(&self) -> Result<(), qmp::Error> {
-        match self.execute("quit").await {
+        match self.execute("quit", None).await {
             // It may be gone before its answer is.
             Ok(_) | Err(qmp::Error::Closed) => Ok(()),
             Err(e) => Err(e),
@@ -159,7 +161,7 @@ impl Instance {
     ///
     /// See [`qmp::Error`].
     pub async fn status(&self) -> Result<String, qmp::Error> {
-        let answer = self.execute("query-status").await?;
+        let answer = self.execute("query-status", None).await?;
         answer["status"].as_str().map(str::to_owned).ok_or_else(|| qmp::Error::Protocol(answer.to_string()))
     }
 
@@ -180,13 +182,13 @@ impl Instance {
         }
     }
 
-    async fn execute(&self, command: &str) -> Result<Value, qmp::Error> {
+    pub(super) async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, qmp::Error> {
         let mut link = self.link.clone();
         let client = match timeout(LINK_LIMIT, link.wait_for(Option::is_some)).await {
             Ok(Ok(client)) => client.clone().ok_or(qmp::Error::NotConnected)?,
             Ok(Err(_)) | Err(_) => return Err(qmp::Error::NotConnected),
         };
-        client.execute(command, None).await
+        client.execute(command, arguments).await
     }
 }
 
@@ -206,6 +208,7 @@ struct Facts {
 #[derive(Debug, Default)]
 struct Untold {
     reset: bool,
+    moved: bool,
     panicked: bool,
     shutdown: bool,
     addresses: Option<Vec<IpAddr>>,
@@ -221,6 +224,7 @@ impl Facts {
         let mut untold = self.untold();
         match event {
             InstanceEvent::GuestReset => untold.reset = true,
+            InstanceEvent::MigrationMoved => untold.moved = true,
             InstanceEvent::GuestPanicked => untold.panicked = true,
             InstanceEvent::GuestShutdown => untold.shutdown = true,
             InstanceEvent::GuestAddresses(addresses) => untold.addresses = Some(addresses),
@@ -235,6 +239,8 @@ impl Facts {
         let mut untold = self.untold();
         if std::mem::take(&mut untold.reset) {
             Some(InstanceEvent::GuestReset)
+        } else if std::mem::take(&mut untold.moved) {
+            Some(InstanceEvent::MigrationMoved)
         } else if std::mem::take(&mut untold.panicked) {
             Some(InstanceEvent::GuestPanicked)
         } else if std::mem::take(&mut untold.shutdown) {
@@ -366,6 +372,7 @@ fn meaning(event: &Event) -> Option<InstanceEvent> {
     match event.name.as_str() {
         "SHUTDOWN" if by_guest && event.data["reason"] == "guest-shutdown" => Some(InstanceEvent::GuestShutdown),
         "RESET" if by_guest => Some(InstanceEvent::GuestReset),
+        "MIGRATION" => Some(InstanceEvent::MigrationMoved),
         "GUEST_PANICKED" => Some(InstanceEvent::GuestPanicked),
         _ => None,
     }

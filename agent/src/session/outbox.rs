@@ -98,6 +98,15 @@ impl Entry {
             next_attempt: r.next_attempt.map(|t| t.to_proto()),
             restarts_done: r.restarts_done,
             addresses: r.addresses.clone(),
+            migration: r.migration.as_ref().map(|m| v1::MigrationReport {
+                incarnation: m.incarnation.0,
+                address: m.address.map(|a| a.to_string()).unwrap_or_default(),
+                transferred_bytes: m.progress.transferred_bytes,
+                remaining_bytes: m.progress.remaining_bytes,
+                bytes_per_second: m.progress.bytes_per_second,
+                expected_downtime_ms: m.progress.expected_downtime_ms,
+                failure: m.failure.clone(),
+            }),
         }
     }
 }
@@ -114,6 +123,9 @@ const fn state_to_proto(state: ReportState) -> v1::AgentVmState {
         ReportState::Fenced => v1::AgentVmState::Fenced,
         ReportState::Deleted => v1::AgentVmState::Deleted,
         ReportState::Forgotten => v1::AgentVmState::Forgotten,
+        ReportState::Incoming => v1::AgentVmState::Incoming,
+        ReportState::Received => v1::AgentVmState::Received,
+        ReportState::HandedOver => v1::AgentVmState::HandedOver,
     }
 }
 
@@ -172,6 +184,7 @@ mod tests {
             next_attempt: None,
             restarts_done: 0,
             addresses: Vec::new(),
+            migration: None,
         }
     }
 

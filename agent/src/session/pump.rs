@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -87,6 +88,8 @@ pub struct Identity {
     pub labels: BTreeMap<String, String>,
     /// How guests execute.
     pub accelerator: v1::Accelerator,
+    /// Where VMs that migrate to it arrive. `None`: none can come.
+    pub migration_address: Option<IpAddr>,
 }
 
 /// How a session ended.
@@ -196,6 +199,7 @@ impl<H: Hypervisor> Session<H> {
             vms: self.manager.host().outbox.lock().hello(),
             newest_term: self.gate.newest_term().0,
             agent_instance: id.instance.to_string(),
+            migration_address: id.migration_address.map(|a| a.to_string()).unwrap_or_default(),
         }
     }
 
@@ -401,6 +405,7 @@ impl<H: Hypervisor> Session<H> {
                         next_attempt: None,
                         restarts_done: 0,
                         addresses: Vec::new(),
+                        migration: None,
                     };
                     self.manager.host().outbox.put(vm, report);
                 }

@@ -313,6 +313,7 @@ impl Machine {
                 capacity: v1::Resources::default(),
                 labels: BTreeMap::new(),
                 accelerator: v1::Accelerator::default(),
+                migration_address: None,
             },
             gate: Gate::new(agent.get().newest_term, incarnations),
             manager: Arc::clone(&manager),

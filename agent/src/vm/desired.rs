@@ -14,6 +14,7 @@ use uncloud_proto::{
     names, v1,
 };
 
+use super::migration::MigrateTo;
 use crate::lease::LeaseClass;
 
 /// What one VM should be on this host.
@@ -48,6 +49,12 @@ pub struct Desired {
     /// Part of the disks' file names.
     #[serde(default)]
     pub disk_generation: u32,
+    /// For Run: where to send it.
+    #[serde(default)]
+    pub migrate_to: Option<MigrateTo>,
+    /// For Incoming: what the source knows, too.
+    #[serde(default)]
+    pub migration_secret: String,
 }
 
 /// What to do with a VM.
@@ -62,6 +69,8 @@ pub enum Disposition {
     Delete,
     /// It belongs elsewhere: no process, no record, and hands off its disks.
     Forget,
+    /// It may come from another host: a process that waits for it.
+    Incoming,
 }
 
 /// How a restart is done.
@@ -344,6 +353,7 @@ impl Desired {
             v1::Disposition::Stop => Disposition::Stop,
             v1::Disposition::Delete => Disposition::Delete,
             v1::Disposition::Forget => Disposition::Forget,
+            v1::Disposition::Incoming => Disposition::Incoming,
             v1::Disposition::Unspecified => return Err(unusable("disposition", "is not one that this agent knows")),
         };
         let spec = match (disposition, &m.spec) {
@@ -352,12 +362,22 @@ impl Desired {
             (_, None) => return Err(unusable("spec", "is missing")),
         };
         let images = match disposition {
-            Disposition::Run => m.images.iter().map(parse_image).collect::<Result<Vec<_>, _>>()?,
+            Disposition::Run | Disposition::Incoming => {
+                m.images.iter().map(parse_image).collect::<Result<Vec<_>, _>>()?
+            }
             Disposition::Stop | Disposition::Delete | Disposition::Forget => Vec::new(),
         };
-        if disposition == Disposition::Run {
+        if matches!(disposition, Disposition::Run | Disposition::Incoming) {
             names::check(&m.name).map_err(|e| unusable("name", e.to_string()))?;
         }
+        let migrate_to = match disposition {
+            Disposition::Run => m.migrate_to.as_ref().map(|m| parse_migrate_to(incarnation, m)).transpose()?,
+            Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming => None,
+        };
+        let migration_secret = match disposition {
+            Disposition::Incoming => secret("migration_secret", &m.migration_secret)?,
+            Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget => String::new(),
+        };
         Ok(Self {
             incarnation,
             disposition,
@@ -370,6 +390,8 @@ impl Desired {
             stop_mode: if m.stop_force { StopMode::Kill } else { StopMode::Graceful },
             disks: if m.disks_exist { DisksExpected::Exist } else { DisksExpected::New },
             disk_generation: m.disk_generation,
+            migrate_to,
+            migration_secret,
         })
     }
 }
@@ -450,6 +472,28 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
             v1::GuestAgentMode::Enabled => GuestAgent::Enabled,
         },
     })
+}
+
+fn parse_migrate_to(own: Incarnation, m: &v1::MigrateTo) -> Result<MigrateTo, Unusable> {
+    let address = m
+        .address
+        .parse()
+        .map_err(|_| unusable("migrate_to.address", format!("is `{}`, not IP:PORT", m.address.escape_debug())))?;
+    let incarnation = Incarnation(m.incarnation);
+    if incarnation <= own {
+        return Err(unusable("migrate_to.incarnation", format!("is {incarnation}, not larger than {own}")));
+    }
+    let secret = secret("migrate_to.secret", &m.secret)?;
+    Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second })
+}
+
+/// It ends up in a file that QEMU reads line by line.
+fn secret(field: &str, text: &str) -> Result<String, Unusable> {
+    let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+    if text.len() != 64 || !text.bytes().all(hex) {
+        return Err(unusable(field, "is not 64 lower-case hexadecimal digits"));
+    }
+    Ok(text.to_owned())
 }
 
 fn parse_kernel(k: &v1::KernelBoot) -> Result<Kernel, Unusable> {

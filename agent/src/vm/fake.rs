@@ -14,6 +14,7 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
+use super::migration::{Guest, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
         Class, Desired, DisksExpected, Display, Disposition, GuestAgent, Machine, RestartMode, RestartPolicy, Spec,
@@ -50,7 +51,15 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         stop_mode: StopMode::Graceful,
         disks: DisksExpected::New,
         disk_generation: 0,
+        migrate_to: None,
+        migration_secret: String::new(),
     }
+}
+
+/// A guest that is part of no migration.
+fn executes() -> Standing {
+    let (guest, transfer) = (Guest::Executes, Transfer::None);
+    Standing { guest, transfer, address: None, progress: Progress::default(), problem: String::new() }
 }
 
 /// What "executes" on the host. Outlives a [`FakeHypervisor`], as processes outlive an agent.
@@ -70,6 +79,7 @@ struct Inner {
     deleted: Vec<VmId>,
     commands: Vec<&'static str>,
     failures: VecDeque<LaunchError>,
+    standings: BTreeMap<VmId, Standing>,
     violations: Vec<String>,
 }
 
@@ -188,6 +198,19 @@ impl Hypervisor for FakeHypervisor {
         inner.exits.get(&vm).map_or(Adoption::Never, |exit| Adoption::Ended(exit.clone()))
     }
 
+    async fn step(&self, _: VmId, instance: &FakeInstance, step: Step) -> Result<(), String> {
+        let mut inner = self.world.lock();
+        let standing = inner.standings.entry(instance.vm).or_insert_with(executes);
+        match step {
+            Step::Listen { .. } => standing.address = Some("127.0.0.1:1".parse().unwrap()),
+            Step::Send(_) => standing.transfer = Transfer::Active,
+            Step::Continue => (standing.transfer, standing.guest) = (Transfer::Completed, Guest::Sent),
+            Step::Cancel => (standing.transfer, standing.guest) = (Transfer::Cancelled, Guest::Executes),
+            Step::Resume => standing.guest = Guest::Executes,
+        }
+        Ok(())
+    }
+
     async fn delete_disks(&self, vm: VmId, _: &Desired) -> Result<(), String> {
         let mut inner = self.world.lock();
         if inner.executing.contains_key(&vm) {
@@ -220,6 +243,9 @@ impl Instance for FakeInstance {
         self.world.lock().commands.push("quit");
         self.world.end(self.vm, ExitKind::Exited(0));
         Ok(())
+    }
+    async fn standing(&self) -> Result<Standing, String> {
+        Ok(self.world.lock().standings.entry(self.vm).or_insert_with(executes).clone())
     }
     fn kill(&self) {
         self.world.lock().commands.push("kill");

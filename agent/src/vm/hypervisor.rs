@@ -10,7 +10,10 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
-use super::desired::Desired;
+use super::{
+    desired::Desired,
+    migration::{Standing, Step},
+};
 
 /// What VMs need of their host.
 pub trait Hypervisor: Send + Sync + 'static {
@@ -23,7 +26,8 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// The error is a reason for people.
     fn prepare(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<Self::Prepared, String>> + Send;
 
-    /// Starts QEMU under a keeper that is bound to `lease_generation`.
+    /// Starts QEMU under a keeper that is bound to `lease_generation`. If the VM is to come from another host, its guest does
+    /// not execute.
     fn launch(
         &self,
         vm: VmId,
@@ -34,6 +38,9 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Looks for what executes. Bounded in time.
     fn adopt(&self, vm: VmId) -> impl Future<Output = Adoption<Self::Instance>> + Send;
+
+    /// Has QEMU take a step of a migration. Bounded in time; what came of it is seen by [`Instance::standing`].
+    fn step(&self, vm: VmId, instance: &Self::Instance, step: Step) -> impl Future<Output = Result<(), String>> + Send;
 
     /// Deletes the disks of this VM that its spec names, and nothing else. Idempotent. The error is a reason for people.
     fn delete_disks(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<(), String>> + Send;
@@ -53,6 +60,8 @@ pub trait Instance: Send + Sync + 'static {
     fn reset(&self) -> impl Future<Output = Result<(), String>> + Send;
     /// Tells QEMU to end.
     fn quit(&self) -> impl Future<Output = Result<(), String>> + Send;
+    /// How it stands with its guest and its migration.
+    fn standing(&self) -> impl Future<Output = Result<Standing, String>> + Send;
     /// SIGKILL.
     fn kill(&self);
     /// The next thing that happens to it. Cancel safe. After `Ended` it pends for ever.
@@ -70,6 +79,8 @@ pub enum InstanceEvent {
     GuestReset,
     /// The guest has said which addresses it has.
     GuestAddresses(Vec<String>),
+    /// Its migration is further, or over.
+    MigrationMoved,
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }

@@ -8,6 +8,7 @@ pub mod desired;
 pub mod hypervisor;
 pub mod mailbox;
 pub mod manager;
+pub mod migration;
 pub mod qemu;
 pub mod runner;
 pub mod starts;

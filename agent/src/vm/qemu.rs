@@ -7,12 +7,16 @@ use tracing::warn;
 use uncloud_proto::ids::{Incarnation, VmId};
 
 use super::{
-    desired::{Desired, Display, GuestAgent, Machine},
+    desired::{Desired, Display, Disposition, GuestAgent, Machine},
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+    migration::{Standing, Step},
 };
 use crate::{
     qemu::{
-        command_line::{self, AcceleratorChoice, AgentChannel, DiskFile, KernelFiles, MachineSpec, Screen, UserNic},
+        command_line::{
+            self, AcceleratorChoice, AgentChannel, Begin, DiskFile, KernelFiles, MachineSpec, Screen, UserNic,
+        },
+        migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
     },
     records::VmDirs,
@@ -38,6 +42,8 @@ pub struct Qemu {
     pub lease_file: PathBuf,
     /// Who QEMU runs as, if not the agent's own user.
     pub user: Option<VmUser>,
+    /// Where QEMU listens for guests from other hosts. `None`: nowhere.
+    pub migration: Option<Listen>,
 }
 
 impl Hypervisor for Qemu {
@@ -90,6 +96,11 @@ impl Hypervisor for Qemu {
         }
     }
 
+    async fn step(&self, vm: VmId, instance: &process::Instance, step: Step) -> Result<(), String> {
+        let vm_dir = self.dirs.dir(vm);
+        migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
+    }
+
     async fn delete_disks(&self, vm: VmId, desired: &Desired) -> Result<(), String> {
         self.storage.delete(vm, desired).await.map_err(|e| e.reason())
     }
@@ -128,6 +139,10 @@ fn machine(
         agent: match spec.guest_agent {
             GuestAgent::Disabled => AgentChannel::None,
             GuestAgent::Enabled => AgentChannel::VirtioSerial,
+        },
+        begin: match desired.disposition {
+            Disposition::Incoming => Begin::Incoming,
+            Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget => Begin::Boot,
         },
     })
 }
@@ -173,6 +188,10 @@ impl Instance for process::Instance {
         self.quit().await.map_err(|e| e.to_string())
     }
 
+    async fn standing(&self) -> Result<Standing, String> {
+        migration::standing(self).await.map_err(|e| e.to_string())
+    }
+
     fn kill(&self) {
         self.kill();
     }
@@ -185,6 +204,7 @@ impl Instance for process::Instance {
             process::InstanceEvent::GuestAddresses(addresses) => {
                 InstanceEvent::GuestAddresses(addresses.iter().map(ToString::to_string).collect())
             }
+            process::InstanceEvent::MigrationMoved => InstanceEvent::MigrationMoved,
             process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
         }
     }

@@ -21,8 +21,10 @@ use uncloud_proto::{
 };
 
 use super::{
+    desired::Desired,
     hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
     mailbox::{Generations, Mail, Mailbox},
+    migration::Step,
     state::{Effect, Event, Lease, Moment, ReportState, Skipped, VmState},
 };
 use crate::{
@@ -168,6 +170,7 @@ impl<H: Hypervisor> Runner<H> {
             InstanceEvent::GuestPanicked => self.handle(Event::GuestPanicked).await,
             InstanceEvent::GuestReset => debug!("the machine was reset"),
             InstanceEvent::GuestAddresses(addresses) => self.handle(Event::GuestAddresses(addresses)).await,
+            InstanceEvent::MigrationMoved => self.handle(Event::MigrationMoved).await,
             InstanceEvent::Ended(exit) => {
                 info!(incarnation = %exit.incarnation, "{}", exit.kind);
                 self.instance = None;
@@ -245,19 +248,21 @@ impl<H: Hypervisor> Runner<H> {
     }
 
     /// Carries out effects in their order: the record first, then the report, then the rest.
-    async fn perform(&mut self, effects: &[Effect]) -> Option<Event> {
-        let mut failed = None;
+    async fn perform(&mut self, effects: &[Effect]) -> Vec<Event> {
+        let mut events = Vec::new();
+        let mut failed = false;
         if effects.contains(&Effect::Persist) {
             let (dirs, record) = (self.host.dirs.clone(), self.state.record().clone());
             if let Err(error) = blocking(move || write(&dirs, &record)).await {
                 let reason = chain(&error);
                 error!("the record of a VM cannot be written: {reason}");
-                failed = Some(Event::PersistFailed(reason, Skipped::of(effects)));
+                failed = true;
+                events.push(Event::PersistFailed(reason, Skipped::of(effects)));
             }
         }
         self.publish();
         for effect in effects {
-            if failed.is_some() && effect.needs_record() {
+            if failed && effect.needs_record() {
                 continue;
             }
             match effect {
@@ -265,6 +270,17 @@ impl<H: Hypervisor> Runner<H> {
                 Effect::PowerDown | Effect::Reset | Effect::Quit => {
                     if let Some(instance) = &self.instance {
                         command(instance, *effect).await;
+                    }
+                }
+                Effect::Look => {
+                    if let Some(instance) = &self.instance {
+                        events.push(look(instance).await);
+                    }
+                }
+                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {
+                    if let Some(instance) = &self.instance {
+                        let desired = &self.state.record().desired;
+                        events.extend(take_step(&*self.host.hypervisor, self.vm, instance, desired, *effect).await);
                     }
                 }
                 Effect::Prepare
@@ -275,7 +291,7 @@ impl<H: Hypervisor> Runner<H> {
                 | Effect::DeleteDisks => self.perform_one(*effect),
             }
         }
-        failed
+        events
     }
 
     /// Those that take no time here.
@@ -307,6 +323,7 @@ impl<H: Hypervisor> Runner<H> {
                 }
             }
             Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit => {}
+            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {}
         }
     }
 
@@ -332,12 +349,63 @@ async fn command(instance: &impl Instance, effect: Effect) {
         | Effect::Launch { .. }
         | Effect::Adopt
         | Effect::Kill
+        | Effect::Look
+        | Effect::Listen
+        | Effect::Send
+        | Effect::Continue
+        | Effect::Cancel
+        | Effect::Resume
         | Effect::DeleteDisks => Ok(()),
     };
     // What does not obey is killed when its grace is over.
     if let Err(reason) = answer {
         warn!("QEMU does not obey {effect:?}: {reason}");
     }
+}
+
+/// How it stands with its migration.
+async fn look(instance: &impl Instance) -> Event {
+    match instance.standing().await {
+        Ok(standing) => Event::Stands(Some(Box::new(standing))),
+        Err(reason) => {
+            debug!("QEMU does not say how it stands: {reason}");
+            Event::Stands(None)
+        }
+    }
+}
+
+/// Has QEMU take a step of a migration. Returns what is to be known of it; the rest is seen by looking.
+async fn take_step<H: Hypervisor>(
+    hypervisor: &H,
+    vm: VmId,
+    instance: &H::Instance,
+    desired: &Desired,
+    effect: Effect,
+) -> Option<Event> {
+    let step = match effect {
+        Effect::Listen => Step::Listen { secret: desired.migration_secret.clone() },
+        Effect::Send => Step::Send(desired.migrate_to.clone()?),
+        Effect::Continue => Step::Continue,
+        Effect::Cancel => Step::Cancel,
+        Effect::Resume => Step::Resume,
+        Effect::Persist
+        | Effect::Look
+        | Effect::Prepare
+        | Effect::CancelPrepare
+        | Effect::Launch { .. }
+        | Effect::Adopt
+        | Effect::PowerDown
+        | Effect::Reset
+        | Effect::Quit
+        | Effect::Kill
+        | Effect::DeleteDisks => return None,
+    };
+    info!(incarnation = %instance.incarnation(), "migration: {effect:?}");
+    let taken = hypervisor.step(vm, instance, step).await;
+    taken.err().map(|reason| {
+        warn!("QEMU does not obey {effect:?}: {reason}");
+        Event::StepFailed(reason)
+    })
 }
 
 async fn do_work<H: Hypervisor>(work: &mut Option<Work<H>>) -> Done<H> {

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use uncloud_agent::{
     lease::{LeaseClass, LeaseFile, LeaseWord, boot_id},
     qemu::{
-        command_line::{AcceleratorChoice, AgentChannel, DiskFile, Machine, MachineSpec, Screen, command_line},
+        command_line::{AcceleratorChoice, AgentChannel, Begin, DiskFile, Machine, MachineSpec, Screen, command_line},
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
 };
@@ -85,6 +85,7 @@ impl Host {
             nics: vec![],
             screen: Screen::None,
             agent: AgentChannel::None,
+            begin: Begin::Boot,
         };
         let lease_file = dir.path().join("lease");
         let lease = LeaseFile::open(&lease_file, boot_id().unwrap()).unwrap();

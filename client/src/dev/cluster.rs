@@ -321,6 +321,8 @@ impl Cluster {
         command.arg("--state-dir").arg(&state_dir).args(["--name", name]);
         // Images may come from anywhere on this machine: who may talk to this cluster is on it already.
         command.arg("--pool").arg(pool).args(["--image-dir", "/"]);
+        // All hosts are this machine.
+        command.args(["--migration-address", "127.0.0.1"]);
         command.arg("--memory-mib").arg(self.options.memory_mib.to_string());
         if let Some(vcpus) = self.options.vcpus {
             command.arg("--vcpus").arg(vcpus.to_string());

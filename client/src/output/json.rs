@@ -22,6 +22,7 @@ macro_rules! named {
 }
 
 named!(
+    CancelMigrationResponse,
     CordonHostResponse,
     CreateImageResponse,
     CreateVmResponse,
@@ -38,6 +39,7 @@ named!(
     ListVmsResponse,
     ReleaseBrakeResponse,
     SetFailoverResponse,
+    MigrateVmResponse,
     RemoveHostResponse,
     RestartVmResponse,
     SimulateHostFailureResponse,

@@ -6,7 +6,7 @@ use super::{
     pairs, table,
     text::{age, dash, labels, mib, moment_and_age, or_dash, short_id, word},
 };
-use crate::units;
+use crate::units::{self, bytes};
 
 /// Which columns a list of VMs has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,11 +73,38 @@ pub fn vm_line(vm: &v1::Vm) -> String {
     if let Some(placement) = &vm.placement {
         line.push_str(&format!("  on {} (incarnation {})", placement.host_name, placement.incarnation));
     }
+    if let Some(migration) = vm.status.as_ref().and_then(|s| s.migration.as_ref()) {
+        line.push_str(&format!("  {}", migration_words(migration)));
+    }
     let reason = reason(vm);
     if !reason.is_empty() {
         line.push_str(&format!("  {reason}"));
     }
     super::clean(&line)
+}
+
+/// How a migration goes.
+fn migration_words(m: &v1::VmMigration) -> String {
+    let mut words = format!("to {}: {}", m.target_host_name, word(m.stage().as_str_name(), "MIGRATION_STAGE_"));
+    if m.transferred_bytes > 0 {
+        words.push_str(&format!(
+            ", {} sent, {} left, {}/s, about {} ms of standstill",
+            bytes(m.transferred_bytes),
+            bytes(m.remaining_bytes),
+            bytes(m.bytes_per_second),
+            m.expected_downtime_ms
+        ));
+    }
+    words
+}
+
+/// How the last migration ended.
+fn last_migration(end: &v1::MigrationEnd, now: WallTime) -> String {
+    let what = match end.result() {
+        v1::MigrationResult::Done => "done".to_owned(),
+        v1::MigrationResult::GivenUp | v1::MigrationResult::Unspecified => format!("given up: {}", end.reason),
+    };
+    format!("{what}, {}", moment_and_age(end.at.as_ref(), now))
 }
 
 /// Everything about one VM.
@@ -100,6 +127,8 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         ("Because", vm.placement.as_ref().map(|p| p.why.clone()).unwrap_or_default()),
         ("Incarnation", vm.placement.as_ref().map(|p| p.incarnation.to_string()).unwrap_or_default()),
         ("Addresses", status.addresses.join(", ")),
+        ("Migration", status.migration.as_ref().map(migration_words).unwrap_or_default()),
+        ("Last migration", status.last_migration.as_ref().map(|e| last_migration(e, now)).unwrap_or_default()),
         ("Last exit", status.last_exit.as_ref().map(|e| last_exit(e, now)).unwrap_or_default()),
         ("vCPUs", spec.vcpus.to_string()),
         ("Memory", mib(spec.memory_mib)),

@@ -116,6 +116,17 @@ impl VmService for Fake {
         Ok(Response::new(v1::RestartVmResponse { vm: self.vm(Asked::Restart).await? }))
     }
 
+    async fn migrate_vm(&self, _: Request<v1::MigrateVmRequest>) -> Result<Response<v1::MigrateVmResponse>, Status> {
+        not_here()
+    }
+
+    async fn cancel_migration(
+        &self,
+        _: Request<v1::CancelMigrationRequest>,
+    ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
+        not_here()
+    }
+
     async fn watch_vms(&self, r: Request<v1::WatchVmsRequest>) -> Result<Response<Self::WatchVmsStream>, Status> {
         match self.next(Asked::Watch { from_revision: r.into_inner().from_revision }).await? {
             Answer::Steps(steps) => {

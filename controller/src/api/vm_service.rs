@@ -87,6 +87,12 @@ fn shown(leader: &Leader, id: VmId, committed: Committed) -> Result<v1::Vm, Stat
     })
 }
 
+/// What both QEMUs of a migration know, and nobody else: 256 random bits.
+pub(crate) fn migration_secret() -> String {
+    let bytes: [u8; 32] = rand::random();
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// The state answered something that does not fit the command.
 pub(super) fn wrong_answer() -> Status {
     Status::internal("the change was made, but its answer is of the wrong kind; this is a fault of the controller")
@@ -179,7 +185,8 @@ fn summary(state: &State, entry: &VmEntry, capacity: &str) -> String {
         | Phase::Stopping
         | Phase::Stopped
         | Phase::Failed
-        | Phase::Deleting => format!("{phase:?} on {host}{reason} (placed there: {why})"),
+        | Phase::Deleting
+        | Phase::Migrating => format!("{phase:?} on {host}{reason} (placed there: {why})"),
     }
 }
 
@@ -264,6 +271,30 @@ impl VmService for Vms {
         let v1::RestartVmRequest { vm, owner, force } = request.into_inner();
         let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::RestartVm { vm, force }).await?;
         Ok(Response::new(v1::RestartVmResponse { vm }))
+    }
+
+    async fn migrate_vm(
+        &self,
+        request: Request<v1::MigrateVmRequest>,
+    ) -> Result<Response<v1::MigrateVmResponse>, Status> {
+        let wanted = validate::migrate_vm(request.into_inner())?;
+        let to = match &wanted.host {
+            Some(host) => Some(self.context.read(|_, state| Ok(state.resolve_host(host)?)).await?),
+            None => None,
+        };
+        let (secret, bytes_per_second) = (migration_secret(), wanted.bytes_per_second);
+        let command = |vm| Command::MigrateVm { vm, to, secret, bytes_per_second };
+        let vm = self.change(wanted.vm.vm, wanted.vm.owner, command).await?;
+        Ok(Response::new(v1::MigrateVmResponse { vm }))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<v1::CancelMigrationRequest>,
+    ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
+        let v1::CancelMigrationRequest { vm, owner } = request.into_inner();
+        let vm = self.change(vm, owner, |vm| Command::CancelMigration { vm }).await?;
+        Ok(Response::new(v1::CancelMigrationResponse { vm }))
     }
 
     type WatchVmsStream = watch::Stream<v1::WatchVmsResponse>;

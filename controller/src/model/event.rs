@@ -75,6 +75,9 @@ pub enum EventType {
     FailedOver,
     Unreachable,
     Deleted,
+    MigrationStarted,
+    Migrated,
+    MigrationGivenUp,
     // hosts
     HostJoined,
     HostReturned,

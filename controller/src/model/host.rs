@@ -38,6 +38,9 @@ pub struct HostRecord {
     pub liveness_since: WallTime,
     /// Version of its agent.
     pub agent_version: String,
+    /// Where VMs that migrate to it may be sent, an IP address. Empty: none can come.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub migration_address: String,
     /// The kernel's boot id: tells one machine from another that uses the same host id.
     pub boot_id: Uuid,
     /// When it first appeared, ms since 1970.

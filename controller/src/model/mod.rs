@@ -8,6 +8,7 @@ pub mod event;
 pub mod host;
 pub mod image;
 pub mod keys;
+pub mod migration;
 pub mod vm;
 
 use std::sync::Arc;

@@ -9,7 +9,10 @@ use uncloud_proto::{
 };
 use uuid::Uuid;
 
-use super::Extra;
+use super::{
+    Extra,
+    migration::{Migration, MigrationEnd, MigrationProgress},
+};
 
 /// A VM: what its user wants, and where the leader put it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +35,12 @@ pub struct VmRecord {
     pub desired: Desired,
     /// Where it is.
     pub placement: Placement,
+    /// The migration under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<Migration>,
+    /// The newest incarnation that was reserved for a migration, whatever came of it: it is given to nothing else.
+    #[serde(default, skip_serializing_if = "Incarnation::is_none")]
+    pub reserved: Incarnation,
     /// How many restarts users have asked for.
     #[serde(default)]
     pub restarts: u64,
@@ -349,6 +358,12 @@ pub struct VmStatusRecord {
     /// When a failed start is tried again, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt: Option<WallTime>,
+    /// How far the migration is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationProgress>,
+    /// How the last migration ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_migration: Option<MigrationEnd>,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
@@ -382,4 +397,5 @@ pub enum Phase {
     Failed,
     Unreachable,
     Deleting,
+    Migrating,
 }

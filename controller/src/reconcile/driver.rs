@@ -10,7 +10,10 @@ use tokio::time::{self, MissedTickBehavior};
 use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::clock::Tick;
 
-use super::plan::{self, Attempts, BATCH, Situation};
+use super::{
+    migrations::Migrations,
+    plan::{self, Attempts, BATCH, Situation},
+};
 use crate::{
     health::{BrakeState, Verdict},
     leadership::{Leader, WriteError},
@@ -40,7 +43,8 @@ async fn passes(leader: &Leader) {
     let mut changed = leader.mirror.changed();
     let mut ticker = time::interval(PERIOD);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut driver = Driver { leader, attempts: Attempts::default(), announced: false };
+    let mut driver =
+        Driver { leader, attempts: Attempts::default(), migrations: Migrations::default(), announced: false };
     loop {
         let result = tokio::select! {
             biased; // a busy cluster must not keep health from being looked at
@@ -66,6 +70,7 @@ async fn passes(leader: &Leader) {
 struct Driver<'a> {
     leader: &'a Leader,
     attempts: Attempts,
+    migrations: Migrations,
     /// What was last said about the brake.
     announced: bool,
 }
@@ -96,6 +101,7 @@ impl Driver<'_> {
         let declared = futures_util::future::join_all(verdicts.into_iter().map(|v| self.declare(v))).await;
         declared.into_iter().collect::<Result<(), Stop>>()?;
         self.shorten_leases(now).await?;
+        self.end_migrations(now).await?;
         self.place().await
     }
 
@@ -106,6 +112,16 @@ impl Driver<'_> {
         let running = self.leader.health().running(now);
         let off = self.off_until(now).map_or(Duration::ZERO, |until| until.since(now));
         if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, running, off) {
+            self.submit(command).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives up migrations that cannot go on.
+    async fn end_migrations(&mut self, now: Tick) -> Result<(), Stop> {
+        let silent = self.leader.health().silent(now);
+        let hopeless = self.leader.mirror.read(|state| self.migrations.hopeless(state, &silent, now));
+        for command in hopeless {
             self.submit(command).await?;
         }
         Ok(())

@@ -50,6 +50,7 @@ fn host(n: u128, memory_mib: u64, liveness: Liveness) -> HostRecord {
         mode_reason: String::new(),
         liveness,
         liveness_since: WallTime(0),
+        migration_address: "127.0.0.1".into(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -83,6 +84,8 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         },
         pending: None,
         desired: Desired::Running,
+        migration: None,
+        reserved: Incarnation::NONE,
         placement: Placement {
             host: host.map(host_id),
             incarnation: Incarnation(u64::from(host.is_some())),

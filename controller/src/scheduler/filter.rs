@@ -4,7 +4,7 @@ use std::fmt;
 
 use uncloud_proto::ids::{HostId, VmId};
 
-use super::{Home, HostView, Limits, Request, Resources};
+use super::{Arrival, Home, HostView, Limits, Request, Resources};
 use crate::model::{HostMode, Liveness};
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
@@ -21,6 +21,14 @@ pub enum Rejection {
     Cordoned,
     /// It is being emptied.
     Draining,
+    /// It is the one that the VM is to leave.
+    Here,
+    /// It cannot be the target of a migration.
+    NoMigrations,
+    /// It has as many migrations under way as it may.
+    Busy,
+    /// It executes guests in another way than the host that the VM comes from.
+    OtherAccelerator,
     /// It does not have a label that the VM asks for.
     Label {
         /// The label.
@@ -64,6 +72,10 @@ impl Rejection {
             Self::Silent => format!("{is} silent"),
             Self::Cordoned => format!("{is} cordoned"),
             Self::Draining => format!("{is} being drained"),
+            Self::Here => format!("{has} the VM already"),
+            Self::NoMigrations => format!("{has} no migration address (the agent's --migration-address)"),
+            Self::Busy => format!("{has} enough migrations under way; try again later"),
+            Self::OtherAccelerator => format!("{does} not execute guests in the way in which its host does"),
             Self::Label { key, value } => format!("{lacks} label {key}={value}"),
             Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
@@ -107,6 +119,7 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
         HostMode::Cordoned => return Err(Rejection::Cordoned),
         HostMode::Draining => return Err(Rejection::Draining),
     }
+    check_arrival(id, host, request)?;
     for (key, value) in &request.host_labels {
         if host.record.labels.get(key) != Some(value) {
             return Err(Rejection::Label { key: key.clone(), value: value.clone() });
@@ -140,6 +153,19 @@ pub(super) fn check_room(
         return Err(Rejection::Memory { needed_mib: needed.memory_mib });
     }
     Ok(())
+}
+
+fn check_arrival(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
+    match &request.arrival {
+        Arrival::Start => Ok(()),
+        Arrival::Migration { from, .. } if *from == id => Err(Rejection::Here),
+        Arrival::Migration { .. } if host.record.migration_address.is_empty() => Err(Rejection::NoMigrations),
+        Arrival::Migration { accelerator, .. } if *accelerator != host.record.accelerator.kind => {
+            Err(Rejection::OtherAccelerator)
+        }
+        Arrival::Migration { busy, .. } if busy.contains(&id) => Err(Rejection::Busy),
+        Arrival::Migration { .. } => Ok(()),
+    }
 }
 
 fn check_storage(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {

@@ -31,8 +31,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use uncloud_proto::ids::{HostId, VmId};
 use uuid::Uuid;
 
+use crate::model::host::AcceleratorKind;
 pub use explain::{Explanation, Group, Unplaceable};
 pub use filter::Rejection;
+
 pub use view::{ClusterView, HostView, Needs, Resources};
 
 /// A VM that wants a host.
@@ -54,6 +56,8 @@ pub struct Request {
     pub home: Home,
     /// Taken if it passes every filter, however the scores stand.
     pub prefer: Option<HostId>,
+    /// How it comes to its host.
+    pub arrival: Arrival,
 }
 
 impl Request {
@@ -62,6 +66,22 @@ impl Request {
     pub fn needs(&self) -> Needs {
         Needs { resources: Resources { vcpus: self.vcpus, memory_mib: self.memory_mib }, group: self.group.clone() }
     }
+}
+
+/// How a VM comes to a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// It is started there.
+    Start,
+    /// It goes on there, and comes from a host where it executes.
+    Migration {
+        /// Where it executes.
+        from: HostId,
+        /// How it executes there. A guest cannot go on in another way.
+        accelerator: AcceleratorKind,
+        /// Hosts that have as many migrations under way as they may.
+        busy: BTreeSet<HostId>,
+    },
 }
 
 /// Where a VM's disks already are.
@@ -129,6 +149,15 @@ pub fn room(
     limits: &Limits<'_>,
 ) -> Option<Result<(), Rejection>> {
     view.host(host).map(|host| filter::check_room(host, vm, needed, limits))
+}
+
+/// Says whether this host can take the VM now.
+///
+/// # Errors
+///
+/// Why it cannot. A host that is not known is down.
+pub fn check(view: &ClusterView, host: HostId, request: &Request, limits: &Limits<'_>) -> Result<(), Rejection> {
+    view.host(host).map_or(Err(Rejection::Down), |found| filter::check(host, found, request, limits))
 }
 
 /// Says of every host whether it could take the VM now, and if not, why.

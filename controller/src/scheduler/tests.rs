@@ -41,6 +41,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         mode_reason: String::new(),
         liveness: Liveness::Up,
         liveness_since: WallTime(0),
+        migration_address: "127.0.0.1".into(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -66,6 +67,7 @@ fn request(vcpus: u32, memory_mib: u64) -> Request {
         group: None,
         home: Home::Anywhere,
         prefer: None,
+        arrival: Arrival::Start,
     }
 }
 

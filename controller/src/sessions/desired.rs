@@ -2,7 +2,8 @@
 //!
 //! | the VM's record | reported | what the host is told |
 //! |---|---|---|
-//! | names this host | or not | RUN, STOP or DELETE, as its user wants it |
+//! | names this host | or not | RUN, STOP or DELETE, as its user wants it; RUN with where to send it, if it migrates |
+//! | has a migration to this host | or not | INCOMING, with the incarnation that it gets here |
 //! | names another host or none | yes | FORGET. If it executes, renewals are withheld until it is gone (P1) |
 //! | is not there | and executes | nothing: it is left alone, and people are told |
 //! | is not there | and does not execute | FORGET: it was deleted |
@@ -17,7 +18,7 @@ use uncloud_proto::{
 
 use crate::{
     api::convert,
-    model::{Desired, Key, vm::VmSpec},
+    model::{Desired, Key, migration::Migration, vm::VmSpec},
     state::{State, VmEntry, command::ObservedState},
 };
 
@@ -60,6 +61,11 @@ pub fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> Plan {
             plan.vms.insert(id, Wanted::AsRecorded(entry.record_revision));
         }
     }
+    for id in state.incoming(host) {
+        if let Some(entry) = state.vm(id) {
+            plan.vms.insert(id, Wanted::AsRecorded(entry.record_revision));
+        }
+    }
     for (&id, seen) in seen {
         if plan.vms.contains_key(&id) {
             continue;
@@ -95,10 +101,14 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
             ..Default::default()
         }),
         // It may have been given to another host since the plan was made: then this one must not be told to run it.
-        Wanted::AsRecorded(_) => state
-            .vm(vm)
-            .filter(|entry| entry.record.placement.host == Some(host))
-            .map(|entry| as_recorded(state, entry)),
+        Wanted::AsRecorded(_) => {
+            let entry = state.vm(vm)?;
+            if entry.record.placement.host == Some(host) {
+                return Some(as_recorded(state, entry));
+            }
+            let migration = entry.record.migration.as_ref().filter(|m| m.target == host)?;
+            Some(arriving(state, entry, migration))
+        }
     }
 }
 
@@ -122,6 +132,26 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         stop_force: record.stop_force,
         disks_exist: record.disks_exist,
         disk_generation: record.disk_generation,
+        migrate_to: record.migration.as_ref().filter(|m| !m.address.is_empty()).map(|m| v1::MigrateTo {
+            incarnation: m.incarnation.0,
+            address: m.address.clone(),
+            secret: m.secret.clone(),
+            bytes_per_second: m.bytes_per_second,
+        }),
+        migration_secret: String::new(),
+    }
+}
+
+/// M2: what the target of a migration is told before the hand-over.
+fn arriving(state: &State, entry: &VmEntry, migration: &Migration) -> v1::DesiredVm {
+    v1::DesiredVm {
+        incarnation: migration.incarnation.0,
+        disposition: v1::Disposition::Incoming.into(),
+        // The guest has them open.
+        disks_exist: true,
+        migrate_to: None,
+        migration_secret: migration.secret.clone(),
+        ..as_recorded(state, entry)
     }
 }
 
@@ -173,6 +203,7 @@ mod tests {
             memory_mib: 4096,
             pools: Vec::new(),
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
+            migration_address: String::new(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };

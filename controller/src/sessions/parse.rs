@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use uncloud_proto::{
@@ -21,9 +21,10 @@ use crate::{
     api::validate::{Checker, Violations, quoted},
     model::{
         host::{Accelerator, AcceleratorKind, Pool},
+        migration::MigrationProgress,
         vm::LastExit,
     },
-    state::command::{HostFacts, ObservedState, VmObservation},
+    state::command::{HostFacts, MigrationObservation, ObservedState, VmObservation},
 };
 
 /// VMs that one host may have a record of. Ten times as many as anybody ran on one.
@@ -92,6 +93,10 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         }
         None => AcceleratorKind::Tcg,
     };
+    if !hello.migration_address.is_empty() && hello.migration_address.parse::<IpAddr>().is_err() {
+        let found = quoted(&hello.migration_address);
+        check.fail("migration_address", format!("is `{found}`; expected an IP address, or nothing"));
+    }
     if hello.newest_term < 0 {
         check.fail("newest_term", "is negative");
     }
@@ -104,6 +109,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         memory_mib: capacity.memory_mib,
         pools,
         accelerator: Accelerator { kind, why: clean(&accelerator.why) },
+        migration_address: hello.migration_address,
         agent_version: hello.agent_version,
         boot_id: boot_id.unwrap_or_default(),
     };
@@ -159,6 +165,7 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             next_attempt: vm.next_attempt.as_ref().map(WallTime::from_proto),
             addresses: addresses(&vm.addresses),
             restarts_done: vm.restarts_done,
+            migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
         checked.push(Reported { sequence: vm.sequence, seen });
     }
@@ -187,7 +194,26 @@ fn state(check: &mut Checker, field: &str, value: i32) -> Option<ObservedState> 
         v1::AgentVmState::Fenced => ObservedState::Fenced,
         v1::AgentVmState::Deleted => ObservedState::Deleted,
         v1::AgentVmState::Forgotten => ObservedState::Forgotten,
+        v1::AgentVmState::Incoming => ObservedState::Incoming,
+        v1::AgentVmState::Received => ObservedState::Received,
+        v1::AgentVmState::HandedOver => ObservedState::HandedOver,
     })
+}
+
+/// How a migration goes. An address goes to another host's agent, so it must be one.
+fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option<MigrationObservation> {
+    if !m.address.is_empty() && m.address.parse::<SocketAddr>().is_err() {
+        check.fail(format!("{field}.address"), format!("is `{}`; expected IP:PORT", quoted(&m.address)));
+        return None;
+    }
+    let progress = MigrationProgress {
+        incarnation: Incarnation(m.incarnation),
+        transferred_bytes: m.transferred_bytes,
+        remaining_bytes: m.remaining_bytes,
+        bytes_per_second: m.bytes_per_second,
+        expected_downtime_ms: m.expected_downtime_ms,
+    };
+    Some(MigrationObservation { progress, address: m.address, failure: clean(&m.failure) })
 }
 
 fn check_pools(check: &mut Checker, pools: Vec<v1::Pool>) -> (Vec<Pool>, BTreeMap<String, u64>) {

@@ -111,7 +111,10 @@ impl Rules {
             | ObservedState::Stopped
             | ObservedState::PoweredOff
             | ObservedState::Failed
-            | ObservedState::Fenced => {
+            | ObservedState::Fenced
+            | ObservedState::Incoming
+            | ObservedState::Received
+            | ObservedState::HandedOver => {
                 let Reported { sequence, ref seen } = *report;
                 self.seen.insert(vm, Seen { incarnation: seen.incarnation, state: seen.state, sequence });
             }
@@ -214,6 +217,7 @@ mod tests {
             next_attempt: None,
             addresses: Vec::new(),
             restarts_done: 0,
+            migration: None,
         };
         Reported { sequence, seen }
     }
@@ -313,12 +317,13 @@ mod tests {
         /// S3 against a model that only looks at what was reported.
         #[test]
         fn s3_no_heartbeat_is_answered_while_a_misplaced_vm_may_execute(
-            steps in prop::collection::vec((1_u128..4, 0_usize..10, any::<bool>()), 1..60)
+            steps in prop::collection::vec((1_u128..4, 0_usize..13, any::<bool>()), 1..60)
         ) {
-            const STATES: [ObservedState; 10] = [
+            const STATES: [ObservedState; 13] = [
                 ObservedState::Preparing, ObservedState::Starting, ObservedState::Running, ObservedState::Stopping,
                 ObservedState::Stopped, ObservedState::PoweredOff, ObservedState::Failed, ObservedState::Fenced,
                 ObservedState::Deleted, ObservedState::Forgotten,
+                ObservedState::Incoming, ObservedState::Received, ObservedState::HandedOver,
             ];
             let mut rules = Rules::default();
             let mut executing: BTreeMap<VmId, bool> = BTreeMap::new();

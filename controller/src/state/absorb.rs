@@ -167,6 +167,17 @@ impl State {
             self.view.release(host, id);
             self.recount(host);
         }
+        if let Some(migration) = &entry.record.migration {
+            let target = migration.target;
+            if let Some(vms) = self.incoming.get_mut(&target) {
+                vms.remove(&id);
+                if vms.is_empty() {
+                    self.incoming.remove(&target);
+                }
+            }
+            self.view.release(target, id);
+            self.recount(target);
+        }
         Some(entry)
     }
 
@@ -184,6 +195,13 @@ impl State {
                 self.pending.insert(id);
             }
             None => {}
+        }
+        // Promised on both, until it is known which has it.
+        if let Some(migration) = &entry.record.migration {
+            let target = migration.target;
+            self.incoming.entry(target).or_default().insert(id);
+            self.view.assign(target, id, needs(&entry.record));
+            self.recount(target);
         }
         self.vms.insert(id, entry);
     }
@@ -270,7 +288,6 @@ fn unindex<Id: Ord>(index: &mut BTreeMap<String, BTreeSet<Id>>, name: &str, id: 
     }
 }
 
-/// What a VM is promised on its host.
 /// What a VM is promised on its host: room for what it has and for what it has from its next incarnation on.
 pub(super) fn needs(record: &VmRecord) -> Needs {
     let pending = record.pending.as_ref();

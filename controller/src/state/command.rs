@@ -18,6 +18,7 @@ use uuid::Uuid;
 use crate::model::{
     Desired, HostMode, ImageRecord, Key, Record, VmRecord,
     host::{Accelerator, Pool},
+    migration::MigrationProgress,
     vm::{Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
 };
 
@@ -54,6 +55,12 @@ pub enum Command {
     UpdateVm { vm: VmId, update: Box<VmUpdate> },
     /// A user deletes a VM.
     DeleteVm { vm: VmId },
+    /// Somebody moves a running VM to another host, or to this one.
+    MigrateVm { vm: VmId, to: Option<HostId>, secret: String, bytes_per_second: u64 },
+    /// A user gives up the migration of a VM.
+    CancelMigration { vm: VmId },
+    /// This very migration cannot go on. Nothing happens if it is over by now.
+    GiveUpMigration { vm: VmId, migration: Incarnation, why: String },
     /// A user cordons or uncordons a host.
     SetHostMode { host: HostId, mode: HostMode, reason: String },
     /// A user removes a host that is down and empty.
@@ -202,6 +209,8 @@ pub struct HostFacts {
     pub pools: Vec<Pool>,
     /// How its guests execute.
     pub accelerator: Accelerator,
+    /// Where VMs that migrate to it may be sent. Empty: none can come.
+    pub migration_address: String,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.
@@ -230,6 +239,19 @@ pub struct VmObservation {
     /// The newest restart counter that the agent has carried out. A guest that powered itself off while a restart was
     /// on its way is not off for good: the agent starts it again when the counter arrives.
     pub restarts_done: u64,
+    /// How a migration goes, by this side of it.
+    pub migration: Option<MigrationObservation>,
+}
+
+/// What a host reported about a migration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationObservation {
+    /// Which one, and how far it is.
+    pub progress: MigrationProgress,
+    /// Where the target listens. Empty for a source.
+    pub address: String,
+    /// Why it failed. Empty: it has not.
+    pub failure: String,
 }
 
 /// What a VM is on a host. Documented in `agent.proto` (`AgentVmState`).
@@ -246,6 +268,9 @@ pub enum ObservedState {
     Fenced,
     Deleted,
     Forgotten,
+    Incoming,
+    Received,
+    HandedOver,
 }
 
 impl ObservedState {
@@ -260,7 +285,11 @@ impl ObservedState {
             | Self::Failed
             | Self::Fenced
             | Self::Deleted
-            | Self::Forgotten => false,
+            | Self::Forgotten
+            // M2, M3: neither side of a migration executes before the leader says so.
+            | Self::Incoming
+            | Self::Received
+            | Self::HandedOver => false,
         }
     }
 }

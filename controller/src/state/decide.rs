@@ -8,7 +8,7 @@ use super::{
     REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     draft::Draft,
-    hosts, images, placement, reports, update, vms,
+    hosts, images, migration, placement, reports, update, vms,
 };
 use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject};
 
@@ -46,6 +46,13 @@ impl State {
             Command::RestartVm { vm, force } => vms::restart(&mut draft, *vm, *force)?,
             Command::UpdateVm { vm, update } => update::update(&mut draft, *vm, update)?,
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
+            Command::MigrateVm { vm, to, secret, bytes_per_second } => {
+                migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second)?
+            }
+            Command::CancelMigration { vm } => migration::cancel(&mut draft, *vm)?,
+            Command::GiveUpMigration { vm, migration, why } => {
+                migration::cannot_go_on(&mut draft, *vm, *migration, why)?
+            }
             Command::SetHostMode { host, mode, reason } => hosts::set_mode(&mut draft, *host, *mode, reason)?,
             Command::RemoveHost { host } => hosts::remove(&mut draft, *host)?,
             Command::CreateImage { request, image } => {

@@ -151,8 +151,11 @@ impl<'a> Draft<'a> {
         }
         match &key {
             Key::Vm(id) | Key::VmStatus(id) => {
-                let before = self.peek_vm(*id).and_then(|entry| entry.record.placement.host);
-                self.stale_vms.entry(*id).or_default().extend(before);
+                let before = self.peek_vm(*id).map(|entry| {
+                    let target = entry.record.migration.as_ref().map(|m| m.target);
+                    entry.record.placement.host.into_iter().chain(target).collect::<Vec<_>>()
+                });
+                self.stale_vms.entry(*id).or_default().extend(before.into_iter().flatten());
             }
             Key::Host(id) => {
                 self.stale_hosts.insert(*id);
@@ -209,11 +212,14 @@ impl<'a> Draft<'a> {
             for host in hosts {
                 view.release(host, vm);
             }
-            if let Some(entry) = now
-                && let Some(host) = entry.record.placement.host
+            let Some(entry) = now else { continue };
+            if let Some(host) = entry.record.placement.host
                 && entry.holds_room()
             {
                 view.assign(host, vm, needs(&entry.record));
+            }
+            if let Some(migration) = &entry.record.migration {
+                view.assign(migration.target, vm, needs(&entry.record));
             }
         }
         for host in std::mem::take(&mut self.stale_hosts) {

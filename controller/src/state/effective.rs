@@ -44,7 +44,13 @@ impl VmEntry {
             (Desired::Running, None) => from_placement(Phase::Pending),
             (Desired::Stopped, None) => from_placement(Phase::Stopped),
             (Desired::Running | Desired::Stopped, Some(_)) => match current {
-                Some(s) => EffectiveStatus { phase: s.phase, reason: &s.reason, since: s.since },
+                Some(s) => {
+                    let phase = match (&self.record.migration, s.phase) {
+                        (Some(_), Phase::Running) => Phase::Migrating,
+                        (_, phase) => phase,
+                    };
+                    EffectiveStatus { phase, reason: &s.reason, since: s.since }
+                }
                 None => from_placement(Phase::Scheduled),
             },
         }

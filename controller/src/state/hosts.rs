@@ -38,6 +38,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
             memory_mib: facts.memory_mib,
             pools: facts.pools.clone(),
             accelerator: facts.accelerator.clone(),
+            migration_address: facts.migration_address.clone(),
             mode: HostMode::Active,
             mode_reason: String::new(),
             liveness: Liveness::Up,
@@ -64,6 +65,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
         memory_mib: facts.memory_mib,
         pools: facts.pools.clone(),
         accelerator: facts.accelerator.clone(),
+        migration_address: facts.migration_address.clone(),
         agent_version: facts.agent_version.clone(),
         boot_id: facts.boot_id,
         ..(*before).clone()
@@ -91,6 +93,7 @@ fn differences(before: &HostRecord, now: &HostRecord) -> Vec<&'static str> {
         (before.memory_mib != now.memory_mib, "memory"),
         (before.pools != now.pools, "pools"),
         (before.accelerator != now.accelerator, "accelerator"),
+        (before.migration_address != now.migration_address, "migration address"),
         (before.agent_version != now.agent_version, "version"),
         (before.boot_id != now.boot_id, "restarted"),
     ]

@@ -8,7 +8,8 @@
 //!
 //! * An incarnation only grows, and grows whenever a VM is given a host.
 //! * A VM is given to another host only if the record of its present host says that the VM's lease has surely run
-//!   out there, or the present host itself has said that the VM does not execute (P1).
+//!   out there, or the present host itself has said that the VM does not execute (P1), or will not go on with it after a
+//!   migration (`migration.rs`).
 //! * A change has a key at most once, and never has a key whose record cannot be read.
 
 mod absorb;
@@ -18,6 +19,7 @@ mod draft;
 mod effective;
 mod hosts;
 mod images;
+mod migration;
 mod placement;
 mod reports;
 mod resolve;
@@ -45,6 +47,7 @@ use crate::{
 
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use effective::EffectiveStatus;
+pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};
 pub use simulate::{Fate, Outcome};
 
@@ -78,6 +81,8 @@ pub struct State {
     requests_by_age: BTreeSet<(WallTime, String)>,
     cluster: Option<Arc<ClusterRecord>>,
     pending: BTreeSet<VmId>,
+    /// Migrations under way, by their targets.
+    incoming: BTreeMap<HostId, BTreeSet<VmId>>,
     unreadable: BTreeMap<String, String>,
     view: ClusterView,
 }
@@ -152,6 +157,16 @@ impl State {
     pub fn vms_on(&self, host: HostId) -> impl Iterator<Item = VmId> {
         let vms = self.hosts.get(&host).map(|h| &h.vms).or_else(|| self.orphans.get(&host));
         vms.into_iter().flatten().copied()
+    }
+
+    /// The VMs that are on their way to this host.
+    pub fn incoming(&self, host: HostId) -> impl Iterator<Item = VmId> {
+        self.incoming.get(&host).into_iter().flatten().copied()
+    }
+
+    /// The VMs that are on their way from one host to another.
+    pub fn migrating(&self) -> impl Iterator<Item = VmId> {
+        self.incoming.values().flatten().copied()
     }
 
     /// VMs that should run and have no host, and deleted ones whose host has been removed.

@@ -2,13 +2,15 @@
 //!
 //! # Safety argument (P1)
 //!
-//! A VM leaves a host in three ways only, and each knows that it does not execute there:
+//! A VM leaves a host in four ways only, and each knows that it does not execute there:
 //!
 //! * [`displace`]: the host's record says that the lease the VM lives under has surely run out (`health/` decided, and
 //!   the host takes part again only through `RegisterHost`, which makes it Up in the same order of writes);
 //! * [`replace_fenced`]: the host itself says that the VM was fenced under its present incarnation;
 //! * `vms::start`: the host itself says that it has stopped under its present incarnation
-//!   ([`VmEntry::ended_for_good`]).
+//!   ([`VmEntry::ended_for_good`]);
+//! * `migration::hand_over`: the host itself says that it has sent the VM to the target of this very migration, and it
+//!   lets it execute no more unless it is told that the migration was given up.
 //!
 //! Everything else leaves the VM where it is.
 
@@ -22,13 +24,13 @@ use uncloud_proto::{
     ids::{HostId, VmId},
 };
 
-use super::{VmEntry, command::Refusal, draft::Draft, vms};
+use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
         vm::{Failover, OnDiskLoss, Placement},
     },
-    scheduler::{self, Choice, Home, Request, Unplaceable},
+    scheduler::{self, Arrival, Choice, Home, Request, Unplaceable},
 };
 
 /// Whether the lease that VMs of this class live under has surely run out on a host of this liveness.
@@ -82,6 +84,7 @@ pub fn request(vm: &VmRecord) -> Request {
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
         prefer: None,
+        arrival: Arrival::Start,
     }
 }
 
@@ -139,7 +142,8 @@ pub(super) fn give_host(
     choice: Choice,
 ) -> Result<(), Refusal> {
     let now = draft.cx.now;
-    let incarnation = record.placement.incarnation.next();
+    let entry = &migration::dropped(draft, entry, &mut record, &choice.why);
+    let incarnation = record.next_incarnation();
     leave_disks(draft, entry, &mut record, Some(choice.host));
     record.placement = Placement { host: Some(choice.host), incarnation, why: choice.why, since: now };
     let record = draft.put_vm(record)?;
@@ -175,6 +179,7 @@ fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: O
 /// A VM that should run has no host. The caller knows that it executes nowhere.
 pub(super) fn park(draft: &mut Draft<'_>, entry: &VmEntry, mut record: VmRecord, why: String) -> Result<(), Refusal> {
     let now = draft.cx.now;
+    let entry = &migration::dropped(draft, entry, &mut record, &why);
     let had_host = record.placement.host.is_some();
     let since = if had_host { now } else { record.placement.since };
     leave_disks(draft, entry, &mut record, None);
@@ -337,6 +342,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         group: None,
         home,
         prefer: None,
+        arrival: Arrival::Start,
     }
 }
 
@@ -349,7 +355,8 @@ pub(super) fn assign_deletion(
     why: &str,
 ) -> Result<(), Refusal> {
     let now = draft.cx.now;
-    let incarnation = record.placement.incarnation.next();
+    let entry = &migration::dropped(draft, entry, &mut record, why);
+    let incarnation = record.next_incarnation();
     record.placement = Placement { host: Some(host), incarnation, why: why.to_owned(), since: now };
     let record = draft.put_vm(record)?;
     let mut status = status_or_new(entry, now);
@@ -404,6 +411,8 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         addresses: Vec::new(),
         last_exit: None,
         next_attempt: None,
+        migration: None,
+        last_migration: None,
         extra: Extra::new(),
     })
 }

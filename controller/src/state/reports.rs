@@ -1,7 +1,7 @@
 //! What hosts report of VMs.
 //!
-//! A report counts only if it comes from the host that the VM was given, and is about its present incarnation: anything
-//! else is about the past. A report that says nothing new writes nothing.
+//! A report counts only if it comes from the host that the VM was given, and is about its present incarnation, or from the
+//! target of its migration (`migration.rs`): anything else is about the past. A report that says nothing new writes nothing.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,15 @@ use super::{
     VmEntry,
     command::{ObservedState, Refusal, VmObservation},
     draft::Draft,
+    migration,
     placement::{replace_fenced, status_or_new},
     vms,
 };
-use crate::model::{Desired, EventType, Phase, VmRecord, VmStatusRecord, vm::DiskHome};
+use crate::model::{
+    Desired, EventType, Phase, VmRecord, VmStatusRecord,
+    migration::{Migration, MigrationProgress},
+    vm::DiskHome,
+};
 
 pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) -> Result<(), Refusal> {
     let entry = match draft.vm(report.vm) {
@@ -24,6 +29,10 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         Err(other) => return Err(other),
     };
     let placement = &entry.record.placement;
+    let arrives = |m: &Migration| m.target == host && m.incarnation == report.incarnation;
+    if entry.record.migration.as_ref().is_some_and(arrives) {
+        return migration::from_target(draft, &entry, report);
+    }
     if placement.host != Some(host) || placement.incarnation != report.incarnation {
         return Ok(());
     }
@@ -32,15 +41,21 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         return vms::remove(draft, &entry, format!("host `{}` has removed it", draft.host_name(host)));
     }
     let entry = note_disks(draft, entry, host, report)?;
+    let entry = migration::from_source(draft, entry, report)?;
+    if entry.record.placement.host != Some(host) {
+        return Ok(()); // It has been handed over.
+    }
     let on = format!("on host `{}`", draft.host_name(host));
     match report.state {
         // Never asked for at this incarnation: what was asked for since will be reported, too.
-        ObservedState::Deleted | ObservedState::Forgotten => Ok(()),
+        ObservedState::Deleted | ObservedState::Forgotten | ObservedState::Incoming => Ok(()),
+        // It stands still until it is told how its migration ended.
+        ObservedState::HandedOver | ObservedState::Received => observe(draft, &entry, report, Phase::Migrating),
         ObservedState::Preparing => observe(draft, &entry, report, Phase::Preparing),
         ObservedState::Starting => observe(draft, &entry, report, Phase::Starting),
         ObservedState::Stopping => observe(draft, &entry, report, Phase::Stopping),
         ObservedState::Running => {
-            if phase(&entry) != Some(Phase::Running) {
+            if !matches!(phase(&entry), Some(Phase::Running | Phase::Migrating)) {
                 draft.vm_event(&entry.record, EventType::Started, format!("runs {on}"));
             }
             observe(draft, &entry, report, Phase::Running)
@@ -118,12 +133,20 @@ fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase
         last_exit: report.last_exit.clone().or_else(|| before.last_exit.clone()),
         next_attempt: report.next_attempt,
         addresses: report.addresses.clone(),
+        migration: progress(entry, report),
         ..before
     };
     if entry.status.as_deref() == Some(&status) {
         return Ok(());
     }
     draft.put_status(entry.record.id, status)
+}
+
+/// How far the migration under way is.
+fn progress(entry: &VmEntry, report: &VmObservation) -> Option<MigrationProgress> {
+    let migration = entry.record.migration.as_ref()?;
+    let seen = report.migration.as_ref()?;
+    (seen.progress.incarnation == migration.incarnation).then(|| seen.progress.clone())
 }
 
 /// How QEMU ended is kept when the VM gets a new incarnation.

@@ -5,6 +5,7 @@ mod failover;
 mod fixtures;
 mod hosts;
 mod images;
+mod migration;
 mod properties;
 mod reports;
 mod simulate;

@@ -35,6 +35,12 @@ pub(super) fn update(draft: &mut Draft<'_>, vm: VmId, update: &VmUpdate) -> Resu
     if update.read.is_some_and(|read| entry.record_revision > read || touched) {
         return Err(Refusal::Outdated(before.name.clone()));
     }
+    if before.migration.is_some() && after.pending != before.pending {
+        return Err(Refusal::Precondition(format!(
+            "VM `{}` is being migrated; change what waits for its next start when that is over, or cancel it",
+            before.name
+        )));
+    }
     check_room(draft, &entry, &after)?;
     let message = message(before, &after);
     draft.vm_event(&after, EventType::Updated, message);

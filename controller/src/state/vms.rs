@@ -1,4 +1,4 @@
-//! What users ask of VMs: create, start, stop, restart, delete.
+//! What users ask of VMs: create, start, stop, restart, delete. Migrations are in `migration.rs`.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -8,6 +8,7 @@ use super::{
     VmEntry,
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
+    migration,
     placement::{
         self, assign_deletion, deletion_request, find_host, give_host, home, lease_lapsed, park, placed_message,
         schedule,
@@ -55,6 +56,8 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         pending: None,
         desired: new.desired,
         placement: Placement { host: None, incarnation: Incarnation::NONE, why: String::new(), since: now },
+        migration: None,
+        reserved: Incarnation::NONE,
         restarts: 0,
         restart_force: false,
         stop_force: false,
@@ -233,11 +236,12 @@ fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
 }
 
 fn stop(draft: &mut Draft<'_>, entry: &VmEntry, force: bool) -> Result<(), Refusal> {
-    let mut record = (*entry.record).clone();
-    let stopped = record.desired == Desired::Stopped;
-    if stopped && (!force || record.stop_force) {
+    let stopped = entry.record.desired == Desired::Stopped;
+    if stopped && (!force || entry.record.stop_force) {
         return Ok(());
     }
+    let entry = migration::give_up(draft, entry, "a user asked to stop the VM")?;
+    let mut record = (*entry.record).clone();
     record.desired = Desired::Stopped;
     record.stop_force = force;
     if record.placement.host.is_none() {
@@ -252,18 +256,20 @@ fn stop(draft: &mut Draft<'_>, entry: &VmEntry, force: bool) -> Result<(), Refus
 
 pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<Answer, Refusal> {
     let entry = draft.vm(vm)?;
-    let mut record = (*entry.record).clone();
-    match record.desired {
-        Desired::Deleted => return Err(being_deleted(&record)),
+    let before = &entry.record;
+    match before.desired {
+        Desired::Deleted => return Err(being_deleted(before)),
         Desired::Stopped => {
-            return Err(Refusal::Precondition(format!("VM `{}` is stopped; start it instead", record.name)));
+            return Err(Refusal::Precondition(format!("VM `{}` is stopped; start it instead", before.name)));
         }
         Desired::Running => {}
     }
-    if record.placement.host.is_none() {
-        let message = format!("VM `{}` has no host and does not run: {}", record.name, record.placement.why);
+    if before.placement.host.is_none() {
+        let message = format!("VM `{}` has no host and does not run: {}", before.name, before.placement.why);
         return Err(Refusal::Precondition(message));
     }
+    let entry = migration::give_up(draft, &entry, "a user asked to restart the VM")?;
+    let mut record = (*entry.record).clone();
     record.restarts += 1;
     record.restart_force = force;
     let message = if force { "a user asked for a reset" } else { "a user asked for it" };
@@ -273,10 +279,11 @@ pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<An
 
 pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId) -> Result<Answer, Refusal> {
     let entry = draft.vm(vm)?;
-    let mut record = (*entry.record).clone();
-    if record.desired == Desired::Deleted {
+    if entry.record.desired == Desired::Deleted {
         return Ok(Answer::Vm(entry.record));
     }
+    let entry = migration::give_up(draft, &entry, "a user deleted the VM")?;
+    let mut record = (*entry.record).clone();
     record.desired = Desired::Deleted;
     draft.vm_event(&record, EventType::DeleteRequested, "a user asked for it".into());
     if record.placement.host.is_none() {

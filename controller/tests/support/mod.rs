@@ -261,6 +261,7 @@ pub(crate) fn host_facts(n: u128) -> HostFacts {
         memory_mib: 1 << 20,
         pools: vec![Pool { name: "default".into(), shared_id: None, capacity_bytes: 1 << 40, problem: String::new() }],
         accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: "no /dev/kvm".into() },
+        migration_address: "127.0.0.1".into(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }

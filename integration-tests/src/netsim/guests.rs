@@ -21,6 +21,7 @@ use uncloud_agent::{
     vm::{
         desired::Desired,
         hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+        migration::{Standing, Step},
     },
 };
 use uncloud_proto::{
@@ -264,6 +265,10 @@ impl Hypervisor for SimHypervisor {
         inner.exits.get(&(self.machine, vm)).map_or(Adoption::Never, |exit| Adoption::Ended(exit.clone()))
     }
 
+    async fn step(&self, _: VmId, _: &SimInstance, _: Step) -> Result<(), String> {
+        Err("machines here have no migration address".to_owned())
+    }
+
     async fn delete_disks(&self, vm: VmId, _: &Desired) -> Result<(), String> {
         let mut inner = self.guests.lock();
         if inner.executing.iter().any(|e| e.vm == vm) {
@@ -299,6 +304,10 @@ impl Instance for SimInstance {
     async fn quit(&self) -> Result<(), String> {
         self.guests.end_of(self.vm, self.machine, ExitKind::Exited(0));
         Ok(())
+    }
+
+    async fn standing(&self) -> Result<Standing, String> {
+        Err("nothing migrates here".to_owned())
     }
 
     fn kill(&self) {

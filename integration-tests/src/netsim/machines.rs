@@ -120,6 +120,7 @@ pub(super) async fn agent(machine: Machine) -> turmoil::Result {
             capacity: v1::Resources { vcpus: 16, memory_mib: 64 * 1024 },
             labels: BTreeMap::new(),
             accelerator: v1::Accelerator { kind: v1::AcceleratorKind::Tcg.into(), why: "simulated".to_owned() },
+            migration_address: None,
         },
         gate: Gate::new(agent.get().newest_term, incarnations),
         manager,

@@ -251,6 +251,7 @@ impl Host {
             accelerator: Some(v1::Accelerator { kind: v1::AcceleratorKind::Kvm.into(), ..Default::default() }),
             vms: agent.outbox.hello(),
             newest_term: agent.gate.newest_term().0,
+            migration_address: format!("10.0.0.{}", self.index),
             ..Default::default()
         };
         core.send_up(stream, Up(session_request::Message::Hello(hello)));

@@ -202,6 +202,11 @@ impl Check {
         }
     }
 
+    /// A guest stands still because it is sent to another host.
+    pub(crate) fn stands_still(&mut self, vm: VmId, uid: u64) {
+        self.vm(vm).executing.remove(&uid);
+    }
+
     /// A guest ends by itself.
     pub(crate) fn guest_ended(&mut self, vm: VmId, now: Ns) {
         self.vm(vm).guest_ended = Some(now);
@@ -355,7 +360,10 @@ impl Core {
                 && before.placement.incarnation != after.placement.incarnation
             {
                 let host = |r: &VmRecord| r.placement.host.map_or("no host".to_owned(), |h| h.to_string());
-                if before.placement.host.is_some() && before.placement.host != after.placement.host {
+                let arrived = before.migration.as_ref().is_some_and(|m| m.incarnation == after.placement.incarnation);
+                if arrived {
+                    self.stats.migrations_done += 1;
+                } else if before.placement.host.is_some() && before.placement.host != after.placement.host {
                     self.stats.failovers += 1;
                 }
                 self.log(format_args!(

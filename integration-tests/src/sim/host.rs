@@ -12,7 +12,7 @@ use std::{
 use uncloud_agent::{
     lease::{LeaseClass, LeaseWord},
     records::Record,
-    vm::{hypervisor::Exit, mailbox::Generations, state::Event as VmEvent},
+    vm::{hypervisor::Exit, mailbox::Generations, migration::Guest, state::Event as VmEvent},
 };
 use uncloud_proto::{
     clock::Tick,
@@ -24,6 +24,7 @@ use super::{
     agent::Agent,
     clock::{NodeClock, SEC},
     core::Core,
+    migrate::Moving,
     net::AGENT,
     queue::{DiskWork, Event, Start, What, Whom},
 };
@@ -37,7 +38,7 @@ pub(crate) struct Qemu {
     pub(crate) start: Start,
     /// When the kernel kills it. `None`: never (class hold), or not armed yet.
     pub(crate) armed: Option<Tick>,
-    /// The guest executes.
+    /// QEMU is there. Its guest executes, unless it is or was part of a migration.
     pub(crate) executing: bool,
     /// QEMU has answered on QMP.
     pub(crate) ready: bool,
@@ -49,6 +50,8 @@ pub(crate) struct Qemu {
     pub(crate) was_paused: bool,
     /// What waits for the keeper.
     pub(crate) backlog: Vec<Event>,
+    /// What it has to do with migrations.
+    pub(crate) moving: Moving,
 }
 
 /// A host.
@@ -215,7 +218,7 @@ impl Host {
         self.powered = false;
         self.boot += 1;
         for (vm, qemu) in std::mem::take(&mut self.qemus) {
-            if qemu.executing {
+            if qemu.executing && qemu.moving.guest == Guest::Executes {
                 core.check.stopped(vm, qemu.uid);
             }
         }
@@ -257,6 +260,7 @@ impl Host {
             What::Deadline(vm, uid, armed) => self.deadline(core, vm, uid, armed),
             What::Dead(vm, uid, death) => self.dead(core, vm, uid, death),
             What::Guest(vm, uid, act) => self.guest(core, vm, uid, act),
+            What::Wire(vm, uid, wire) => self.wire(core, vm, uid, wire),
             _ => {}
         }
     }

@@ -9,8 +9,10 @@ use std::collections::BTreeSet;
 use uncloud_agent::{
     keeper::{renewal, wake_in},
     lease::LeaseClass,
+    records::Role,
     vm::{
         hypervisor::{Exit, ExitKind},
+        migration::Guest,
         state::Event as VmEvent,
     },
 };
@@ -23,6 +25,7 @@ use super::{
     clock::MS,
     core::Core,
     host::{Host, Qemu},
+    migrate::Moving,
     queue::{Death, DiskWork, GuestAct, Start, What, Whom},
 };
 
@@ -86,6 +89,10 @@ impl Host {
             paused: 0,
             was_paused: false,
             backlog: Vec::new(),
+            moving: Moving::new(match start.role {
+                Role::Executes => Guest::Executes,
+                Role::Incoming => Guest::Awaited,
+            }),
         };
         self.qemus.insert(vm, qemu);
         // Now and then it takes so long that the lease is over, or another one, when it looks.
@@ -185,13 +192,25 @@ impl Host {
         let (vm, uid) = (start.vm, start.uid);
         let Some(qemu) = self.qemus.get_mut(&vm).filter(|q| q.uid == uid && !q.dying) else { return };
         qemu.executing = true;
-        core.log(format_args!("host {}: {vm} executes, incarnation {}", self.index, start.incarnation));
+        core.log(format_args!("host {}: {vm} {:?}, incarnation {}", self.index, start.role, start.incarnation));
+        if start.role == Role::Executes {
+            self.begins(core, vm);
+        }
+        self.later_ready(core, start, vm, uid);
+    }
+
+    /// The guest begins to execute here.
+    pub(super) fn begins(&mut self, core: &mut Core, vm: VmId) {
+        let Some(Qemu { uid, start, .. }) = self.qemus.get(&vm) else { return };
         let disks = start.pools.iter().map(|pool| match pool.as_str() {
             "shared" => (self.shared_pool, start.disk_generation),
             _ => (self.id.uuid(), start.disk_generation),
         });
         let (disks, now) = (disks.collect(), core.now);
-        core.check.started(vm, uid, (self.index, self.id), start.incarnation, disks, now);
+        core.check.started(vm, *uid, (self.index, self.id), start.incarnation, disks, now);
+    }
+
+    fn later_ready(&self, core: &mut Core, start: Start, vm: VmId, uid: u64) {
         let mut delay = core.between(20, 300);
         if self.slow > 0 {
             delay += core.between(100, 8000);
@@ -236,7 +255,7 @@ impl Host {
             }
             _ => self.leave_word(core, &qemu.start, kind),
         };
-        if qemu.executing {
+        if qemu.executing && qemu.moving.guest == Guest::Executes {
             core.check.stopped(vm, uid);
         }
         if !qemu.ready {
@@ -255,6 +274,10 @@ impl Host {
 
     pub(super) fn guest(&mut self, core: &mut Core, vm: VmId, uid: u64, act: GuestAct) {
         if self.qemus.get(&vm).is_none_or(|q| q.uid != uid || q.dying || !q.executing) {
+            return;
+        }
+        // What stands still does nothing.
+        if act != GuestAct::Crash && self.qemus.get(&vm).is_some_and(|q| q.moving.guest != Guest::Executes) {
             return;
         }
         if act != GuestAct::Obey && core.healed {

@@ -14,6 +14,7 @@ use uncloud_controller::{
     health::{HealthTable, Timings, Verdict},
     leadership::{Committed, Validity, WriteError},
     model::{EventType, Key, Record},
+    reconcile::migrations::Migrations,
     reconcile::plan::Attempts,
     state::{
         State,
@@ -53,6 +54,8 @@ pub(crate) enum Reply {
     Verdict(Verdict),
     /// The reconciler: the leases on record.
     Leases,
+    /// The reconciler: a migration that cannot go on. Nobody waits.
+    GaveUp,
     /// The reconciler: a batch of placements.
     Placed,
     /// The beginning of the term: the leases are on record.
@@ -123,6 +126,7 @@ impl Lead {
         let health = HealthTable::new(timings, longest, hosts, took_over);
         let driver = Driver {
             attempts: Attempts::default(),
+            migrations: Migrations::default(),
             announced: false,
             verdicts: Vec::new(),
             pass: Pass::Idle,
@@ -376,6 +380,7 @@ impl Lead {
             | Reply::Brake(_)
             | Reply::Verdict(_)
             | Reply::Leases
+            | Reply::GaveUp
             | Reply::Placed
             | Reply::Announced
             | Reply::Elected => {}
@@ -413,6 +418,7 @@ impl Lead {
                 }
                 self.verdict_stored(core, clock);
             }
+            Reply::GaveUp => {}
             Reply::Leases => self.place(core, clock),
             Reply::Placed => {
                 if let Pass::Placing { current, situation, now, .. } = &mut self.driver.pass {

@@ -26,6 +26,7 @@ mod faults;
 mod host;
 mod keepers;
 mod lead;
+mod migrate;
 mod net;
 mod queue;
 mod reconciler;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use uncloud_agent::{lease::LeaseClass, vm::state::Event as VmEvent};
+use uncloud_agent::{lease::LeaseClass, records::Role, vm::state::Event as VmEvent};
 use uncloud_controller::leadership::WriteError;
 use uncloud_proto::{
     clock::Tick,
@@ -15,6 +15,7 @@ use super::{
     clock::Ns,
     etcd::{Request, Response},
     faults::Healing,
+    migrate::Wire,
     user::{Answered, Call},
 };
 
@@ -126,6 +127,8 @@ pub(crate) enum What {
     Deadline(VmId, u64, Tick),
     /// Keeper and QEMU are dead.
     Dead(VmId, u64, Death),
+    /// Something comes to a QEMU that has to do with a migration.
+    Wire(VmId, u64, Wire),
     /// A guest does something by itself.
     Guest(VmId, u64, GuestAct),
 
@@ -174,6 +177,8 @@ pub(crate) struct Start {
     pub(crate) pools: Vec<String>,
     /// Their generation.
     pub(crate) disk_generation: u32,
+    /// It waits for a guest from another host.
+    pub(crate) role: Role,
 }
 
 /// How keeper and QEMU died.

@@ -8,6 +8,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use uncloud_controller::{
     health::Verdict,
     model::EventType,
+    reconcile::migrations::Migrations,
     reconcile::plan::{self, Attempts, BATCH, Situation},
     state::command::Command,
 };
@@ -34,6 +35,7 @@ pub(crate) enum Pass {
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(super) attempts: Attempts,
+    pub(super) migrations: Migrations,
     pub(super) announced: bool,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) pass: Pass,
@@ -123,6 +125,9 @@ impl Lead {
         self.driver.again = false;
         let now = clock.tick(core.now);
         let silent = self.health.silent(now);
+        for command in self.driver.migrations.hopeless(&self.mirror, &silent, now) {
+            self.submit(core, command, Reply::GaveUp);
+        }
         let situation = Arc::new(Situation { openings: self.mirror.view().openings(), silent });
         let left = plan::plan(&self.mirror, &self.driver.attempts, &situation, now).into();
         self.driver.pass = Pass::Placing { left, current: Vec::new(), situation, now };

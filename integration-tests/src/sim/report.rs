@@ -17,6 +17,10 @@ pub struct Stats {
     pub created: u64,
     /// VMs that were given another host than they had.
     pub failovers: u64,
+    /// Migrations that a QEMU began.
+    pub migrations_begun: u64,
+    /// Migrations that ended with the VM on its target.
+    pub migrations_done: u64,
     /// Leaders.
     pub elections: u64,
     /// Transactions.
@@ -52,6 +56,8 @@ impl Stats {
         self.events += other.events;
         self.created += other.created;
         self.failovers += other.failovers;
+        self.migrations_begun += other.migrations_begun;
+        self.migrations_done += other.migrations_done;
         self.elections += other.elections;
         self.commits += other.commits;
         self.verdicts += other.verdicts;
@@ -72,6 +78,7 @@ impl fmt::Display for Stats {
         writeln!(f, "events:            {}", self.events)?;
         writeln!(f, "VMs created:       {}", self.created)?;
         writeln!(f, "failovers:         {}", self.failovers)?;
+        writeln!(f, "migrations:        {} sent, {} done", self.migrations_begun, self.migrations_done)?;
         writeln!(f, "killed by a lease: {}", self.fenced)?;
         writeln!(f, "verdicts on hosts: {}, the brake engaged {} times", self.verdicts, self.brakes)?;
         writeln!(f, "leaders elected:   {}", self.elections)?;

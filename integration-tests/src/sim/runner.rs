@@ -7,8 +7,11 @@ use std::collections::VecDeque;
 
 use uncloud_agent::{
     lease::LeaseClass,
+    records::Role,
     vm::{
+        desired::Desired,
         mailbox::{Generations, Mail, Mailbox},
+        migration::Step,
         state::{Effect, Event as VmEvent, Lease, Moment, Skipped, VmState},
     },
 };
@@ -132,11 +135,13 @@ impl Host {
         vm: VmId,
         runner: &mut Runner,
         effects: &[Effect],
-    ) -> Option<VmEvent> {
-        let mut failed = None;
+    ) -> Vec<VmEvent> {
+        let mut events = Vec::new();
+        let mut failed = false;
         if effects.contains(&Effect::Persist) {
             if self.disk_full > 0 {
-                failed = Some(VmEvent::PersistFailed("no space left on device".into(), Skipped::of(effects)));
+                failed = true;
+                events.push(VmEvent::PersistFailed("no space left on device".into(), Skipped::of(effects)));
             } else {
                 self.records.insert(vm, runner.state.record().clone());
             }
@@ -149,11 +154,20 @@ impl Host {
             self.agent_later(core, delay, What::Flush(stream));
         }
         for effect in effects {
-            if !(failed.is_some() && effect.needs_record()) {
-                self.perform_one(core, vm, runner, *effect);
+            if failed && effect.needs_record() {
+                continue;
+            }
+            match (effect, runner.instance) {
+                (Effect::Look, Some(uid)) => events.push(self.standing(core, vm, uid)),
+                (Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume, Some(uid)) => {
+                    if let Some(step) = step(*effect, &runner.state.record().desired) {
+                        events.extend(self.step(core, vm, uid, step));
+                    }
+                }
+                _ => self.perform_one(core, vm, runner, *effect),
             }
         }
-        failed
+        events
     }
 
     pub(super) fn perform_one(&mut self, core: &mut Core, vm: VmId, runner: &mut Runner, effect: Effect) {
@@ -163,6 +177,7 @@ impl Host {
         let delay = core.between(1, 60);
         match effect {
             Effect::Persist | Effect::Reset => {}
+            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {}
             Effect::CancelPrepare => runner.work = None,
             Effect::Prepare => {
                 runner.work = Some(work);
@@ -191,6 +206,7 @@ impl Host {
                     class: desired.class(),
                     pools: pools(&desired),
                     disk_generation: desired.disk_generation,
+                    role: runner.state.record().launched.map_or(Role::Executes, |l| l.role),
                 };
                 // The agent forks, or it does not: a dead one starts nothing.
                 self.agent_later(core, delay, What::Spawn(Box::new(start)));
@@ -222,6 +238,18 @@ impl Host {
 
     fn lease_over(&self, core: &Core, vm: VmId) -> bool {
         self.qemus.get(&vm).is_none_or(|q| !self.word(q.start.class).permits(q.start.generation, self.now(core)))
+    }
+}
+
+/// `runner::take_step`
+fn step(effect: Effect, desired: &Desired) -> Option<Step> {
+    match effect {
+        Effect::Listen => Some(Step::Listen { secret: desired.migration_secret.clone() }),
+        Effect::Send => desired.migrate_to.clone().map(Step::Send),
+        Effect::Continue => Some(Step::Continue),
+        Effect::Cancel => Some(Step::Cancel),
+        Effect::Resume => Some(Step::Resume),
+        _ => None,
     }
 }
 

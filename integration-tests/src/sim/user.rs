@@ -65,6 +65,7 @@ enum Doing {
     Restart(VmId),
     Update,
     Delete(VmId),
+    Migrate,
     Mode,
     Failover,
 }
@@ -138,7 +139,7 @@ impl User {
             return self.create(core);
         }
         let vm = core.rng.pick(&vms);
-        match core.rng.below(14) {
+        match core.rng.below(30) {
             0 | 1 => self.delete(core, vm),
             2 => self.power(core, vm, PowerChange::Stop),
             3 => self.power(core, vm, PowerChange::ForceStop),
@@ -165,6 +166,17 @@ impl User {
                 Failovers::Off => self.failover(core, FailoverChange::On),
             },
             11 | 12 => self.update(core, vm),
+            13..=26 => {
+                let to = if core.rng.permille(500) { Some(core.rng.pick(hosts)) } else { None };
+                core.log(format_args!("user: migrate {vm} to {to:?}"));
+                let secret = format!("{:064x}", core.uid());
+                let command = Command::MigrateVm { vm, to, secret, bytes_per_second: 0 };
+                self.call(core, Doing::Migrate, command, 0);
+            }
+            27 => {
+                core.log(format_args!("user: cancel the migration of {vm}"));
+                self.call(core, Doing::Migrate, Command::CancelMigration { vm }, 0);
+            }
             _ => {}
         }
     }
@@ -276,7 +288,15 @@ impl User {
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
-            (Doing::Restart(_) | Doing::Update | Doing::Mode | Doing::Failover | Doing::Delete(_), _) => {}
+            (
+                Doing::Restart(_)
+                | Doing::Update
+                | Doing::Migrate
+                | Doing::Mode
+                | Doing::Failover
+                | Doing::Delete(_),
+                _,
+            ) => {}
         }
     }
 
@@ -296,7 +316,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode | Doing::Update | Doing::Failover => {}
+            Doing::Mode | Doing::Update | Doing::Migrate | Doing::Failover => {}
         }
     }
 }

@@ -205,7 +205,7 @@ impl World {
                 }
             }
             Whom::Kernel(h) => {
-                if self.hosts[h].powered && self.hosts[h].boot == epoch {
+                if self.hosts[h].powered && (self.hosts[h].boot == epoch || epoch == u64::MAX) {
                     self.hosts[h].on_kernel(core, what);
                 }
             }

@@ -19,11 +19,15 @@
 //! * **V1** A settled incarnation is never launched again, unless a user asked for a restart after it stopped or failed
 //!   by itself. *Fenced* is left by a new incarnation only.
 //! * **P5** [`Effect::DeleteDisks`] comes only while the leader says *delete* and nothing executes.
+//! * **M2**, **M3**, **M4** Who goes on after a migration: `migrate.rs`.
 //! * **V2** Whatever changes the record puts [`Effect::Persist`] before every other effect.
 //! * **V3** A record that could not be read freezes its VM: nothing is started, deleted or written. What executes can
 //!   still be stopped, because a VM that belongs elsewhere must not go on.
 //! * **V4** An event that makes no sense is ignored: QEMU's events race with ours.
 
+mod migrate;
+#[cfg(test)]
+mod migrate_tests;
 mod report;
 mod settle;
 #[cfg(test)]
@@ -36,15 +40,16 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
-pub use self::report::{Report, ReportState};
+pub use self::report::{MigrationReport, Report, ReportState};
 use super::{
     backoff,
     desired::{Desired, DisksExpected, Disposition, RestartMode, RestartPolicy, StopMode},
     hypervisor::{Exit, ExitKind},
+    migration::Standing,
 };
 use crate::{
     lease::LeaseWord,
-    records::{LastExit, Launched, Record, Settled},
+    records::{LastExit, Launched, Record, Role, Settled},
 };
 
 /// How long QEMU may take to end after it was told to, before it is killed (again).
@@ -119,6 +124,12 @@ pub enum Event {
     GuestPanicked,
     /// The guest has said which addresses it has.
     GuestAddresses(Vec<String>),
+    /// Its migration is further, or over.
+    MigrationMoved,
+    /// How QEMU stands with its migration. `None`: it does not say.
+    Stands(Option<Box<Standing>>),
+    /// QEMU did not take a step of a migration. In words.
+    StepFailed(String),
     /// QEMU and its keeper are gone.
     Ended(Exit),
     /// Its disks are gone.
@@ -168,6 +179,18 @@ pub enum Effect {
     PowerDown,
     /// Reset the machine.
     Reset,
+    /// Ask QEMU how it stands with its migration. Answer: `Stands`.
+    Look,
+    /// The target of a migration: let QEMU take a connection.
+    Listen,
+    /// The source: let QEMU send the guest to where the desired state says.
+    Send,
+    /// The source: send the last of it.
+    Continue,
+    /// The source: give the migration up. The guest goes on.
+    Cancel,
+    /// Let a guest go on that stands still.
+    Resume,
     /// Tell QEMU to end.
     Quit,
     /// SIGKILL.
@@ -177,11 +200,13 @@ pub enum Effect {
 }
 
 impl Effect {
-    /// Whether it may be carried out only when the record is on disk. The others end something, which is always safe.
+    /// Whether it may be carried out only when the record is on disk. The others end something or ask, which is always safe.
     #[must_use]
     pub const fn needs_record(self) -> bool {
         match self {
             Self::Prepare | Self::Launch { .. } | Self::DeleteDisks => true,
+            Self::Listen | Self::Send | Self::Continue | Self::Cancel | Self::Resume => true,
+            Self::Look => false,
             Self::Persist | Self::CancelPrepare | Self::Adopt => false,
             Self::PowerDown | Self::Reset | Self::Quit | Self::Kill => false,
         }
@@ -198,6 +223,19 @@ struct Execution {
     push: Push,
     /// What the guest has said. For people.
     addresses: Vec<String>,
+    role: Role,
+    /// How it stands with its migration, as far as that is known.
+    standing: Option<Standing>,
+    /// When to ask for that next, if it matters.
+    look_at: Tick,
+    /// Since when the last of its guest has been on its way.
+    last_since: Option<Tick>,
+    /// That is too long.
+    overdue: bool,
+    /// The target: it was told to listen.
+    listens: bool,
+    /// Why it did not take the newest step. Empty: it did.
+    trouble: String,
 }
 
 /// Why it is ending.
@@ -321,10 +359,15 @@ impl VmState {
     #[must_use]
     pub fn deadline(&self, now: Tick) -> Option<Tick> {
         let at = match &self.execution {
-            Some(x) => match x.push {
-                Push::None => None,
-                Push::Asked { kill_at: at } | Push::Killed { again_at: at } => Some(at),
-            },
+            Some(x) => {
+                let push = match x.push {
+                    Push::None => None,
+                    Push::Asked { kill_at: at } | Push::Killed { again_at: at } => Some(at),
+                };
+                let migrates = x.role == Role::Incoming || self.record.moving.is_some();
+                let look = migrates.then_some(x.look_at);
+                return [push, look].into_iter().flatten().filter(|at| *at > now).min();
+            }
             None if self.work != Work::None => None,
             None => self.retry.as_ref().map(|r| r.at),
         };
@@ -393,6 +436,15 @@ impl VmState {
                     x.addresses = addresses;
                 }
             }
+            Event::MigrationMoved => {
+                if let Some(x) = &mut self.execution {
+                    x.look_at = at.now;
+                }
+            }
+            Event::Stands(Some(standing)) => self.stands(*standing, at),
+            // Asked again when it is due.
+            Event::Stands(None) => {}
+            Event::StepFailed(reason) => self.step_failed(reason, at, effects),
             Event::Ended(exit) => self.ended(&exit, at),
             Event::DisksDeleted if self.work == Work::Deleting => {
                 self.work = Work::None;
@@ -435,11 +487,19 @@ impl VmState {
             self.retry = None;
             self.failures = 0;
         }
+        // The leader gave the VM to this host while what waited for it had just failed: it is started from its disks.
+        if !fresh
+            && (self.record.desired.disposition, desired.disposition) == (Disposition::Incoming, Disposition::Run)
+            && matches!(self.record.settled, Some(Settled::Failed { .. }))
+        {
+            self.record.settled = None;
+        }
         if desired.disk_generation != self.record.desired.disk_generation {
             self.record.disks_ready = false;
         }
         // What is being prepared may no longer be what is wanted. Doing it again costs milliseconds.
-        if self.work == Work::Preparing && (fresh || desired.disposition != Disposition::Run) {
+        let starts = matches!(desired.disposition, Disposition::Run | Disposition::Incoming);
+        if self.work == Work::Preparing && (fresh || !starts) {
             self.work = Work::None;
             effects.push(Effect::CancelPrepare);
         }
@@ -458,7 +518,13 @@ impl VmState {
         self.retry = None;
         // A launch that is in the record stays as it is, so that a restart of the agent changes nothing.
         let known = self.record.launched.filter(|l| l.incarnation == incarnation);
-        self.record.launched = Some(Launched { incarnation, lease_generation, at: known.map_or(at.wall, |l| l.at) });
+        let role = known.map_or(Role::Executes, |l| l.role);
+        if self.frozen.is_none() && (known.is_none() || role == Role::Incoming) {
+            // It may stand still: of one that nobody remembers, nobody knows what it was launched for.
+            self.record.moving = Some(incarnation);
+        }
+        let wall = known.map_or(at.wall, |l| l.at);
+        self.record.launched = Some(Launched { incarnation, lease_generation, at: wall, role });
         self.execution = Some(Execution {
             incarnation,
             lease_generation,
@@ -466,6 +532,13 @@ impl VmState {
             ending: None,
             push: Push::None,
             addresses: Vec::new(),
+            role,
+            standing: None,
+            look_at: at.now,
+            last_since: None,
+            overdue: false,
+            listens: false,
+            trouble: String::new(),
         });
     }
 
@@ -499,19 +572,27 @@ impl VmState {
         if at.now.since(x.since) >= backoff::HEALTHY_AFTER {
             self.failures = 0;
         }
-        let launched = Launched { incarnation: x.incarnation, lease_generation: x.lease_generation, at: at.wall };
+        let (incarnation, lease_generation, role) = (x.incarnation, x.lease_generation, x.role);
+        let launched = Launched { incarnation, lease_generation, at: at.wall, role };
         self.gone(launched, x.ending, exit, at);
     }
 
     /// QEMU is gone. Decides what that means for the incarnation that it was.
     fn gone(&mut self, was: Launched, ending: Option<Ending>, exit: &Exit, at: Moment) {
         self.record.launched = None;
+        self.record.moving = None;
         let lost = !at.lease.valid || at.lease.generation != was.lease_generation || exit.kind == ExitKind::Fenced;
         let desired = &self.record.desired;
         self.record.last_exit = Some(LastExit::new(exit, describe(ending, exit, lost)));
         let current = was.incarnation == desired.incarnation && self.record.settled.is_none();
-        if !current || desired.disposition != Disposition::Run || self.frozen.is_some() {
+        let starts = matches!(desired.disposition, Disposition::Run | Disposition::Incoming);
+        if !current || !starts || self.frozen.is_some() {
             return; // What follows from not executing, `settle` sees for itself.
+        }
+        if desired.disposition == Disposition::Incoming {
+            let reason = describe(ending, exit, lost);
+            self.record.settled = Some(if lost { Settled::Fenced } else { Settled::Failed { reason } });
+            return;
         }
         let policy = desired.spec.as_ref().map_or(RestartPolicy::Never, |s| s.restart);
         match ending {
@@ -536,6 +617,11 @@ impl VmState {
     }
 
     fn failed(&mut self, reason: String, at: Moment) {
+        // What waits for a guest is not tried again: the guest executes where it is.
+        if self.record.desired.disposition == Disposition::Incoming {
+            self.record.settled = Some(Settled::Failed { reason });
+            return;
+        }
         self.failures = self.failures.saturating_add(1);
         let wait = backoff::wait_after(self.failures);
         let wall = WallTime(at.wall.0.saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX)));
@@ -543,7 +629,8 @@ impl VmState {
     }
 
     fn guest_down(&mut self, ending: Ending, at: Moment, effects: &mut Vec<Effect>) {
-        let Some(x) = &mut self.execution else { return };
+        // A guest that has never executed here ends nothing; whoever goes on with it finds out.
+        let Some(x) = self.execution.as_mut().filter(|x| x.role == Role::Executes) else { return };
         x.ending.get_or_insert(ending);
         if !matches!(x.push, Push::Killed { .. }) {
             x.push = Push::Asked { kill_at: at.now.after(QUIT_GRACE) };
@@ -585,6 +672,8 @@ impl Desired {
             stop_mode: StopMode::Graceful,
             disks: DisksExpected::Exist,
             disk_generation: 0,
+            migrate_to: None,
+            migration_secret: String::new(),
         }
     }
 }

@@ -1,9 +1,14 @@
 //! What a VM's state looks like to the leader. Pure.
 
+use std::net::SocketAddr;
+
 use uncloud_proto::{clock::WallTime, ids::Incarnation};
 
-use super::{Acceptance, Disposition, Ending, VmState, Work};
-use crate::records::{LastExit, Settled};
+use super::{Acceptance, Disposition, Ending, Execution, VmState, Work};
+use crate::{
+    records::{LastExit, Role, Settled},
+    vm::migration::{Guest, Progress},
+};
 
 /// What one VM is on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +31,21 @@ pub struct Report {
     pub restarts_done: u64,
     /// Addresses of the guest, as it has said.
     pub addresses: Vec<String>,
+    /// How the migration goes that it is part of.
+    pub migration: Option<MigrationReport>,
+}
+
+/// How a migration goes, by one of its sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrationReport {
+    /// Which one: the incarnation on its target.
+    pub incarnation: Incarnation,
+    /// Where the target listens.
+    pub address: Option<SocketAddr>,
+    /// How much the source has sent.
+    pub progress: Progress,
+    /// Why it failed. Empty: it has not.
+    pub failure: String,
 }
 
 /// What a VM is on a host. The same as in the protocol.
@@ -51,6 +71,12 @@ pub enum ReportState {
     Deleted,
     /// It does not execute and its record goes.
     Forgotten,
+    /// QEMU waits for a guest from another host.
+    Incoming,
+    /// QEMU has a guest from another host and holds it still.
+    Received,
+    /// The guest was sent to another host and stands still here.
+    HandedOver,
 }
 
 impl VmState {
@@ -68,8 +94,25 @@ impl VmState {
             next_attempt: None,
             restarts_done: self.record.restarts_done,
             addresses: self.execution.as_ref().map(|x| x.addresses.clone()).unwrap_or_default(),
+            migration: None,
         };
         if let Some(x) = &self.execution {
+            if x.role == Role::Incoming {
+                report_incoming(x, &mut report);
+                return report;
+            }
+            let order = self.record.desired.migrate_to.as_ref().map(|m| m.incarnation);
+            let moving = self.record.moving.filter(|m| x.ending.is_none() && (order == Some(*m) || x.is_sent()));
+            if let Some(incarnation) = moving {
+                let progress = x.standing.as_ref().map(|s| s.progress).unwrap_or_default();
+                let failure = x.send_failure();
+                report.migration = Some(MigrationReport { incarnation, address: None, progress, failure });
+                // M3: what is told to go on has no standing until it has been asked again.
+                if x.is_sent() {
+                    report.state = ReportState::HandedOver;
+                    return report;
+                }
+            }
             (report.state, report.reason) = match x.ending {
                 None => (ReportState::Running, self.frozen.clone().unwrap_or_default()),
                 Some(ending) => (ReportState::Stopping, ending_words(ending)),
@@ -94,7 +137,11 @@ impl VmState {
     }
 
     fn report_idle(&self, report: &mut Report) {
+        let disposition = self.record.desired.disposition;
         match (self.work, &self.record.launched) {
+            // Nothing that executes.
+            (Work::Launching, Some(launched)) if launched.role == Role::Incoming => return,
+            (Work::Looking, Some(launched)) if launched.role == Role::Incoming && self.frozen.is_none() => return,
             (Work::Launching, _) => return report.state = ReportState::Starting,
             // Until it has been looked at, it counts as executing: the leader must not give it away meanwhile.
             (Work::Looking, launched) if self.frozen.is_some() || launched.is_some() => {
@@ -106,11 +153,12 @@ impl VmState {
             (Work::Preparing, _) => return,
             (Work::None | Work::Looking | Work::Deleting, _) => {}
         }
-        let disposition = self.record.desired.disposition;
         let settled = match disposition {
             // On the way to its end it does not matter how it came to rest before.
             Disposition::Delete => self.record.settled.as_ref().filter(|s| **s == Settled::Deleted),
-            Disposition::Run | Disposition::Stop | Disposition::Forget => self.record.settled.as_ref(),
+            Disposition::Run | Disposition::Stop | Disposition::Forget | Disposition::Incoming => {
+                self.record.settled.as_ref()
+            }
         };
         if let Some(settled) = settled {
             (report.state, report.reason) = match settled {
@@ -138,6 +186,23 @@ impl VmState {
             };
         }
     }
+}
+
+/// The target of a migration. Nothing of it has ever executed, so nothing that says so is reported.
+fn report_incoming(x: &Execution, report: &mut Report) {
+    let Some(standing) = x.standing.as_ref().filter(|_| x.ending.is_none()) else { return };
+    let migration = MigrationReport {
+        incarnation: x.incarnation,
+        address: standing.address,
+        progress: Progress::default(),
+        failure: String::new(),
+    };
+    report.state = match standing.guest {
+        Guest::Awaited if standing.address.is_some() => ReportState::Incoming,
+        Guest::Awaited => return,
+        Guest::Executes | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked => ReportState::Received,
+    };
+    report.migration = Some(migration);
 }
 
 fn ending_words(ending: Ending) -> String {

@@ -5,8 +5,8 @@ use std::time::Duration;
 use uncloud_proto::clock::Tick;
 
 use super::{
-    Acceptance, Disposition, Effect, Ending, Execution, Launched, Moment, Push, QUIT_GRACE, RestartMode, Settled,
-    StopMode, VmState, Work,
+    Acceptance, Disposition, Effect, Ending, Execution, Launched, Moment, Push, QUIT_GRACE, RestartMode, Role, Settled,
+    StopMode, VmState, Work, migrate::Migrating,
 };
 
 /// Whether it may be started now.
@@ -37,8 +37,17 @@ impl VmState {
         if fenced && desired.spec.is_some() {
             return x.kill(at.now, effects);
         }
+        if x.role == Role::Incoming {
+            return self.settle_incoming(at, effects);
+        }
+        match self.settle_outgoing(at, effects) {
+            Migrating::Yes => return,
+            Migrating::No => {}
+        }
+        let Some(x) = &mut self.execution else { return };
+        let desired = &self.record.desired;
         match (desired.disposition, desired.stop_mode) {
-            (Disposition::Forget | Disposition::Delete, _) => x.kill(at.now, effects),
+            (Disposition::Forget | Disposition::Delete | Disposition::Incoming, _) => x.kill(at.now, effects),
             (Disposition::Stop, StopMode::Kill) => {
                 x.ending.get_or_insert(Ending::Stop);
                 x.kill(at.now, effects);
@@ -88,6 +97,11 @@ impl VmState {
                 }
             }
             Disposition::Run => self.settle_idle_run(at, effects),
+            Disposition::Incoming => {
+                // They were carried out where the guest comes from.
+                self.record.restarts_done = self.record.restarts_done.max(desired.restarts);
+                self.settle_idle_run(at, effects);
+            }
         }
     }
 
@@ -121,6 +135,10 @@ impl VmState {
         if self.execution.is_some() || self.work != Work::None || self.record.settled.is_some() {
             return Verdict::Wait;
         }
+        // M4
+        if self.record.desired.migrate_to.is_some() {
+            return Verdict::Wait;
+        }
         match self.acceptance {
             Acceptance::Void => return Verdict::Wait,
             Acceptance::Expected(g) if current.wrapping_add(1) == g => return Verdict::Wait,
@@ -139,14 +157,16 @@ impl VmState {
     pub(super) fn launch(&mut self, at: Moment, effects: &mut Vec<Effect>) {
         // Preparing may have taken minutes: everything is looked at again. What else the verdict may be, `settle` sees.
         self.retry = None;
-        if self.record.desired.disposition != Disposition::Run {
-            return;
-        }
+        let role = match self.record.desired.disposition {
+            Disposition::Run => Role::Executes,
+            Disposition::Incoming => Role::Incoming,
+            Disposition::Stop | Disposition::Delete | Disposition::Forget => return,
+        };
         if let Verdict::Start { lease_generation } = self.verdict(at) {
             let incarnation = self.record.desired.incarnation;
             // From here on the acceptance is known to be good, and bound to this generation.
             self.acceptance = Acceptance::Firm(lease_generation);
-            self.record.launched = Some(Launched { incarnation, lease_generation, at: at.wall });
+            self.record.launched = Some(Launched { incarnation, lease_generation, at: at.wall, role });
             self.work = Work::Launching;
             effects.push(Effect::Launch { incarnation, lease_generation });
         }
@@ -154,7 +174,7 @@ impl VmState {
 }
 
 impl Execution {
-    fn kill(&mut self, now: Tick, effects: &mut Vec<Effect>) {
+    pub(super) fn kill(&mut self, now: Tick, effects: &mut Vec<Effect>) {
         self.ending.get_or_insert(Ending::Killed);
         let due = match self.push {
             Push::None | Push::Asked { .. } => true,

@@ -496,6 +496,11 @@ impl Driver {
                 }
                 Effect::Adopt => self.env.looking = true,
                 Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit | Effect::Kill => {}
+                // Of migrations, none of which is begun here: `migrate_tests.rs`.
+                Effect::Look => {}
+                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {
+                    prop_assert!(false, "nothing migrates, and yet {effect:?}");
+                }
             }
         }
         if now.settled == Some(Settled::Fenced) {

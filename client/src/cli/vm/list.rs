@@ -52,6 +52,7 @@ enum Phase {
     Failed,
     Unreachable,
     Deleting,
+    Migrating,
 }
 
 impl From<Phase> for VmPhase {
@@ -67,6 +68,7 @@ impl From<Phase> for VmPhase {
             Phase::Failed => Self::Failed,
             Phase::Unreachable => Self::Unreachable,
             Phase::Deleting => Self::Deleting,
+            Phase::Migrating => Self::Migrating,
         }
     }
 }

@@ -5,6 +5,7 @@ mod create;
 mod escape;
 mod list;
 mod logs;
+mod migrate;
 mod power;
 mod screen;
 mod update;
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     Restart(power::Restart),
     /// Changes what a VM is made of; some of it from its next start on.
     Update(Box<update::Arguments>),
+    /// Moves a running VM to another host while it runs, or gives that up.
+    Migrate(migrate::Arguments),
     /// Deletes a VM and its disks.
     Delete(power::Delete),
     /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
@@ -71,6 +74,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Start(arguments) => power::start(context, arguments).await,
         Command::Stop(arguments) => power::stop(context, arguments).await,
         Command::Restart(arguments) => power::restart(context, arguments).await,
+        Command::Migrate(arguments) => migrate::run(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,
         Command::Update(arguments) => update::run(context, *arguments).await,

@@ -5,7 +5,8 @@ use uncloud_proto::{ids::Revision, v1};
 use super::timestamp;
 use crate::{
     model::{
-        Desired, Phase, VmRecord,
+        Desired, Phase, VmRecord, VmStatusRecord,
+        migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{Disk, Display, Failover, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::{State, VmEntry},
@@ -26,6 +27,8 @@ pub(crate) fn vm(state: &State, entry: &VmEntry) -> v1::Vm {
         // How it ended last is worth knowing after a failover, too.
         last_exit: newest.and_then(|s| s.last_exit.as_ref()).map(last_exit),
         next_attempt: current.and_then(|s| s.next_attempt).and_then(timestamp),
+        migration: record.migration.as_ref().map(|m| migration(state, m, current)),
+        last_migration: newest.and_then(|s| s.last_migration.as_ref()).map(migration_end),
     };
     from_record(record, host_name(state, record), status, entry.revision())
 }
@@ -141,6 +144,40 @@ fn nic(nic: &Nic) -> v1::Nic {
     v1::Nic { r#type: kind.into(), mac: nic.mac.clone() }
 }
 
+fn migration(state: &State, migration: &Migration, status: Option<&VmStatusRecord>) -> v1::VmMigration {
+    let stage = match (migration.handed_over, migration.arrival) {
+        (Some(_), _) | (None, Arrival::Received) => v1::MigrationStage::HandingOver,
+        (None, Arrival::Listening) => v1::MigrationStage::Sending,
+        (None, Arrival::Preparing) => v1::MigrationStage::Preparing,
+    };
+    let progress = status.and_then(|s| s.migration.as_ref()).filter(|p| p.incarnation == migration.incarnation);
+    v1::VmMigration {
+        target_host_id: migration.target.to_string(),
+        target_host_name: state.host(migration.target).map(|h| h.record.name.clone()).unwrap_or_default(),
+        incarnation: migration.incarnation.0,
+        since: timestamp(migration.since),
+        stage: stage.into(),
+        transferred_bytes: progress.map_or(0, |p| p.transferred_bytes),
+        remaining_bytes: progress.map_or(0, |p| p.remaining_bytes),
+        bytes_per_second: progress.map_or(0, |p| p.bytes_per_second),
+        expected_downtime_ms: progress.map_or(0, |p| p.expected_downtime_ms),
+    }
+}
+
+fn migration_end(end: &MigrationEnd) -> v1::MigrationEnd {
+    let result = match end.result {
+        MigrationResult::Done => v1::MigrationResult::Done,
+        MigrationResult::GivenUp => v1::MigrationResult::GivenUp,
+    };
+    v1::MigrationEnd {
+        incarnation: end.incarnation.0,
+        target_host_id: end.target.to_string(),
+        result: result.into(),
+        reason: end.reason.clone(),
+        at: timestamp(end.at),
+    }
+}
+
 fn last_exit(exit: &LastExit) -> v1::LastExit {
     v1::LastExit { code: exit.code, signal: exit.signal, reason: exit.reason.clone(), at: timestamp(exit.at) }
 }
@@ -158,5 +195,6 @@ pub(crate) const fn phase(phase: Phase) -> v1::VmPhase {
         Phase::Failed => v1::VmPhase::Failed,
         Phase::Unreachable => v1::VmPhase::Unreachable,
         Phase::Deleting => v1::VmPhase::Deleting,
+        Phase::Migrating => v1::VmPhase::Migrating,
     }
 }

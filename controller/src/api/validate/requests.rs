@@ -109,6 +109,35 @@ pub(crate) fn set_failover(request: v1::SetFailoverRequest) -> Result<FailoverCh
     check.finish(change)
 }
 
+/// A migration that somebody wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct MigrateVm {
+    /// Of what.
+    pub(crate) vm: VmRef,
+    /// Where to. `None`: the scheduler chooses.
+    pub(crate) host: Option<String>,
+    /// 0: no limit.
+    pub(crate) bytes_per_second: u64,
+}
+
+/// The least that a migration may be limited to, in bytes per second. With less, no guest gets there within an hour.
+const MIN_MIGRATION_RATE: u64 = 1 << 20;
+
+/// Checks a request to migrate a VM.
+pub(crate) fn migrate_vm(request: v1::MigrateVmRequest) -> Result<MigrateVm, Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let host = (!request.host.is_empty()).then(|| check.reference("host", request.host));
+    let bytes_per_second = request.bytes_per_second;
+    if bytes_per_second != 0 && bytes_per_second < MIN_MIGRATION_RATE {
+        check.fail(
+            "bytes_per_second",
+            format!("is {bytes_per_second}; give at least {MIN_MIGRATION_RATE}, or 0 for no limit"),
+        );
+    }
+    check.finish(MigrateVm { vm, host, bytes_per_second })
+}
+
 /// Which VMs to list. `None` and empty match everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ListVms {

@@ -61,9 +61,31 @@ async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut look: impl
 
 impl Term {
     async fn join(&self, n: u128) {
-        let HostRecord { id, name, labels, vcpus, memory_mib, pools, accelerator, agent_version, boot_id, .. } =
-            host(n, 1024, Liveness::Up);
-        let host = HostFacts { id, name, labels, vcpus, memory_mib, pools, accelerator, agent_version, boot_id };
+        let HostRecord {
+            id,
+            name,
+            labels,
+            vcpus,
+            memory_mib,
+            pools,
+            accelerator,
+            agent_version,
+            boot_id,
+            migration_address,
+            ..
+        } = host(n, 1024, Liveness::Up);
+        let host = HostFacts {
+            id,
+            name,
+            labels,
+            vcpus,
+            memory_mib,
+            pools,
+            accelerator,
+            agent_version,
+            boot_id,
+            migration_address,
+        };
         let entry = self.leader.health().enter(id).unwrap();
         self.leader.writer.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();
         self.leader.health().register(entry, self.leader.clock.now()).unwrap();

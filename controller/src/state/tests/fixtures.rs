@@ -16,14 +16,15 @@ use crate::{
         Desired, EventType, HostRecord, ImageRecord, Key, Liveness, Phase, Record, VmRecord,
         host::{Accelerator, AcceleratorKind, Pool},
         image::{DiskFormat, FileRole, ImageFile, ImageKind},
+        migration::MigrationProgress,
         vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     scheduler::Resources,
     state::{
         MAX_PLACEMENTS, State, VmEntry,
         command::{
-            Answer, Change, Command, Context, HostFacts, Lapsed, Mutation, NewVm, ObservedState, PowerChange, Refusal,
-            VmObservation,
+            Answer, Change, Command, Context, HostFacts, Lapsed, MigrationObservation, Mutation, NewVm, ObservedState,
+            PowerChange, Refusal, VmObservation,
         },
     },
 };
@@ -60,6 +61,7 @@ pub(super) fn facts(n: u128) -> HostFacts {
         memory_mib: 4096,
         pools: vec![local("local"), shared("shared")],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: "measured".into() },
+        migration_address: "127.0.0.1".into(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }
@@ -237,7 +239,8 @@ impl World {
             assert_eq!(host.vms, tenants);
             let mut sum = Resources::default();
             for vm in self.state.vms().map(|(_, vm)| vm) {
-                if vm.record.placement.host == Some(*id) && vm.holds_room() {
+                let arrives = vm.record.migration.as_ref().is_some_and(|m| m.target == *id);
+                if arrives || (vm.record.placement.host == Some(*id) && vm.holds_room()) {
                     // Room for both what it has and what it will have.
                     let (now, next) = (&vm.record.spec, vm.record.next_spec());
                     sum.vcpus += now.vcpus.max(next.vcpus);
@@ -301,6 +304,7 @@ impl World {
             next_attempt: None,
             addresses: Vec::new(),
             restarts_done: self.record(vm).restarts,
+            migration: None,
         }
     }
 
@@ -342,6 +346,18 @@ impl World {
     }
 }
 
+/// What a side of a migration says of it.
+pub(super) fn seen(incarnation: u64, address: &str) -> MigrationObservation {
+    let progress = MigrationProgress {
+        incarnation: Incarnation(incarnation),
+        transferred_bytes: 100,
+        remaining_bytes: 200,
+        bytes_per_second: 300,
+        expected_downtime_ms: 400,
+    };
+    MigrationObservation { progress, address: address.to_owned(), failure: String::new() }
+}
+
 /// A host other than this one, of two.
 pub(super) fn other(host: HostId) -> HostId {
     if host == host_id(1) { host_id(2) } else { host_id(1) }
@@ -356,6 +372,7 @@ fn assert_same(a: &State, b: &State) {
     assert_eq!(a.hosts, b.hosts);
     assert_eq!(a.host_names, b.host_names);
     assert_eq!(a.orphans, b.orphans);
+    assert_eq!(a.incoming, b.incoming);
     assert_eq!(a.images, b.images);
     assert_eq!(a.image_names, b.image_names);
     assert_eq!(a.requests, b.requests);

@@ -35,6 +35,9 @@ enum Step {
     Lapse { host: u128, both: bool, limit: usize },
     Silent { host: u128, silent: bool },
     Report { vm: u128, host: u128, back: u64, state: u8, disks: bool, old_restarts: bool },
+    Migrate { vm: u128, to: u128 },
+    CancelMigration { vm: u128 },
+    TargetReports { vm: u128, state: u8 },
     Place,
 }
 
@@ -59,17 +62,21 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(host, both, limit)| Step::Lapse { host, both, limit }),
         1 => (host.clone(), any::<bool>()).prop_map(|(host, silent)| Step::Silent { host, silent }),
         // Mostly from where the VM is, about its present incarnation.
-        8 => (vm, prop_oneof![3 => Just(0), 1 => host], prop_oneof![4 => Just(0_u64), 1 => 1..3_u64], 0..10_u8, any::<bool>(), any::<bool>())
+        8 => (vm, prop_oneof![3 => Just(0), 1 => host], prop_oneof![4 => Just(0_u64), 1 => 1..3_u64], prop_oneof![3 => 0..13_u8, 2 => Just(2), 1 => Just(10)], any::<bool>(), any::<bool>())
             .prop_map(|(vm, host, back, state, disks, old_restarts)| Step::Report {
                 vm, host, back, state, disks, old_restarts
             }),
         3 => Just(Step::Place),
+        6 => (1..=VMS, 0..=HOSTS).prop_map(|(vm, to)| Step::Migrate { vm, to }),
+        1 => (1..=VMS).prop_map(|vm| Step::CancelMigration { vm }),
+        6 => (1..=VMS, prop_oneof![Just(11_u8), Just(12), Just(12), 0..13_u8])
+            .prop_map(|(vm, state)| Step::TargetReports { vm, state }),
     ]
 }
 
 const CLASSES: [Failover; 3] = [Failover::Fast, Failover::Patient, Failover::Hold];
 
-const STATES: [ObservedState; 10] = [
+const STATES: [ObservedState; 13] = [
     ObservedState::Preparing,
     ObservedState::Starting,
     ObservedState::Running,
@@ -80,6 +87,9 @@ const STATES: [ObservedState; 10] = [
     ObservedState::Fenced,
     ObservedState::Deleted,
     ObservedState::Forgotten,
+    ObservedState::HandedOver,
+    ObservedState::Incoming,
+    ObservedState::Received,
 ];
 
 impl Step {
@@ -145,6 +155,7 @@ impl Step {
                 let entry = world.state.vm(vm(n))?;
                 let state = STATES[usize::from(*state)];
                 let alive = matches!(state, ObservedState::Preparing | ObservedState::Failed)
+                    || matches!(state, ObservedState::HandedOver)
                     || state.executes()
                     || (state == ObservedState::PoweredOff && *old_restarts);
                 if alive && entry.ended_for_good() {
@@ -155,7 +166,20 @@ impl Step {
                 report.incarnation = Incarnation(report.incarnation.0.saturating_sub(*back));
                 report.disks_ready = *disks;
                 report.restarts_done = report.restarts_done.saturating_sub(u64::from(*old_restarts));
+                report.migration = entry.record.migration.as_ref().map(|m| seen(m.incarnation.0, ""));
                 Command::Report { host: from, reports: vec![report] }
+            }
+            Self::Migrate { vm: n, to } => {
+                let to = (*to > 0).then(|| host(to));
+                Command::MigrateVm { vm: vm(n), to, secret: "0".repeat(64), bytes_per_second: 0 }
+            }
+            Self::CancelMigration { vm: n } => Command::CancelMigration { vm: vm(n) },
+            Self::TargetReports { vm: n, state } => {
+                let migration = world.state.vm(vm(n))?.record.migration.clone()?;
+                let mut report = world.observation(vm(n), STATES[usize::from(*state)]);
+                report.incarnation = migration.incarnation;
+                report.migration = Some(seen(migration.incarnation.0, "127.0.0.1:4444"));
+                Command::Report { host: migration.target, reports: vec![report] }
             }
             Self::Place => {
                 let vms = world.state.vms().map(|(&vm, _)| vm).collect();
@@ -174,6 +198,8 @@ struct Watcher {
     ended: BTreeSet<(VmId, Incarnation)>,
     /// The classes of the incarnations of each VM that may execute on its present host.
     classes: BTreeMap<VmId, BTreeSet<u8>>,
+    /// Migrations whose source has said that it has sent everything.
+    sent: BTreeSet<(VmId, Incarnation)>,
 }
 
 impl Watcher {
@@ -188,6 +214,13 @@ impl Watcher {
                 ObservedState::PoweredOff => *restarts_done >= entry.record.restarts,
                 _ => false,
             };
+            if *state == ObservedState::HandedOver
+                && placement.host == Some(*host)
+                && placement.incarnation == *incarnation
+                && let Some(migration) = &entry.record.migration
+            {
+                self.sent.insert((*vm, migration.incarnation));
+            }
             if over && placement.host == Some(*host) && placement.incarnation == *incarnation {
                 self.ended.insert((*vm, *incarnation));
             }
@@ -222,6 +255,12 @@ impl Watcher {
             if host.is_some() && host != old_host {
                 prop_assert!(incarnation > old_incarnation, "a new host without a new incarnation");
             }
+            // M2: a number that was reserved for a migration is given to nothing else.
+            prop_assert!(now.record.reserved >= was.record.reserved);
+            let reserved = |i: Incarnation| i <= was.record.reserved && i > old_incarnation;
+            let by_hand_over = was.record.migration.as_ref().is_some_and(|m| m.incarnation == incarnation);
+            prop_assert!(!reserved(incarnation) || by_hand_over, "{incarnation} was reserved");
+            prop_assert!(now.record.migration.is_none() || now.record.desired == Desired::Running);
             if (was.record.desired, now.record.desired) == (Desired::Stopped, Desired::Running) && host.is_some() {
                 prop_assert!(incarnation > old_incarnation, "started without a new incarnation");
             }
@@ -238,7 +277,13 @@ impl Watcher {
             if let Some(old_host) = old_host
                 && host != Some(old_host)
             {
-                self.may_leave(world, id, old_host, old_incarnation, &old_classes)?;
+                // M1, M3: to the target of the migration that was on record, once the source has sent everything.
+                let migrated = was.record.migration.as_ref().is_some_and(|m| {
+                    host == Some(m.target) && incarnation == m.incarnation && self.sent.contains(&(id, m.incarnation))
+                });
+                if !migrated {
+                    self.may_leave(world, id, old_host, old_incarnation, &old_classes)?;
+                }
             }
         }
         for (&id, was) in before.state.vms() {

@@ -1,0 +1,237 @@
+//! Both sides of a live migration: the next step of a QEMU that waits for a guest, and of one whose guest is sent. Pure.
+//!
+//! ```text
+//!  target:  launched ─▶ Listen ─▶ listens ─▶ has it, holds it still ──── RUN, same incarnation ───▶ Resume
+//!  source:  Send ─▶ active ─▶ ready ─▶ Continue ─▶ last ─▶ sent, still ── FORGET ──────────────────▶ Kill
+//!             └──────── RUN without `migrate_to`, at any moment: Cancel, Resume ◀──┘
+//! ```
+//!
+//! What QEMU says of itself ([`Standing`]) is looked at before every step, so it does not matter which events were lost, or
+//! whether the agent was away in between.
+//!
+//! # Invariants
+//!
+//! * **M2** The target lets a guest go on only when the leader has said RUN with the very incarnation that QEMU was launched
+//!   with, under the lease generation of that launch.
+//! * **M3** The source, once it has begun to send, lets the guest go on only when the leader has said RUN (or STOP) without
+//!   `migrate_to`, under the lease generation of its launch. (Until the last of it has been sent QEMU lets it go on by
+//!   itself when sending fails: it has not handed anything over then.)
+//! * **M4** While the leader's word has `migrate_to`, nothing is launched: what was sent may execute elsewhere.
+
+use std::time::Duration;
+
+use super::{Acceptance, Disposition, Effect, Ending, Execution, Moment, Push, Role, StopMode, VmState};
+use crate::{
+    records::Settled,
+    vm::migration::{Guest, Standing, Transfer},
+};
+
+/// How often QEMU is asked how much it has sent. Each answer is stored, so not more often.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
+/// How often QEMU is asked what it does while the guest stands still. Its events say so at once; this is for lost ones.
+const STILL_PERIOD: Duration = Duration::from_millis(100);
+/// When to ask after QEMU was told something: it has done it by then.
+const SOON: Duration = Duration::from_millis(20);
+/// How long the target may take to acknowledge the last of a guest, which stands still meanwhile. It takes milliseconds.
+const ACKNOWLEDGE_LIMIT: Duration = Duration::from_secs(3);
+
+/// Whether the rest of what should be may be looked at.
+pub(super) enum Migrating {
+    /// Nothing is in the way.
+    No,
+    /// It is on its way, or must first be as if it never had been.
+    Yes,
+}
+
+impl VmState {
+    /// The next step of a QEMU that was launched as a target and has not been told to go on.
+    pub(super) fn settle_incoming(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        let desired = &self.record.desired;
+        let same = x.incarnation == desired.incarnation;
+        match desired.disposition {
+            Disposition::Stop => {
+                x.ending.get_or_insert(Ending::Stop);
+                x.kill(at.now, effects);
+            }
+            Disposition::Incoming if same => {
+                let silent = x.standing.as_ref().is_some_and(|s| s.guest == Guest::Awaited && s.address.is_none());
+                if silent && !x.listens && x.ending.is_none() {
+                    x.listens = true;
+                    x.standing = None;
+                    x.look_at = at.now;
+                    effects.push(Effect::Listen);
+                }
+                x.look(at, effects);
+            }
+            Disposition::Run if same => match x.standing.as_ref().map(|s| s.guest) {
+                None => x.look(at, effects),
+                // Nothing has come, so there is nothing to go on with: it is started from its disks.
+                Some(Guest::Awaited) => x.kill(at.now, effects),
+                Some(Guest::Sent | Guest::Still | Guest::Executes | Guest::Off | Guest::Panicked) => {
+                    if x.ending.is_none() && self.acceptance == Acceptance::Firm(x.lease_generation) {
+                        // M2. From here on it executes, as far as anybody can know.
+                        x.role = Role::Executes;
+                        x.standing = None;
+                        x.look_at = at.now.after(SOON);
+                        if let Some(launched) = &mut self.record.launched {
+                            launched.role = Role::Executes;
+                        }
+                        effects.push(Effect::Resume);
+                    }
+                }
+            },
+            Disposition::Forget | Disposition::Delete | Disposition::Incoming | Disposition::Run => {
+                x.kill(at.now, effects);
+            }
+        }
+    }
+
+    /// The next step of a QEMU whose guest executes, or did before it was sent.
+    pub(super) fn settle_outgoing(&mut self, at: Moment, effects: &mut Vec<Effect>) -> Migrating {
+        let Some(x) = &mut self.execution else { return Migrating::No };
+        if x.ending.is_some() || x.incarnation < self.record.desired.incarnation {
+            return Migrating::No;
+        }
+        let order = match (self.record.desired.disposition, self.record.desired.stop_mode) {
+            (Disposition::Run, _) => self.record.desired.migrate_to.clone(),
+            (Disposition::Stop, StopMode::Graceful) => None,
+            // It is killed, however it stands.
+            (Disposition::Stop, StopMode::Kill)
+            | (Disposition::Forget | Disposition::Delete | Disposition::Incoming, _) => return Migrating::No,
+        };
+        match (order, self.record.moving) {
+            (None, None) => Migrating::No,
+            (Some(order), None) => {
+                self.record.moving = Some(order.incarnation);
+                x.standing = None;
+                x.look_at = at.now;
+                x.last_since = None;
+                x.trouble = String::new();
+                effects.push(Effect::Send);
+                x.look(at, effects);
+                Migrating::Yes
+            }
+            (Some(order), Some(moving)) if order.incarnation == moving => {
+                self.follow(at, effects);
+                Migrating::Yes
+            }
+            (_, Some(_)) => self.put_right(at, effects),
+        }
+    }
+
+    /// It is on its way.
+    fn follow(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        if x.standing.as_ref().is_some_and(|s| s.transfer == Transfer::Ready) {
+            x.standing = None;
+            x.look_at = at.now.after(SOON);
+            effects.push(Effect::Continue);
+        }
+        x.look(at, effects);
+    }
+
+    /// The migration is over without the VM having left: it is to be as if it never had been (M3).
+    fn put_right(&mut self, at: Moment, effects: &mut Vec<Effect>) -> Migrating {
+        let Some(x) = &mut self.execution else { return Migrating::No };
+        let word = self.acceptance == Acceptance::Firm(x.lease_generation);
+        let Some(standing) = &x.standing else {
+            x.look(at, effects);
+            return Migrating::Yes;
+        };
+        let under_way = match standing.transfer {
+            Transfer::Active | Transfer::Ready | Transfer::Last => true,
+            Transfer::None | Transfer::Completed | Transfer::Failed | Transfer::Cancelled => false,
+            Transfer::Cancelling => {
+                x.look(at, effects);
+                return Migrating::Yes;
+            }
+        };
+        match standing.guest {
+            Guest::Executes if !under_way => {
+                self.record.moving = None;
+                x.standing = None;
+                return Migrating::No;
+            }
+            Guest::Off | Guest::Panicked if !under_way => {
+                let ending = if standing.guest == Guest::Off { Ending::PoweredOff } else { Ending::Panicked };
+                self.guest_down(ending, at, effects);
+                return Migrating::No;
+            }
+            Guest::Awaited => x.kill(at.now, effects),
+            Guest::Executes | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked => {
+                if word {
+                    effects.push(if under_way { Effect::Cancel } else { Effect::Resume });
+                    x.standing = None;
+                    x.look_at = at.now.after(SOON);
+                }
+            }
+        }
+        Migrating::Yes
+    }
+
+    /// QEMU did not take a step, and says why.
+    pub(super) fn step_failed(&mut self, reason: String, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        x.trouble.clone_from(&reason);
+        // A target that cannot take anybody is of no use.
+        if x.role == Role::Incoming && self.record.settled.is_none() {
+            self.record.settled = Some(Settled::Failed { reason });
+            x.kill(at.now, effects);
+        }
+    }
+
+    /// QEMU has said how it stands.
+    pub(super) fn stands(&mut self, standing: Standing, at: Moment) {
+        let Some(x) = &mut self.execution else { return };
+        if standing.transfer == Transfer::Last {
+            x.last_since.get_or_insert(at.now);
+        } else {
+            x.last_since = None;
+        }
+        x.look_at = at.now.after(match (standing.transfer, standing.guest) {
+            (Transfer::Ready | Transfer::Last | Transfer::Cancelling, _) => STILL_PERIOD,
+            (_, Guest::Executes | Guest::Awaited | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked) => {
+                PROGRESS_PERIOD
+            }
+        });
+        x.overdue = x.last_since.is_some_and(|since| at.now.since(since) >= ACKNOWLEDGE_LIMIT);
+        x.standing = Some(standing);
+    }
+}
+
+impl Execution {
+    /// Asks QEMU how it stands, when that is due.
+    fn look(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        if self.look_at <= at.now && !matches!(self.push, Push::Killed { .. }) {
+            self.look_at = at.now.after(PROGRESS_PERIOD);
+            effects.push(Effect::Look);
+        }
+    }
+
+    /// Whether the guest has been sent and stands still, so that the target may go on with it.
+    pub(super) fn is_sent(&self) -> bool {
+        let sent = |s: &Standing| s.guest == Guest::Sent && s.transfer == Transfer::Completed;
+        self.standing.as_ref().is_some_and(sent)
+    }
+
+    /// Why sending it has failed. Empty: it has not.
+    pub(super) fn send_failure(&self) -> String {
+        let Some(standing) = &self.standing else { return String::new() };
+        let words = |what: &str| match standing.problem.as_str() {
+            "" if self.trouble.is_empty() => what.to_owned(),
+            "" => format!("{what}: {}", self.trouble),
+            problem => format!("{what}: {problem}"),
+        };
+        match standing.transfer {
+            Transfer::None => words("QEMU did not begin to send it"),
+            Transfer::Failed => words("sending it failed"),
+            Transfer::Cancelled => words("sending it was cancelled"),
+            Transfer::Completed if standing.guest == Guest::Executes => words("QEMU did not begin to send it"),
+            Transfer::Last if self.overdue => "the target does not say that it has everything".to_owned(),
+            Transfer::Active | Transfer::Ready | Transfer::Last | Transfer::Completed | Transfer::Cancelling => {
+                String::new()
+            }
+        }
+    }
+}

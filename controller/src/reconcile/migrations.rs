@@ -1,0 +1,117 @@
+//! Which migrations cannot go on: a host of theirs is not heard, or they take too long. Pure.
+//!
+//! Time counts from when this leader has first seen a migration, or a stage of it, on its own clock: a new leader begins anew,
+//! and no two clocks are compared. That a migration is given up late costs time and nothing else.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use uncloud_proto::{
+    clock::Tick,
+    ids::{HostId, Incarnation, VmId},
+};
+
+use crate::{
+    model::{
+        Liveness,
+        migration::{Arrival, Migration},
+    },
+    state::{State, command::Command},
+};
+
+/// How long a target may take until it listens: it may have to fetch a kernel's image first.
+pub const READY_LIMIT: Duration = Duration::from_secs(120);
+/// How long the guest may stand still on the source, which has sent everything, before the target has it. QEMU needs some
+/// milliseconds.
+pub const HANDED_OVER_LIMIT: Duration = Duration::from_secs(5);
+/// How long a migration may take in all. A guest that writes faster than the network carries never gets there.
+pub const MIGRATION_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Watches the migrations under way. Lives as long as the term.
+#[derive(Debug, Default)]
+pub struct Migrations {
+    seen: BTreeMap<VmId, Seen>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    incarnation: Incarnation,
+    since: Tick,
+    stage: Stage,
+    stage_since: Tick,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Preparing,
+    Sending,
+    HandedOver,
+}
+
+impl Stage {
+    fn of(migration: &Migration) -> Self {
+        match (migration.handed_over, migration.arrival) {
+            (Some(_), _) => Self::HandedOver,
+            (None, Arrival::Preparing) => Self::Preparing,
+            (None, Arrival::Listening | Arrival::Received) => Self::Sending,
+        }
+    }
+}
+
+impl Migrations {
+    /// Looks at all migrations. Returns what gives those up that cannot go on.
+    pub fn hopeless(&mut self, state: &State, silent: &BTreeSet<HostId>, now: Tick) -> Vec<Command> {
+        let mut seen = BTreeMap::new();
+        let mut commands = Vec::new();
+        for vm in state.migrating() {
+            let Some(entry) = state.vm(vm) else { continue };
+            let Some(migration) = &entry.record.migration else { continue };
+            let (incarnation, stage) = (migration.incarnation, Stage::of(migration));
+            let fresh = Seen { incarnation, since: now, stage, stage_since: now };
+            let known = match self.seen.get(&vm) {
+                Some(known) if known.incarnation == incarnation && known.stage == stage => *known,
+                Some(known) if known.incarnation == incarnation => Seen { since: known.since, ..fresh },
+                Some(_) | None => fresh,
+            };
+            seen.insert(vm, known);
+            if let Some(why) = why_hopeless(state, silent, now, entry.record.placement.host, migration, known) {
+                commands.push(Command::GiveUpMigration { vm, migration: incarnation, why });
+            }
+        }
+        self.seen = seen;
+        commands
+    }
+}
+
+fn why_hopeless(
+    state: &State,
+    silent: &BTreeSet<HostId>,
+    now: Tick,
+    source: Option<HostId>,
+    migration: &Migration,
+    seen: Seen,
+) -> Option<String> {
+    let is_up = |host: HostId| state.host(host).is_some_and(|h| h.record.liveness == Liveness::Up);
+    let name = |host: HostId| state.host(host).map_or_else(|| host.to_string(), |h| h.record.name.clone());
+    let target = migration.target;
+    if !is_up(target) || silent.contains(&target) {
+        return Some(format!("host `{}` is not heard", name(target)));
+    }
+    // One that is only late may be back soon, and the guest executes meanwhile.
+    if let Some(source) = source.filter(|&source| !is_up(source)) {
+        return Some(format!("host `{}` is down", name(source)));
+    }
+    let in_stage = now.since(seen.stage_since);
+    match seen.stage {
+        Stage::HandedOver if in_stage > HANDED_OVER_LIMIT => {
+            Some(format!("host `{}` has not got the guest in time", name(target)))
+        }
+        Stage::Preparing if in_stage > READY_LIMIT => Some(format!("host `{}` was not ready in time", name(target))),
+        Stage::Preparing | Stage::Sending | Stage::HandedOver if now.since(seen.since) > MIGRATION_LIMIT => {
+            Some(format!("it took longer than {} minutes", MIGRATION_LIMIT.as_secs() / 60))
+        }
+        Stage::Preparing | Stage::Sending | Stage::HandedOver => None,
+    }
+}

@@ -1,0 +1,317 @@
+//! Moving a running VM to another host: how a migration begins, what its two hosts report of it, and how it ends.
+//!
+//! ```text
+//!                  target listens          source has sent everything,
+//!   begin ─▶ Preparing ─▶ Listening ─▶ ...  and target has everything  ─▶ hand_over: the VM is the target's
+//!      └──────────┴───────────┴──────────────────┴────────────────────────▶ give_up:  the VM stays the source's
+//! ```
+//!
+//! # Safety argument (P1)
+//!
+//! * **M1** A migration ends by one write, [`hand_over`] or [`dropped`], and both need the record to have that very
+//!   migration and take it out. The writer makes them one after the other, so one of them happens and the other does not.
+//! * **M2** The target lets the guest go on only when it is told RUN with the migration's incarnation, which is said only of
+//!   what is stored as placed: after the hand-over. The incarnation was reserved for this migration and is never given to
+//!   anything else, so after a give-up no such word is ever said.
+//! * **M3** [`hand_over`] happens only after the source has said that it has sent everything. From then on the source lets
+//!   the guest go on only when it is told RUN without this migration, which is said only after a give-up.
+//!
+//! So after a hand-over only the target can execute, after a give-up only the source, and before either the source alone.
+//! No lease and no time is part of the argument: who is late, cut off or restarted waits for the leader's word.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use uncloud_proto::ids::{HostId, Incarnation, VmId};
+
+use super::{
+    VmEntry, absorb,
+    command::{Answer, ObservedState, Refusal, VmObservation},
+    draft::Draft,
+    placement::{self, schedule, status_or_new},
+    vms,
+};
+use crate::{
+    model::{
+        Desired, EventType, Extra, Liveness, Phase, VmRecord, VmStatusRecord,
+        migration::{Arrival, Migration, MigrationEnd, MigrationResult},
+        vm::Placement,
+    },
+    scheduler::{self, Home, Request, Resources},
+};
+
+/// Migrations that a host may be part of at once, as source or as target: more only share its network, and each takes longer.
+pub const MIGRATIONS_PER_HOST: usize = 2;
+
+/// Somebody wants a VM to go to another host.
+pub(super) fn begin(
+    draft: &mut Draft<'_>,
+    vm: VmId,
+    to: Option<HostId>,
+    secret: &str,
+    bytes_per_second: u64,
+) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    let source = may_leave(draft, &entry)?;
+    let from = draft.host(source)?;
+    let busy = busy(draft);
+    if busy.contains(&source) {
+        return refuse(format!(
+            "host `{}` has {MIGRATIONS_PER_HOST} migrations under way, as many as it may; try again later",
+            from.name
+        ));
+    }
+    let arrival = scheduler::Arrival::Migration { from: source, accelerator: from.accelerator.kind, busy };
+    // Room for what it has, and for what it has from its next incarnation on.
+    let Resources { vcpus, memory_mib } = absorb::needs(&entry.record).resources;
+    let request = Request { arrival, vcpus, memory_mib, ..placement::request(&entry.record) };
+    let (target, why) = match to {
+        Some(host) => {
+            let limits = draft.limits();
+            if let Err(why) = scheduler::check(draft.view(), host, &request, &limits) {
+                return refuse(format!("host `{}` {why}", draft.host_name(host)));
+            }
+            (host, "chosen by whoever asked for it".to_owned())
+        }
+        None => match schedule(draft, &request) {
+            Ok(choice) => (choice.host, choice.why),
+            Err(unplaceable) => {
+                return refuse(format!("no host can take VM `{}`: {}", entry.record.name, unplaceable.summary()));
+            }
+        },
+    };
+    let mut record = (*entry.record).clone();
+    let incarnation = record.next_incarnation();
+    record.reserved = incarnation;
+    record.migration = Some(Migration {
+        target,
+        incarnation,
+        since: draft.cx.now,
+        why: why.clone(),
+        secret: secret.to_owned(),
+        bytes_per_second,
+        arrival: Arrival::Preparing,
+        address: String::new(),
+        handed_over: None,
+        extra: Extra::new(),
+    });
+    let message = format!("from host `{}` to host `{}`: {why}", from.name, draft.host_name(target));
+    draft.vm_event(&record, EventType::MigrationStarted, message);
+    Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+fn refuse<T>(message: String) -> Result<T, Refusal> {
+    Err(Refusal::Precondition(message))
+}
+
+/// The host that the VM may leave, or why it may not.
+fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
+    let record = &entry.record;
+    let name = &record.name;
+    if record.desired == Desired::Deleted {
+        return Err(vms::being_deleted(record));
+    }
+    if let Some(migration) = &record.migration {
+        let target = draft.host_name(migration.target);
+        return refuse(format!("VM `{name}` is being migrated to host `{target}` already; wait, or cancel that first"));
+    }
+    let phase = entry.current_status().map(|s| s.phase);
+    let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
+        return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));
+    };
+    if draft.host(source)?.liveness != Liveness::Up {
+        return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
+    }
+    match placement::home(record) {
+        Home::OnlyHost(_) => refuse(format!(
+            "VM `{name}` has a disk in a pool that only host `{}` has; only VMs whose disks all lie in pools that both \
+             hosts share can migrate",
+            draft.host_name(source)
+        )),
+        Home::Anywhere if !record.spec.disks.is_empty() => {
+            refuse(format!("the disks of VM `{name}` are not known to be made yet; try again in a second"))
+        }
+        Home::Anywhere | Home::SharedPools { .. } => Ok(source),
+    }
+}
+
+/// Hosts that have as many migrations under way as they may.
+fn busy(draft: &Draft<'_>) -> BTreeSet<HostId> {
+    let mut counts: BTreeMap<HostId, usize> = BTreeMap::new();
+    let entries = draft.state.migrating().filter_map(|vm| draft.state.vm(vm));
+    for entry in entries {
+        let target = entry.record.migration.as_ref().map(|m| m.target);
+        for host in entry.record.placement.host.into_iter().chain(target) {
+            *counts.entry(host).or_default() += 1;
+        }
+    }
+    counts.into_iter().filter_map(|(host, n)| (n >= MIGRATIONS_PER_HOST).then_some(host)).collect()
+}
+
+/// A user gives the migration up.
+pub(super) fn cancel(draft: &mut Draft<'_>, vm: VmId) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    if entry.record.migration.is_none() {
+        return refuse(format!("VM `{}` is not being migrated", entry.record.name));
+    }
+    Ok(Answer::Vm(give_up(draft, &entry, "a user cancelled it")?.record))
+}
+
+/// This very migration cannot go on.
+pub(super) fn cannot_go_on(
+    draft: &mut Draft<'_>,
+    vm: VmId,
+    migration: Incarnation,
+    why: &str,
+) -> Result<Answer, Refusal> {
+    let entry = draft.vm(vm)?;
+    if entry.record.migration.as_ref().is_some_and(|m| m.incarnation == migration) {
+        give_up(draft, &entry, why)?;
+    }
+    Ok(Answer::Done)
+}
+
+/// The VM stays with its host. Returns it as it is then; as it was if it is not being migrated.
+pub(super) fn give_up(draft: &mut Draft<'_>, entry: &VmEntry, why: &str) -> Result<VmEntry, Refusal> {
+    if entry.record.migration.is_none() {
+        return Ok(entry.clone());
+    }
+    let mut record = (*entry.record).clone();
+    let after = dropped(draft, entry, &mut record, why);
+    let record = draft.put_vm(record)?;
+    if let Some(status) = &after.status {
+        draft.put_status(record.id, (**status).clone())?;
+    }
+    Ok(VmEntry { record, ..after })
+}
+
+/// M1: takes the migration out of a record that is about to be written, if it has one. Returns the VM with what its status
+/// is to say of it.
+pub(super) fn dropped(draft: &mut Draft<'_>, entry: &VmEntry, record: &mut VmRecord, why: &str) -> VmEntry {
+    let mut entry = entry.clone();
+    if let Some(migration) = record.migration.take() {
+        let message = format!("to host `{}`: {why}", draft.host_name(migration.target));
+        draft.vm_event(record, EventType::MigrationGivenUp, message);
+        entry.status = Some(ended(draft, &entry, &migration, MigrationResult::GivenUp, why).into());
+    }
+    entry
+}
+
+fn ended(
+    draft: &Draft<'_>,
+    entry: &VmEntry,
+    migration: &Migration,
+    result: MigrationResult,
+    reason: &str,
+) -> VmStatusRecord {
+    let (incarnation, target, at) = (migration.incarnation, migration.target, draft.cx.now);
+    let end = MigrationEnd { incarnation, target, result, reason: reason.to_owned(), at };
+    VmStatusRecord { migration: None, last_migration: Some(end), ..status_or_new(entry, at) }
+}
+
+/// The target of the migration under way says what it is. Whoever calls has checked host and incarnation.
+pub(super) fn from_target(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation) -> Result<(), Refusal> {
+    let Some(migration) = &entry.record.migration else { return Ok(()) };
+    let mut now = migration.clone();
+    match report.state {
+        // On its way, or the agent was restarted and looks.
+        ObservedState::Preparing | ObservedState::Starting => return Ok(()),
+        ObservedState::Incoming => {
+            if let (Arrival::Preparing, Some(seen)) = (now.arrival, &report.migration)
+                && !seen.address.is_empty()
+            {
+                now.arrival = Arrival::Listening;
+                now.address.clone_from(&seen.address);
+            }
+        }
+        ObservedState::Received => now.arrival = Arrival::Received,
+        ObservedState::Running
+        | ObservedState::Stopping
+        | ObservedState::Stopped
+        | ObservedState::PoweredOff
+        | ObservedState::Failed
+        | ObservedState::Fenced
+        | ObservedState::Deleted
+        | ObservedState::Forgotten
+        | ObservedState::HandedOver => {
+            let reason = if report.reason.is_empty() { "it is not ready for it any more" } else { &report.reason };
+            let why = format!("host `{}`: {reason}", draft.host_name(now.target));
+            return give_up(draft, entry, &why).map(drop);
+        }
+    }
+    advance(draft, entry, now).map(drop)
+}
+
+/// The host that has the VM reports on it. Returns the VM as it is with what that means for its migration.
+pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObservation) -> Result<VmEntry, Refusal> {
+    let Some(migration) = entry.record.migration.clone() else { return Ok(entry) };
+    let seen = report.migration.as_ref().filter(|m| m.progress.incarnation == migration.incarnation);
+    match report.state {
+        ObservedState::HandedOver if seen.is_some() => {
+            let handed_over = migration.handed_over.or(Some(draft.cx.now));
+            advance(draft, &entry, Migration { handed_over, ..migration })
+        }
+        ObservedState::Running | ObservedState::HandedOver => match seen {
+            Some(seen) if !seen.failure.is_empty() => give_up(draft, &entry, &seen.failure),
+            Some(_) | None => Ok(entry),
+        },
+        // The agent was restarted and looks, or the guest is on its way out.
+        ObservedState::Starting | ObservedState::Stopping => Ok(entry),
+        // It has sent everything, and what it has left is of no use any more: the target may have it yet.
+        ObservedState::Failed if migration.handed_over.is_some() => Ok(entry),
+        ObservedState::Preparing
+        | ObservedState::Stopped
+        | ObservedState::PoweredOff
+        | ObservedState::Failed
+        | ObservedState::Fenced
+        | ObservedState::Deleted
+        | ObservedState::Forgotten
+        | ObservedState::Incoming
+        | ObservedState::Received => {
+            let why = if report.reason.is_empty() { "the VM does not run any more" } else { &report.reason };
+            give_up(draft, &entry, why)
+        }
+    }
+}
+
+/// The migration is further. When both sides are done, the VM changes hosts in the same write.
+fn advance(draft: &mut Draft<'_>, entry: &VmEntry, migration: Migration) -> Result<VmEntry, Refusal> {
+    if migration.handed_over.is_some() && migration.arrival == Arrival::Received && takes_over(draft, &migration) {
+        return hand_over(draft, entry, &migration);
+    }
+    if entry.record.migration.as_ref() == Some(&migration) {
+        return Ok(entry.clone());
+    }
+    let record = VmRecord { migration: Some(migration), ..(*entry.record).clone() };
+    let record = draft.put_vm(record)?;
+    Ok(VmEntry { record, ..entry.clone() })
+}
+
+/// Whether the target is heard. If it is not, the source is the better place for the VM.
+fn takes_over(draft: &Draft<'_>, migration: &Migration) -> bool {
+    let target = draft.peek_host(migration.target);
+    target.is_some_and(|h| h.liveness == Liveness::Up) && !draft.cx.silent.contains(&migration.target)
+}
+
+/// M3: the source has sent everything and stands still, the target has it. From this write on the VM is the target's.
+fn hand_over(draft: &mut Draft<'_>, entry: &VmEntry, migration: &Migration) -> Result<VmEntry, Refusal> {
+    let now = draft.cx.now;
+    let from = entry.record.placement.host.map_or_else(String::new, |host| draft.host_name(host));
+    let to = draft.host_name(migration.target);
+    let mut record = (*entry.record).clone();
+    record.migration = None;
+    let why = format!("migrated from host `{from}`: {}", migration.why);
+    record.placement = Placement { host: Some(migration.target), incarnation: migration.incarnation, why, since: now };
+    draft.vm_event(&record, EventType::Migrated, format!("from host `{from}` to host `{to}`"));
+    let status = VmStatusRecord {
+        phase: Phase::Migrating,
+        reason: format!("goes on on host `{to}`"),
+        since: now,
+        incarnation: migration.incarnation,
+        addresses: Vec::new(),
+        next_attempt: None,
+        ..ended(draft, entry, migration, MigrationResult::Done, "")
+    };
+    let record = draft.put_vm(record)?;
+    draft.put_status(record.id, status.clone())?;
+    Ok(VmEntry { record, status: Some(status.into()), ..entry.clone() })
+}
