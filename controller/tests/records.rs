@@ -12,7 +12,7 @@ use uncloud_controller::model::{
     ClusterRecord, Desired, EventRecord, EventType, Extra, HostMode, HostRecord, ImageRecord, Key, LeaderRecord,
     Liveness, Phase, Record, RequestAnswer, RequestRecord, Subject, VmRecord, VmStatusRecord,
     host::{Accelerator, AcceleratorKind, Pool},
-    image::{DiskFormat, FileRole, ImageFile, ImageKind},
+    image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     vm::{
         Disk, DiskHome, Failover, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss, Placement, RestartPolicy,
         VmSpec,
@@ -66,6 +66,8 @@ fn vm() -> VmRecord {
             host_labels: [("zone".to_owned(), "a".to_owned())].into(),
             anti_affinity_group: Some("web".into()),
             stop_grace_seconds: 60,
+            firmware: Default::default(),
+            cloud_init: None,
             extra: Extra::new(),
         },
         desired: Desired::Running,
@@ -178,6 +180,8 @@ fn image(kind: ImageKind) -> ImageRecord {
         files,
         command_line: command_line.into(),
         created: AT,
+        state: ImageState::Ready,
+        reason: String::new(),
         extra: Extra::new(),
     }
 }

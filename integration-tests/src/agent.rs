@@ -28,11 +28,20 @@ pub struct HostOptions {
     pub accelerator: String,
     /// Further arguments.
     pub args: Vec<String>,
+    /// Further environment.
+    pub env: Vec<(String, String)>,
 }
 
 impl Default for HostOptions {
     fn default() -> Self {
-        Self { memory_mib: 2048, vcpus: 8, labels: Vec::new(), accelerator: "tcg".into(), args: Vec::new() }
+        Self {
+            memory_mib: 2048,
+            vcpus: 8,
+            labels: Vec::new(),
+            accelerator: "tcg".into(),
+            args: Vec::new(),
+            env: Vec::new(),
+        }
     }
 }
 
@@ -73,11 +82,13 @@ impl Agent {
             flag("--label", label.clone());
         }
         args.extend(options.args.iter().cloned());
+        let mut env = vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())];
+        env.extend(options.env.iter().map(|(k, v)| (k.into(), v.into())));
         let process = Process::start(Spec {
             name: name.to_owned(),
             program: paths::binary("uncloud-agent")?,
             args: args.into_iter().map(Into::into).collect(),
-            env: vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())],
+            env,
             log: dir.join("agent.log"),
             netns,
         })?;

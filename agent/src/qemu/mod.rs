@@ -11,3 +11,4 @@ mod instance;
 mod pidfd;
 pub mod process;
 pub mod qmp;
+pub mod seed;

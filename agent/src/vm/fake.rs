@@ -15,7 +15,9 @@ use uncloud_proto::{
 };
 
 use super::{
-    desired::{Class, Desired, DisksExpected, Disposition, Machine, RestartMode, RestartPolicy, Spec, StopMode},
+    desired::{
+        Class, Desired, DisksExpected, Disposition, Firmware, Machine, RestartMode, RestartPolicy, Spec, StopMode,
+    },
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
 };
 use crate::lease::LeaseFile;
@@ -38,6 +40,8 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
             class: Class::Fast,
             priority: 0,
             stop_grace_seconds: 60,
+            firmware: Firmware::Bios,
+            cloud_init: None,
         }),
         images: vec![],
         restarts: 0,

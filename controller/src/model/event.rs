@@ -87,6 +87,8 @@ pub enum EventType {
     // images
     ImageCreated,
     ImageDeleted,
+    ImageReady,
+    ImageFailed,
     // the cluster
     LeaderElected,
     BrakeEngaged,

@@ -10,7 +10,10 @@ use tokio::time::{self, MissedTickBehavior};
 use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::clock::Tick;
 
-use super::plan::{self, Attempts, BATCH, Situation};
+use super::{
+    images,
+    plan::{self, Attempts, BATCH, Situation},
+};
 use crate::{
     health::{BrakeState, Verdict},
     leadership::{Leader, WriteError},
@@ -31,6 +34,7 @@ pub async fn run(leader: Arc<Leader>) {
         tokio::select! {
             () = leader.cancel.cancelled() => {}
             () = passes(&leader) => {}
+            () = images::run(&leader) => {}
         }
     };
     work.instrument(span).await;

@@ -77,6 +77,8 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
             host_labels: BTreeMap::new(),
             anti_affinity_group: None,
             stop_grace_seconds: 60,
+            firmware: Default::default(),
+            cloud_init: None,
             extra: Extra::new(),
         },
         desired: Desired::Running,

@@ -196,6 +196,8 @@ mod tests {
                 host_labels: BTreeMap::new(),
                 anti_affinity_group: None,
                 stop_grace_seconds: 60,
+                firmware: Default::default(),
+                cloud_init: None,
                 extra: Default::default(),
             },
             image_names: Vec::new(),

@@ -285,6 +285,8 @@ pub(crate) fn spec() -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: 60,
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }

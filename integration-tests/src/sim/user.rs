@@ -287,6 +287,8 @@ fn spec(core: &mut Core) -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: u32::try_from(rng.range(2, 15)).unwrap_or(5),
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }

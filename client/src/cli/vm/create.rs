@@ -8,6 +8,7 @@ use uncloud_proto::v1;
 
 use super::{
     super::{Context, Error},
+    cloud_init::CloudInitArguments,
     wait::{WaitArguments, wait_for},
 };
 use crate::{output, units, wait::Goal};
@@ -70,8 +71,21 @@ pub(crate) struct Arguments {
     /// Makes it safe to run this command again when its answer was lost: the same id gives the same VM.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// What boots the machine.
+    #[arg(long, value_enum, default_value = "bios")]
+    firmware: Firmware,
+    #[command(flatten)]
+    cloud_init: CloudInitArguments,
     #[command(flatten)]
     wait: WaitArguments,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Firmware {
+    /// SeaBIOS, the default.
+    Bios,
+    /// UEFI, without secure boot.
+    Uefi,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -172,6 +186,12 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         host_labels: map(a.host_label),
         anti_affinity_group: a.anti_affinity.unwrap_or_default(),
         stop_grace_seconds: a.stop_grace,
+        firmware: match a.firmware {
+            Firmware::Bios => v1::Firmware::Bios,
+            Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cloud_init: a.cloud_init.into_proto(),
     };
     v1::CreateVmRequest {
         request_id: a.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
@@ -236,7 +256,7 @@ mod tests {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
              --disk size=1G,name=data --nic user --restart always --failover recreate --priority 5 --host-label rack=1 \
-             --anti-affinity web --label a=b=c --stop-grace 90s --stopped --request-id r1",
+             --anti-affinity web --label a=b=c --stop-grace 90s --stopped --request-id r1 --firmware uefi --hostname w",
         )
         .unwrap();
         let spec = v1::VmSpec {
@@ -256,6 +276,8 @@ mod tests {
             host_labels: [("rack".into(), "1".into())].into(),
             anti_affinity_group: "web".into(),
             stop_grace_seconds: 90,
+            firmware: v1::Firmware::Uefi.into(),
+            cloud_init: Some(v1::CloudInit { hostname: "w".into(), ..Default::default() }),
         };
         let expected = v1::CreateVmRequest {
             request_id: "r1".into(),
@@ -274,6 +296,11 @@ mod tests {
         let disks = made.spec.unwrap().disks;
         assert_eq!((disks[0].image.as_str(), disks[0].size_bytes, disks[1].size_bytes), ("deb", 10 << 30, 1 << 30));
         assert_eq!(made.request_id.len(), 36);
+        assert_eq!(
+            parse("web --disk size=1G").unwrap().spec.unwrap().cloud_init,
+            None,
+            "no seed without a flag for it"
+        );
     }
 
     #[test]
@@ -292,6 +319,9 @@ mod tests {
             ("web --failover now", "--failover", "patient"),
             ("web --label x", "--label", "KEY=VALUE"),
             ("web --stop-grace 60", "--stop-grace", "has no unit"),
+            ("web --user-data /none", "--user-data", "/none"),
+            ("web --user-data /dev/zero", "--user-data", "at most 65536"),
+            ("web --ssh-key /none.pub", "--ssh-key", "/none.pub"),
             ("web --append quiet", "--kernel", "required"),
             ("web --wait-timeout 5", "--wait-timeout", "has no unit"),
             ("", "NAME", "required"),

@@ -6,7 +6,7 @@ use super::timestamp;
 use crate::{
     model::{
         Desired, Phase, VmRecord,
-        vm::{Disk, Failover, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{CloudInit, Disk, Failover, Firmware, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::{State, VmEntry},
 };
@@ -110,6 +110,21 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
         host_labels: spec.host_labels.clone().into_iter().collect(),
         anti_affinity_group: spec.anti_affinity_group.clone().unwrap_or_default(),
         stop_grace_seconds: spec.stop_grace_seconds,
+        firmware: match spec.firmware {
+            Firmware::Bios => v1::Firmware::Bios,
+            Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cloud_init: spec.cloud_init.as_ref().map(cloud_init),
+    }
+}
+
+fn cloud_init(c: &CloudInit) -> v1::CloudInit {
+    v1::CloudInit {
+        hostname: c.hostname.clone(),
+        ssh_authorized_keys: c.ssh_authorized_keys.clone(),
+        user_data: c.user_data.clone(),
+        network_config: c.network_config.clone(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::{Checker, DEFAULT_OWNER, MAX_COMMAND_LINE, Violations, quoted};
 use crate::{
     model::{
         Desired,
-        vm::{Disk, Failover, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{Disk, Failover, Firmware, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::command::{ImageUse, NewVm},
 };
@@ -105,6 +105,14 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
     check.range("spec.stop_grace_seconds", u64::from(grace), 1, MAX_GRACE_SECONDS, " seconds");
     check.range("spec.priority", u64::from(spec.priority), 0, MAX_PRIORITY, "");
     let host_labels = check.labels("spec.host_labels", spec.host_labels);
+    let firmware = firmware(check, spec.firmware);
+    if firmware == Firmware::Uefi && disks.is_empty() {
+        check.fail(
+            "spec.firmware",
+            "is FIRMWARE_UEFI, whose variables lie beside the first disk: give `spec.disks` one",
+        );
+    }
+    let cloud_init = spec.cloud_init.map(|c| super::cloud_init::check(check, c));
     let group = spec.anti_affinity_group;
     let anti_affinity_group = (!group.is_empty()).then(|| check.name("spec.anti_affinity_group", group));
     VmSpec {
@@ -121,7 +129,16 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
         host_labels,
         anti_affinity_group,
         stop_grace_seconds: grace,
+        firmware,
+        cloud_init,
         extra: Default::default(),
+    }
+}
+
+fn firmware(check: &mut Checker, value: i32) -> Firmware {
+    match check.known("spec.firmware", value, &["FIRMWARE_BIOS", "FIRMWARE_UEFI"]) {
+        Some(v1::Firmware::Unspecified | v1::Firmware::Bios) | None => Firmware::Bios,
+        Some(v1::Firmware::Uefi) => Firmware::Uefi,
     }
 }
 
@@ -339,6 +356,15 @@ mod tests {
             ("spec.failover", with(|_, s| s.failover = i32::MIN)),
             ("spec.on_disk_loss", with(|_, s| s.on_disk_loss = 3)),
             ("spec.priority", with(|_, s| s.priority = 1001)),
+            ("spec.firmware", with(|_, s| s.firmware = 3)),
+            (
+                "spec.firmware",
+                with(|_, s| {
+                    s.firmware = 2;
+                    s.disks.clear();
+                    s.kernel = Some(v1::KernelBoot { image: "k".into(), ..Default::default() });
+                }),
+            ),
             ("spec.stop_grace_seconds", with(|_, s| s.stop_grace_seconds = 3601)),
             ("spec.anti_affinity_group", with(|_, s| s.anti_affinity_group = "a\tb".to_owned())),
             ("spec.host_labels[k]", with(|_, s| drop(s.host_labels.insert("k".into(), "\r".into())))),

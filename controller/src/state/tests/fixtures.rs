@@ -15,7 +15,7 @@ use crate::{
     model::{
         Desired, EventType, HostRecord, ImageRecord, Key, Liveness, Phase, Record, VmRecord,
         host::{Accelerator, AcceleratorKind, Pool},
-        image::{DiskFormat, FileRole, ImageFile, ImageKind},
+        image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
         vm::{Disk, Failover, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     scheduler::Resources,
@@ -80,6 +80,8 @@ pub(super) fn spec() -> VmSpec {
         host_labels: BTreeMap::new(),
         anti_affinity_group: None,
         stop_grace_seconds: 60,
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }
@@ -127,6 +129,8 @@ pub(super) fn image(n: u128, kind: ImageKind) -> ImageRecord {
         },
         command_line: if kind == ImageKind::Kernel { "console=ttyS0".into() } else { String::new() },
         created: WallTime(0),
+        state: ImageState::Ready,
+        reason: String::new(),
         extra: serde_json::Map::new(),
     }
 }
