@@ -101,7 +101,7 @@ fn reason(text: &str) -> String {
 /// Failover is switched off at the moment.
 fn failover_off<'a>(leader: &Leader, state: &'a State) -> Option<&'a FailoverOff> {
     let off = state.cluster()?.failover_off.as_ref()?;
-    (off.until > leader.clock.wall()).then_some(off)
+    (!off.left(leader.clock.wall()).is_zero()).then_some(off)
 }
 
 /// What an operator should look at, a sentence each.

@@ -1,5 +1,7 @@
 //! Who leads, what all leaders must agree on, and the answers that were given.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
     clock::WallTime,
@@ -42,8 +44,24 @@ pub struct ClusterRecord {
 pub struct FailoverOff {
     /// Until when, ms since 1970. It goes on by itself then.
     pub until: WallTime,
+    /// For how long it was switched off, in ms. A leader whose clock is behind makes no more than this of `until`.
+    #[serde(default = "longest_off_ms")]
+    pub for_ms: u64,
     /// Why, as somebody said.
     pub reason: String,
+}
+
+/// What a record says that is silent about it: the longest that the API takes.
+const fn longest_off_ms() -> u64 {
+    3_600_000
+}
+
+impl FailoverOff {
+    /// How much of it is left at `now`, on the reader's clock.
+    #[must_use]
+    pub fn left(&self, now: WallTime) -> Duration {
+        Duration::from_millis(self.until.0.saturating_sub(now.0).min(self.for_ms))
+    }
 }
 
 /// The answer that was given to a create request.

@@ -108,7 +108,8 @@ impl Driver<'_> {
     async fn shorten_leases(&self, now: Tick) -> Result<(), Stop> {
         let Some(stored) = self.leader.mirror.read(|state| state.cluster().cloned()) else { return Ok(()) };
         let running = self.leader.health().running(now);
-        if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, running) {
+        let off = self.off_until(now).map_or(Duration::ZERO, |until| until.since(now));
+        if let Some(command) = plan::shorter_leases(&stored, &self.leader.settings.timings, running, off) {
             self.submit(command).await?;
         }
         Ok(())
@@ -119,9 +120,8 @@ impl Driver<'_> {
     fn off_until(&self, now: Tick) -> Option<Tick> {
         let stored = self.leader.mirror.read(|state| state.cluster().cloned())?;
         let off = stored.failover_off.as_ref()?;
-        let wanted = off.until.0.saturating_sub(self.leader.clock.wall().0);
         let on_record = stored.fast_lease_ms.min(stored.patient_lease_ms);
-        let left = Duration::from_millis(wanted.min(on_record));
+        let left = off.left(self.leader.clock.wall()).min(Duration::from_millis(on_record));
         (!left.is_zero()).then(|| now.after(left))
     }
 

@@ -93,15 +93,20 @@ const STEP_MS: u64 = 60_000;
 
 /// What to do about the lengths of the leases on record: a successor waits for so long. They may be lowered to what this leader
 /// grants once nothing runs under a longer lease, and until then to what is left of the longest (W3). `running` is
-/// [`crate::health::HealthTable::running`].
+/// [`crate::health::HealthTable::running`], `off` for how much longer failover is off: leases of that length are granted.
 #[must_use]
-pub fn shorter_leases(stored: &ClusterRecord, own: &Timings, running: (Duration, Duration)) -> Option<Command> {
+pub fn shorter_leases(
+    stored: &ClusterRecord,
+    own: &Timings,
+    running: (Duration, Duration),
+    off: Duration,
+) -> Option<Command> {
     let shorter = |stored_ms: u64, own_lease: Duration, running: Duration| {
         let millis = |d: Duration| u64::try_from(d.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
-        if running <= own.wait(own_lease) {
+        if running <= own.wait(own_lease) && off.is_zero() {
             return millis(own_lease);
         }
-        let left = millis(running);
+        let left = millis(running.max(off));
         if left.saturating_add(STEP_MS) <= stored_ms { left } else { stored_ms }
     };
     let fast_lease_ms = shorter(stored.fast_lease_ms, own.fast, running.0);

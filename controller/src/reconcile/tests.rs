@@ -331,14 +331,22 @@ fn w3_longer_leases_stay_on_record_until_they_have_surely_run_out() {
     let stored = record(20_000, 60_000);
 
     // A predecessor's leases run.
-    assert!(shorter_leases(&stored, &own, (millis(7_061), millis(31_302))).is_none());
-    let command = shorter_leases(&stored, &own, (millis(7_060), millis(31_300)));
+    assert!(shorter_leases(&stored, &own, (millis(7_061), millis(31_302)), Duration::ZERO).is_none());
+    let command = shorter_leases(&stored, &own, (millis(7_060), millis(31_300)), Duration::ZERO);
     assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 6_000, patient_lease_ms: 30_000 })));
-    assert!(shorter_leases(&record(6_000, 30_000), &own, (secs(7), secs(31))).is_none(), "nothing to do");
+    assert!(
+        shorter_leases(&record(6_000, 30_000), &own, (secs(7), secs(31)), Duration::ZERO).is_none(),
+        "nothing to do"
+    );
 
     // What is left of a long one is put on record in steps, so that a successor waits no longer than it must.
     let stored = record(3_600_000, 3_600_000);
-    assert!(shorter_leases(&stored, &own, (secs(3_550), secs(3_550))).is_none());
-    let command = shorter_leases(&stored, &own, (secs(3_500), secs(3_500)));
+    assert!(shorter_leases(&stored, &own, (secs(3_550), secs(3_550)), Duration::ZERO).is_none());
+    let command = shorter_leases(&stored, &own, (secs(3_500), secs(3_500)), Duration::ZERO);
+    assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 3_500_000, patient_lease_ms: 3_500_000 })));
+
+    // Failover is off, and no host has asked for a lease yet: what is left of that stays on record, in steps.
+    assert!(shorter_leases(&stored, &own, (secs(7), secs(31)), secs(3_599)).is_none());
+    let command = shorter_leases(&stored, &own, (secs(7), secs(31)), secs(3_500));
     assert!(matches!(command, Some(Command::SetLeases { fast_lease_ms: 3_500_000, patient_lease_ms: 3_500_000 })));
 }

@@ -11,7 +11,7 @@ use std::{
 use uncloud_proto::ids::{HostId, ImageId, Revision, VmId};
 
 use super::{
-    HostEntry, ImageEntry, REQUESTS_KEPT_MS, State, VmEntry,
+    HostEntry, ImageEntry, REQUESTS_FORGOTTEN_MS, State, VmEntry,
     command::{Change, Mutation},
 };
 use crate::{
@@ -252,7 +252,7 @@ impl State {
     fn forget_old_requests(&mut self) {
         let newest = self.requests_by_age.last().map_or(0, |(at, _)| at.0);
         while let Some((at, _)) = self.requests_by_age.first()
-            && at.0.saturating_add(REQUESTS_KEPT_MS) < newest
+            && at.0.saturating_add(REQUESTS_FORGOTTEN_MS) < newest
             && let Some((_, id)) = self.requests_by_age.pop_first()
         {
             self.requests.remove(&id);

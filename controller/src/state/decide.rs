@@ -5,7 +5,7 @@ use std::sync::Arc;
 use uncloud_proto::ids::VmId;
 
 use super::{
-    REQUESTS_KEPT_MS, State,
+    REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     draft::Draft,
     hosts, images, placement, reports, vms,
@@ -101,7 +101,7 @@ impl State {
             return Err(Refusal::Unreadable(key.to_string()));
         }
         let Some((record, revision)) = self.requests.get(&request.id) else { return Ok(None) };
-        if record.at.0.saturating_add(REQUESTS_KEPT_MS) <= cx.now.0 {
+        if record.at.0.saturating_add(REQUESTS_FORGOTTEN_MS) <= cx.now.0 {
             return Ok(None);
         }
         if record.fingerprint != request.fingerprint {

@@ -242,7 +242,7 @@ fn displace(draft: &mut Draft<'_>, vm: VmId, liveness: Liveness) -> Result<(), R
 pub(super) fn set_leases(draft: &mut Draft<'_>, fast_lease_ms: u64, patient_lease_ms: u64) -> Result<Answer, Refusal> {
     let before = draft.state.cluster().map(|record| (**record).clone());
     let off = before.as_ref().and_then(|record| record.failover_off.as_ref());
-    let left = off.map_or(0, |off| off.until.0.saturating_sub(draft.cx.now.0));
+    let left = off.map_or(0, |off| u64::try_from(off.left(draft.cx.now).as_millis()).unwrap_or(u64::MAX));
     let (fast_lease_ms, patient_lease_ms) = (fast_lease_ms.max(left), patient_lease_ms.max(left));
     let record = match before.clone() {
         Some(record) => ClusterRecord { fast_lease_ms, patient_lease_ms, ..record },
@@ -270,7 +270,7 @@ pub(super) fn set_failover(draft: &mut Draft<'_>, change: &FailoverChange) -> Re
             let record = ClusterRecord {
                 fast_lease_ms: before.fast_lease_ms.max(*for_ms),
                 patient_lease_ms: before.patient_lease_ms.max(*for_ms),
-                failover_off: Some(FailoverOff { until, reason: reason.clone() }),
+                failover_off: Some(FailoverOff { until, for_ms: *for_ms, reason: reason.clone() }),
                 extra: before.extra.clone(),
             };
             let why = if reason.is_empty() { String::new() } else { format!(": {reason}") };

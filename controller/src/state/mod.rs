@@ -48,6 +48,10 @@ pub use placement::{home, lease_lapsed, request};
 /// How long the answer to a request is kept.
 pub const REQUESTS_KEPT_MS: u64 = 3_600_000;
 
+/// When a copy forgets it, if etcd has not dropped it before. The times in the records are those of several controllers:
+/// their clocks may differ by as much as this is longer, and no repeated request makes anything twice.
+const REQUESTS_FORGOTTEN_MS: u64 = 2 * REQUESTS_KEPT_MS;
+
 /// The cluster. Cheap to clone compared with what it describes: records are shared.
 #[derive(Clone, Debug, Default)]
 pub struct State {

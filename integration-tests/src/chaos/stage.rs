@@ -157,7 +157,11 @@ impl Stage {
             let limit = Duration::from_secs(5);
             self.cluster.checker.wait_gone(&guest.id, limit).await?;
             let said = self.cluster.checker.count(&guest.id);
-            match disk_counter(&self.cluster.pool(), self.cluster.path(), &guest.id) {
+            // The kernel closes the files of a process, and with them QEMU's lock, a moment after its end begins.
+            let read = wait_for("its disk is free", limit, async || {
+                disk_counter(&self.cluster.pool(), self.cluster.path(), &guest.id).map_err(|e| format!("{e:#}"))
+            });
+            match read.await {
                 Ok(on_disk) if on_disk == said || on_disk == said + 1 => {}
                 Ok(on_disk) => problems.push(format!("{}: said {said}, and its disk has {on_disk}", guest.name)),
                 Err(error) => problems.push(format!("{}: {error:#}", guest.name)),

@@ -42,13 +42,18 @@ use super::{
 
 // `session/pump.rs`
 const HEARTBEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(10));
-const MOST_LEASE: Duration = Duration::from_secs(600);
+const MOST_LEASE: Duration = Duration::from_secs(3600);
+const SILENT_BEATS: u32 = 2;
+const SILENCE_SLACK: Duration = Duration::from_millis(200);
+const SHORTEST_SILENCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) stream: u64,
     book: Heartbeats,
     interval: Option<Duration>,
+    /// When the leader said something, on the host's clock.
+    heard: Tick,
 }
 
 /// An agent process.
@@ -145,10 +150,14 @@ impl Host {
                 self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
             }
             // The session is one task; what comes while it is held up waits, in its order.
-            What::Down(..) | What::Broken(_) if core.now <= agent.renewing_until => {
+            What::Down(..) | What::Broken(_) | What::Silent(_) if core.now <= agent.renewing_until => {
                 self.agent_later(core, agent.renewing_until - core.now + 1, what);
             }
+            What::Silent(stream) if agent.has_session(stream, Stage::Welcomed) => self.silent(core, &mut agent),
             What::Down(stream, down) if agent.session.as_ref().is_some_and(|s| s.stream == stream) => {
+                if let Some(session) = &mut agent.session {
+                    session.heard = self.now(core);
+                }
                 if let Err(end) = self.take(core, &mut agent, *down) {
                     self.session_ended(core, &mut agent, end);
                 }
@@ -219,7 +228,7 @@ impl Host {
         }
         let Some(to) = controller::index_of(agent.dialer.address()) else { return };
         let stream = core.open_stream(self.index, to, [self.agent_epoch, u64::MAX]);
-        agent.session = Some(Session { stream, book: Heartbeats::default(), interval: None });
+        agent.session = Some(Session { stream, book: Heartbeats::default(), interval: None, heard: self.now(core) });
         let pool = |name: &str, kind: v1::PoolKind, id: String| v1::Pool {
             name: name.into(),
             kind: kind.into(),
@@ -270,6 +279,18 @@ impl Host {
         self.agent_later(core, wait, What::Dial);
     }
 
+    /// `Session::pump`: a leader that hangs keeps its connections, and is left.
+    fn silent(&self, core: &mut Core, agent: &mut Agent) {
+        let Some(Session { stream, interval: Some(interval), heard, .. }) = &agent.session else { return };
+        let patience = (*interval * SILENT_BEATS + SILENCE_SLACK).max(SHORTEST_SILENCE);
+        let until = heard.after(patience);
+        if self.now(core) >= until {
+            return self.session_ended(core, agent, End::Silent);
+        }
+        let at = self.clock.when(until, core.now).max(core.now + 1);
+        core.at(at, Whom::Agent(self.index), self.agent_epoch, What::Silent(*stream));
+    }
+
     /// G1 and G3 (`Session::admit`).
     fn admit(&mut self, agent: &mut Agent, term: Term) -> Result<(), String> {
         match agent.gate.term(term) {
@@ -308,6 +329,7 @@ impl Host {
                     let stream = session.stream;
                     self.agent_later(core, 0, What::Beat(stream));
                     self.agent_later(core, 0, What::Flush(stream));
+                    self.agent_later(core, 0, What::Silent(stream));
                 }
                 for vm in &welcome.vms {
                     self.obey(core, agent, vm);

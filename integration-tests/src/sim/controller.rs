@@ -45,7 +45,8 @@ enum Tag {
     Claim { sent: Tick, lease: i64, ttl: Duration },
     Load { elected: Elected },
     KeepAlive { serial: u64, sent: Tick },
-    Commit { serial: u64 },
+    Commit { serial: u64, put: Option<Key>, based_on: Revision },
+    Landed { serial: u64, based_on: Revision },
     Resign,
     RemoveOwn,
     Nothing,
@@ -212,8 +213,10 @@ impl Controller {
         let Some(lead) = &mut self.lead else { return };
         let serial = lead.serial;
         if let Some((mutations, basis)) = lead.to_commit.take() {
+            let put = mutations.iter().find(|m| m.value.is_some()).map(|m| m.key.clone());
+            let based_on = lead.based_on();
             let request = Request::Commit(lead.term, mutations, basis);
-            self.ask(core, Tag::Commit { serial }, REQUEST_TIMEOUT, request);
+            self.ask(core, Tag::Commit { serial, put, based_on }, REQUEST_TIMEOUT, request);
             return;
         }
         // `leadership/writer.rs`: a transaction that is under way is waited for, then the key is given up.
@@ -243,8 +246,12 @@ impl Controller {
                 self.ask(core, Tag::Grant { sent }, REQUEST_TIMEOUT, Request::Grant(TTL));
             }
             (Tag::Grant { sent }, Some(Response::Granted(lease, ttl))) => {
-                let record =
-                    LeaderRecord { id: self.id, address: address(self.index), since: core.wall(), extra: Extra::new() };
+                let record = LeaderRecord {
+                    id: self.id,
+                    address: address(self.index),
+                    since: core.wall_of(self.index),
+                    extra: Extra::new(),
+                };
                 let request = Request::Claim(Arc::new(record), lease);
                 self.ask(core, Tag::Claim { sent, lease, ttl }, REQUEST_TIMEOUT, request);
             }
@@ -266,7 +273,23 @@ impl Controller {
                 self.ask(core, Tag::Resign, REQUEST_TIMEOUT, Request::Remove(elected.term));
             }
             (Tag::KeepAlive { serial, sent }, response) => self.kept_alive(core, serial, sent, response.as_ref()),
-            (Tag::Commit { serial }, response) => {
+            // `Store::landed`
+            (Tag::Commit { serial, put: Some(key), based_on }, Some(Response::Full)) => {
+                self.ask(core, Tag::Landed { serial, based_on }, REQUEST_TIMEOUT, Request::ModRevision(key));
+            }
+            (Tag::Landed { serial, based_on }, response) => {
+                let response = match response {
+                    Some(Response::ModRevision(Some(revision))) if revision > based_on => {
+                        Some(Response::Written(revision))
+                    }
+                    Some(Response::ModRevision(_)) => Some(Response::Full),
+                    Some(_) | None => None,
+                };
+                if let Some(lead) = self.lead.as_deref_mut().filter(|l| l.serial == serial) {
+                    lead.committed(core, &self.clock, response);
+                }
+            }
+            (Tag::Commit { serial, .. }, response) => {
                 if let Some(lead) = self.lead.as_deref_mut().filter(|l| l.serial == serial) {
                     lead.committed(core, &self.clock, response);
                 }

@@ -45,6 +45,9 @@ pub(crate) struct Config {
     pub(crate) loss: u64,
     /// Of a thousand requests to etcd, how many come to nothing or lose their answer.
     pub(crate) rpc_loss: u64,
+    /// How far the time of day of each controller's machine is ahead, in ms, up to 50 minutes. Nothing about safety may
+    /// depend on it; that a create is repeated with the same answer does, beyond an hour.
+    pub(crate) ahead_ms: Vec<u64>,
 }
 
 impl Config {
@@ -63,6 +66,7 @@ impl Config {
         if rng.permille(250) {
             timings[0] = lengths(rng);
         }
+        let ahead_ms = (0..controllers).map(|_| rng.pick(&[0, 0, 1000, 30_000, 3_000_000])).collect();
         Self {
             mode,
             controllers,
@@ -73,6 +77,7 @@ impl Config {
             fault_every: rng.range(500, 3000) * MS,
             loss: rng.pick(&[0, 0, 1, 3]),
             rpc_loss: rng.pick(&[0, 1, 3, 10]),
+            ahead_ms,
         }
     }
 }
@@ -150,10 +155,16 @@ impl Core {
         self.rng.range(low * MS, high * MS)
     }
 
-    /// For records. Wall-clock time decides nothing, so all machines have the same here.
+    /// The time of day on a host, for records.
     #[must_use]
     pub(crate) fn wall(&self) -> WallTime {
         WallTime(1_700_000_000_000 + self.now / MS)
+    }
+
+    /// The time of day on a controller's machine.
+    #[must_use]
+    pub(crate) fn wall_of(&self, controller: usize) -> WallTime {
+        WallTime(self.wall().0 + self.config.ahead_ms[controller])
     }
 
     /// A clock's rate: often at the ends of what A1 allows for two clocks, one against the other.

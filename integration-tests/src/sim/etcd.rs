@@ -36,6 +36,8 @@ pub(crate) enum Request {
     Load,
     /// Writes, if the leader key was created at this revision.
     Commit(Term, Vec<Mutation>, Basis),
+    /// When a key was last put.
+    ModRevision(Key),
 }
 
 /// What a leader took a VM's record to be when it decided: for the checker only.
@@ -62,6 +64,10 @@ pub(crate) enum Response {
     Written(Revision),
     /// Another leads.
     Deposed,
+    /// It has reached its quota.
+    Full,
+    /// When a key was last put, if it is there.
+    ModRevision(Option<Revision>),
 }
 
 #[derive(Clone, Debug)]
@@ -89,6 +95,8 @@ pub(crate) struct Etcd {
     pub(crate) down: u32,
     /// Faults that stop it.
     pub(crate) paused: u32,
+    /// Faults that keep it full.
+    pub(crate) full: u32,
     /// Each answer may take this much longer.
     pub(crate) slow: Ns,
     /// To each controller.
@@ -96,6 +104,8 @@ pub(crate) struct Etcd {
     revision: i64,
     /// Value, create revision, mod revision.
     kv: BTreeMap<Key, (Record, i64, i64)>,
+    /// Events, of which only the revision is of interest.
+    events: BTreeMap<Key, i64>,
     leader_lease: i64,
     leases: BTreeMap<i64, Lease>,
     last_lease: i64,
@@ -111,10 +121,12 @@ impl Etcd {
             clock,
             down: 0,
             paused: 0,
+            full: 0,
             slow: 0,
             links: vec![Link::default(); core.config.controllers],
             revision: 1,
             kv: BTreeMap::new(),
+            events: BTreeMap::new(),
             leader_lease: 0,
             leases: BTreeMap::new(),
             last_lease: 0,
@@ -174,6 +186,8 @@ impl Etcd {
         let now = self.clock.tick(core.now);
         match request {
             Request::Leader => Response::Leader(self.leader()),
+            // As etcd does: nothing new is put, and no lease is granted. What stands is kept alive.
+            Request::Grant(_) | Request::Claim(..) if self.full > 0 => Response::Full,
             Request::Grant(ttl) => {
                 self.last_lease += 1;
                 self.leases.insert(self.last_lease, Lease { ttl, until: now.after(ttl) });
@@ -213,7 +227,19 @@ impl Etcd {
                 let all = self.kv.iter().map(|(k, (r, _, m))| (k.clone(), r.clone(), Revision(*m))).collect();
                 Response::Loaded(all, Revision(self.revision))
             }
+            Request::Commit(term, mutations, basis) if self.full > 0 && mutations.iter().any(|m| m.value.is_some()) => {
+                // It also says so when it has carried out the transaction with which the quota was reached.
+                if core.rng.permille(250) {
+                    self.commit(core, from, term, mutations, &basis);
+                }
+                Response::Full
+            }
             Request::Commit(term, mutations, basis) => self.commit(core, from, term, mutations, &basis),
+            Request::ModRevision(key) => {
+                let found =
+                    self.events.get(&key).copied().or_else(|| self.kv.get(&key).map(|(_, _, modified)| *modified));
+                Response::ModRevision(found.map(Revision))
+            }
         }
     }
 
@@ -242,6 +268,7 @@ impl Etcd {
         for mutation in mutations {
             let Mutation { key, value } = mutation;
             if matches!(key, Key::Event { .. }) {
+                self.events.insert(key, revision);
                 continue; // nobody reads them here
             }
             core.stored(from, &key, self.get(&key), value.as_ref(), revision);

@@ -22,6 +22,8 @@ pub(crate) enum Healing {
     EtcdThaw,
     /// etcd is as fast as before.
     EtcdFast,
+    /// etcd has room again.
+    EtcdRoom,
     /// A controller is started again.
     ControllerStart(usize),
     /// A controller goes on.
@@ -177,7 +179,7 @@ impl World {
     }
 
     fn etcd_fault(&mut self) {
-        match self.core.rng.below(4) {
+        match self.core.rng.below(5) {
             0 => {
                 self.note("etcd killed");
                 self.core.log(format_args!("fault: etcd dies"));
@@ -191,6 +193,12 @@ impl World {
                 self.heal_later(Healing::EtcdThaw, 200, 6000);
             }
             2 => {
+                self.note("etcd full");
+                self.core.log(format_args!("fault: etcd is full"));
+                self.etcd.full += 1;
+                self.heal_later(Healing::EtcdRoom, 200, 20_000);
+            }
+            3 => {
                 self.note("etcd changes its leader");
                 self.core.log(format_args!("fault: etcd changes its leader"));
                 self.etcd.restart_leases(self.core.now);
@@ -246,6 +254,7 @@ impl World {
                 self.thaw_etcd();
             }
             Healing::EtcdFast => self.etcd.slow = 0,
+            Healing::EtcdRoom => self.etcd.full = self.etcd.full.saturating_sub(1),
             Healing::ControllerStart(i) => self.controllers[i].start(&mut self.core),
             Healing::ControllerThaw(i) => self.thaw_controller(i),
             Healing::AgentStart(h) => self.hosts[h].start_agent(&mut self.core),

@@ -35,6 +35,8 @@ use super::{
 
 // `reconcile/driver.rs`
 const PERIOD: Duration = Duration::from_millis(100);
+/// `reconcile/driver.rs`
+const BUSY_PAUSE: Duration = Duration::from_millis(500);
 // `leadership/writer.rs`
 const MAX_COMMANDS: usize = 512;
 
@@ -88,7 +90,7 @@ pub(crate) struct Lead {
     pub(super) controllers: usize,
     /// A transaction that the process is to send.
     pub(super) to_commit: Option<(Vec<Mutation>, Basis)>,
-    process: (usize, u64),
+    pub(super) process: (usize, u64),
     state: State,
     queue: VecDeque<Job>,
     writing: Option<Batch>,
@@ -125,6 +127,7 @@ impl Lead {
             verdicts: Vec::new(),
             pass: Pass::Idle,
             again: false,
+            busy_until: 0,
         };
         let mut lead = Self {
             serial,
@@ -207,14 +210,15 @@ impl Lead {
             What::WriterWake(serial) if serial == self.serial => self.write(core, clock),
             What::DriverTick(serial) if serial == self.serial && !self.over => {
                 self.later(core, clock.spans(PERIOD), What::DriverTick(serial));
-                if matches!(self.driver.pass, Pass::Idle) {
+                if self.driver.may_begin(core.now) {
                     self.look(core, clock);
                 }
             }
-            What::DriverWake(serial) if serial == self.serial && !self.over && self.driver.is_wanted() => {
+            What::DriverWake(serial) if serial == self.serial && !self.over && self.driver.is_wanted(core.now) => {
                 self.place(core, clock);
             }
             What::SessionWake(stream) if !self.over => self.wake(core, clock, stream),
+            What::SessionAgain(stream) if !self.over => self.try_again(core, stream),
             _ => {}
         }
     }
@@ -279,7 +283,7 @@ impl Lead {
 
     fn fill(&mut self, core: &Core, clock: &NodeClock) -> Batch {
         let silent = Arc::new(self.health.silent(clock.tick(core.now)));
-        let cx = Context { now: core.wall(), silent, cpu_overcommit_percent: 400 };
+        let cx = Context { now: core.wall_of(self.process.0), silent, cpu_overcommit_percent: 400 };
         let mut batch = Batch::default();
         while let Some(job) = self.queue.pop_front() {
             match self.state.decide(&job.command, &cx) {
@@ -333,6 +337,15 @@ impl Lead {
                 self.answer(core, clock, waiting, revision);
                 return self.go_on(core);
             }
+            Some(Response::Full) => {
+                // The term goes on; what was decided is forgotten.
+                core.log(format_args!("term {}: {}", self.term, WriteError::StoreFull));
+                self.state = self.mirror.clone();
+                for (reply, _) in waiting {
+                    self.told(core, clock, reply, Err(WriteError::StoreFull));
+                }
+                return self.go_on(core);
+            }
             Some(Response::Deposed) => WriteError::NotLeader,
             // T3
             Some(_) | None => WriteError::Unknown,
@@ -373,6 +386,16 @@ impl Lead {
         match reply {
             Reply::User(op) => super::user::answer(core, op, Answered::Written(result)),
             _ if self.over => {}
+            // `Stop::Busy`: the pass ends, and another comes after a while. A term that cannot say what it grants ends.
+            Reply::Announced if is_temporary(&result) => self.cancel(),
+            Reply::Verdict(_) if is_temporary(&result) => {
+                self.driver.busy(core.now + clock.spans(BUSY_PAUSE));
+                self.verdict_stored(core, clock);
+            }
+            Reply::Brake(_) | Reply::Leases | Reply::Placed if is_temporary(&result) => {
+                self.driver.busy(core.now + clock.spans(BUSY_PAUSE));
+                self.driver.pass = Pass::Idle;
+            }
             Reply::Session(stream, purpose) => self.stored(core, clock, stream, purpose, result),
             Reply::Announced => self.note_election(core),
             Reply::Elected => {
@@ -388,12 +411,7 @@ impl Lead {
                     Ok(_) => self.health.declared(verdict),
                     Err(_) => self.health.remove(verdict.host),
                 }
-                if let Pass::Declaring(left) = &mut self.driver.pass {
-                    *left -= 1;
-                    if *left == 0 {
-                        self.shorten(core, clock);
-                    }
-                }
+                self.verdict_stored(core, clock);
             }
             Reply::Leases => self.place(core, clock),
             Reply::Placed => {
@@ -404,6 +422,24 @@ impl Lead {
                 self.next_batch(core, clock);
             }
         }
+    }
+
+    fn verdict_stored(&mut self, core: &mut Core, clock: &NodeClock) {
+        if let Pass::Declaring(left) = &mut self.driver.pass {
+            *left -= 1;
+            if *left == 0 {
+                if self.driver.is_busy(core.now) {
+                    self.driver.pass = Pass::Idle;
+                } else {
+                    self.shorten(core, clock);
+                }
+            }
+        }
+    }
+
+    /// The revision that a transaction is based on.
+    pub(super) const fn based_on(&self) -> Revision {
+        self.state.revision()
     }
 
     /// Something was committed: the reconciler and the sessions are woken.
@@ -419,4 +455,8 @@ impl Lead {
             self.wake_session(core, stream);
         }
     }
+}
+
+fn is_temporary(result: &Written) -> bool {
+    result.as_ref().is_err_and(WriteError::is_temporary)
 }

@@ -67,6 +67,8 @@ pub(crate) enum What {
     WriterWake(u64),
     /// Something was committed that a session may want to know.
     SessionWake(u64),
+    /// A session tries again to store what there was no room for.
+    SessionAgain(u64),
     /// etcd answers.
     Rpc(u64, Response),
     /// etcd has not answered in time.
@@ -89,6 +91,8 @@ pub(crate) enum What {
     Beat(u64),
     /// The controller has not answered Hello in time.
     WelcomeTimeout(u64),
+    /// The leader has been silent for too long.
+    Silent(u64),
     /// A message of a controller arrives.
     Down(u64, Box<Down>),
     /// There may be reports to send.

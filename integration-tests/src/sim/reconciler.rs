@@ -3,7 +3,7 @@
 //! Mirrors `controller/src/reconcile/driver.rs`: a pass has due verdicts stored, and then hands VMs that need a host to the
 //! writer, one batch after the other. What is decided is decided by the real `HealthTable` and `reconcile::plan`.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use uncloud_controller::{
     health::Verdict,
@@ -14,7 +14,7 @@ use uncloud_controller::{
 use uncloud_proto::{clock::Tick, ids::VmId};
 
 use super::{
-    clock::NodeClock,
+    clock::{NodeClock, Ns},
     core::Core,
     lead::{Lead, Reply},
     queue::What,
@@ -38,22 +38,49 @@ pub(crate) struct Driver {
     pub(super) verdicts: Vec<Verdict>,
     pub(super) pass: Pass,
     pub(super) again: bool,
+    /// It leaves the writer alone until then.
+    pub(super) busy_until: Ns,
 }
 
 impl Driver {
     /// Something was committed since it last looked, and it is not at work.
-    pub(super) fn is_wanted(&self) -> bool {
-        matches!(self.pass, Pass::Idle) && self.again
+    pub(super) fn is_wanted(&self, now: Ns) -> bool {
+        self.may_begin(now) && self.again
+    }
+
+    /// It is not at work.
+    pub(super) fn may_begin(&self, now: Ns) -> bool {
+        matches!(self.pass, Pass::Idle) && !self.is_busy(now)
+    }
+
+    pub(super) const fn is_busy(&self, now: Ns) -> bool {
+        now < self.busy_until
+    }
+
+    /// The writer, or a full etcd, takes nothing.
+    pub(super) fn busy(&mut self, until: Ns) {
+        self.busy_until = self.busy_until.max(until);
     }
 }
 
 impl Lead {
+    /// `Driver::off_until`
+    fn off_until(&self, core: &Core, now: Tick) -> Option<Tick> {
+        let stored = self.mirror.cluster()?;
+        let off = stored.failover_off.as_ref()?;
+        let on_record = stored.fast_lease_ms.min(stored.patient_lease_ms);
+        let left = off.left(core.wall_of(self.process.0)).min(Duration::from_millis(on_record));
+        (!left.is_zero()).then(|| now.after(left))
+    }
+
     pub(super) fn look(&mut self, core: &mut Core, clock: &NodeClock) {
         let now = clock.tick(core.now);
         // L2
         if !self.validity.holds(now) {
             return;
         }
+        let off_until = self.off_until(core, now);
+        self.health.switch_off(off_until);
         self.driver.verdicts = self.health.tick(now);
         let engaged = self.health.brake().engaged;
         if engaged != self.driver.announced {
@@ -81,9 +108,11 @@ impl Lead {
     }
 
     pub(super) fn shorten(&mut self, core: &mut Core, clock: &NodeClock) {
-        let running = self.health.running(clock.tick(core.now));
+        let now = clock.tick(core.now);
+        let running = self.health.running(now);
+        let off = self.off_until(core, now).map_or(Duration::ZERO, |until| until.since(now));
         let stored = self.mirror.cluster().cloned();
-        if let Some(command) = stored.and_then(|c| plan::shorter_leases(&c, &self.timings, running)) {
+        if let Some(command) = stored.and_then(|c| plan::shorter_leases(&c, &self.timings, running, off)) {
             self.driver.pass = Pass::Shortening;
             return self.submit(core, command, Reply::Leases);
         }

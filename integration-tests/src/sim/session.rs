@@ -26,16 +26,17 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use super::{
-    clock::NodeClock,
+    clock::{NodeClock, Ns},
     core::Core,
     lead::{Lead, Reply},
     net::CONTROLLER,
-    queue::{Down, Written},
+    queue::{Down, What, Whom, Written},
 };
 
 // `sessions/stream.rs`
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 const HEARTBEATS_PER_LEASE: u32 = 6;
+const BUSY_PAUSE: Duration = Duration::from_millis(200);
 
 /// What a session has stored.
 #[derive(Clone, Debug)]
@@ -47,7 +48,7 @@ pub(crate) enum Purpose {
     /// Reports.
     Reports(Vec<Reported>),
     /// Anything else.
-    Note,
+    Note(Command),
 }
 
 /// The last word of a session.
@@ -63,6 +64,15 @@ pub(crate) fn not_leader() -> Goodbye {
 struct Job {
     outstanding: usize,
     acks: Vec<v1::ReportAckEntry>,
+    /// What there was no room for.
+    reports_again: Vec<Reported>,
+    commands_again: Vec<Command>,
+}
+
+impl Job {
+    const fn of(outstanding: usize) -> Self {
+        Self { outstanding, acks: Vec::new(), reports_again: Vec::new(), commands_again: Vec::new() }
+    }
 }
 
 /// One session.
@@ -73,6 +83,8 @@ pub(crate) struct Session {
     rules: Rules,
     /// Until it is registered.
     entry: Option<Entry>,
+    facts: Option<Box<HostFacts>>,
+    not_before: Ns,
     greeting: Vec<Reported>,
     welcomed: bool,
     commands: Vec<Command>,
@@ -162,6 +174,8 @@ impl Lead {
             boot_id: facts.boot_id,
             rules: Rules::new(&greeting.vms),
             entry: None,
+            facts: None,
+            not_before: 0,
             greeting: greeting.vms,
             welcomed: false,
             commands: Vec::new(),
@@ -173,6 +187,7 @@ impl Lead {
         let entry = self.enter(core, clock, &facts)?;
         if let Some(session) = self.sessions.get_mut(&stream) {
             session.entry = Some(entry);
+            session.facts = Some(Box::new(facts.clone()));
         }
         self.submit(core, Command::RegisterHost { host: Box::new(facts) }, Reply::Session(stream, Purpose::Register));
         Ok(())
@@ -210,10 +225,16 @@ impl Lead {
     ) -> Result<(), Goodbye> {
         let Some(session) = self.sessions.get_mut(&stream) else { return Ok(()) };
         match (purpose, result) {
+            // `store_greeting` tries again for a while; the agent's patience ends that.
+            (Purpose::Register, Err(WriteError::Overloaded | WriteError::StoreFull)) => {
+                self.later(core, clock.spans(BUSY_PAUSE), What::SessionAgain(stream));
+                Ok(())
+            }
             (Purpose::Register, Ok(_)) => {
+                session.facts = None;
                 let reports = std::mem::take(&mut session.greeting);
                 let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
-                session.job = Some(Job { outstanding: pieces.len(), acks: Vec::new() });
+                session.job = Some(Job::of(pieces.len()));
                 for piece in pieces {
                     self.submit_reports(core, stream, piece, Purpose::Greeting);
                 }
@@ -225,21 +246,22 @@ impl Lead {
             (Purpose::Register, Err(WriteError::Refused(refusal))) => {
                 Err((GoodbyeReason::Invalid, refusal.to_string()))
             }
-            (_, Err(WriteError::NotLeader | WriteError::Unknown | WriteError::Overloaded | WriteError::StoreFull)) => {
-                Err(not_leader())
-            }
+            (_, Err(WriteError::NotLeader | WriteError::Unknown)) => Err(not_leader()),
             (Purpose::Greeting(reports), result) => {
-                session.settle(&reports, result.is_ok());
+                session.settle(reports, &result);
                 self.welcome_if_stored(core, clock, stream)
             }
             (Purpose::Reports(reports), result) => {
-                session.settle(&reports, result.is_ok());
-                self.job_if_done(core, stream);
+                session.settle(reports, &result);
+                self.job_if_done(core, clock, stream);
                 Ok(())
             }
-            (Purpose::Note, _) => {
-                session.settle(&[], false);
-                self.job_if_done(core, stream);
+            (Purpose::Note(command), result) => {
+                session.settle(Vec::new(), &result);
+                if let (Some(job), true) = (&mut session.job, result.is_err_and(|e| e.is_temporary())) {
+                    job.commands_again.push(command);
+                }
+                self.job_if_done(core, clock, stream);
                 Ok(())
             }
         }
@@ -262,6 +284,10 @@ impl Lead {
     fn welcome_if_stored(&mut self, core: &mut Core, clock: &NodeClock, stream: u64) -> Result<(), Goodbye> {
         let Some(session) = self.sessions.get_mut(&stream) else { return Ok(()) };
         if session.job.as_ref().is_none_or(|job| job.outstanding > 0) {
+            return Ok(());
+        }
+        if session.job.as_ref().is_some_and(|job| !job.reports_again.is_empty()) {
+            self.later(core, clock.spans(BUSY_PAUSE), What::SessionAgain(stream));
             return Ok(());
         }
         let acks = session.job.take().map(|job| job.acks).unwrap_or_default();
@@ -341,6 +367,8 @@ impl Lead {
             OnHeartbeat::Stale => return Ok(()),
             OnHeartbeat::Withhold(vms) => {
                 core.log(format_args!("term {}: no renewal for {}: {vms:?}", self.term, session.host));
+                // It says that this leader is there.
+                self.send(core, stream, Message::Ack(v1::ReportAck::default()));
                 return Ok(());
             }
             OnHeartbeat::Ask => {}
@@ -401,28 +429,57 @@ impl Lead {
 
     fn begin_job(&mut self, core: &mut Core, stream: u64) {
         let Some(session) = self.sessions.get_mut(&stream) else { return };
-        if !session.welcomed || session.job.is_some() || (!session.rules.has_batch() && session.commands.is_empty()) {
+        if !session.welcomed
+            || session.job.is_some()
+            || core.now < session.not_before
+            || (!session.rules.has_batch() && session.commands.is_empty())
+        {
             return;
         }
         let reports = session.rules.batch();
         let commands = std::mem::take(&mut session.commands);
         let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
-        session.job = Some(Job { outstanding: pieces.len() + commands.len(), acks: Vec::new() });
+        session.job = Some(Job::of(pieces.len() + commands.len()));
         for piece in pieces {
             self.submit_reports(core, stream, piece, Purpose::Reports);
         }
         for command in commands {
-            self.submit(core, command, Reply::Session(stream, Purpose::Note));
+            self.submit(core, command.clone(), Reply::Session(stream, Purpose::Note(command)));
         }
     }
 
-    fn job_if_done(&mut self, core: &mut Core, stream: u64) {
+    /// What there was no room for is tried again.
+    pub(super) fn try_again(&mut self, core: &mut Core, stream: u64) {
+        let Some(session) = self.sessions.get_mut(&stream) else { return };
+        if session.welcomed {
+            return self.begin_job(core, stream);
+        }
+        if let Some(facts) = session.facts.clone() {
+            let command = Command::RegisterHost { host: facts };
+            return self.submit(core, command, Reply::Session(stream, Purpose::Register));
+        }
+        let Some(job) = &mut session.job else { return };
+        let reports = std::mem::take(&mut job.reports_again);
+        let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
+        job.outstanding = pieces.len();
+        for piece in pieces {
+            self.submit_reports(core, stream, piece, Purpose::Greeting);
+        }
+    }
+
+    fn job_if_done(&mut self, core: &mut Core, clock: &NodeClock, stream: u64) {
         let Some(session) = self.sessions.get_mut(&stream) else { return };
         if session.job.as_ref().is_none_or(|job| job.outstanding > 0) {
             return;
         }
-        let acks = session.job.take().map(|job| job.acks).unwrap_or_default();
-        session.rules.settled(Vec::new());
+        let Some(Job { acks, reports_again, commands_again, .. }) = session.job.take() else { return };
+        if !(reports_again.is_empty() && commands_again.is_empty()) {
+            let pause = clock.spans(BUSY_PAUSE);
+            session.not_before = core.now + pause;
+            core.after(pause, Whom::Controller(self.process.0), self.process.1, What::SessionAgain(stream));
+        }
+        session.rules.settled(reports_again);
+        session.commands.splice(..0, commands_again);
         if !acks.is_empty() {
             self.send(core, stream, Message::Ack(v1::ReportAck { entries: acks }));
         }
@@ -431,12 +488,15 @@ impl Lead {
 }
 
 impl Session {
-    fn settle(&mut self, reports: &[Reported], stored: bool) {
+    fn settle(&mut self, reports: Vec<Reported>, result: &Written) {
         let Some(job) = &mut self.job else { return };
         job.outstanding = job.outstanding.saturating_sub(1);
-        if stored {
-            let ack = |r: &Reported| v1::ReportAckEntry { vm_id: r.seen.vm.to_string(), sequence: r.sequence };
-            job.acks.extend(reports.iter().map(ack));
+        let ack = |r: &Reported| v1::ReportAckEntry { vm_id: r.seen.vm.to_string(), sequence: r.sequence };
+        match result {
+            Ok(_) => job.acks.extend(reports.iter().map(ack)),
+            Err(error) if error.is_temporary() => job.reports_again.extend(reports),
+            // It would be refused again.
+            Err(_) => {}
         }
     }
 }

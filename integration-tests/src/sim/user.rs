@@ -9,7 +9,7 @@ use uncloud_controller::{
         Desired, HostMode,
         vm::{Disk, Failover, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
-    state::command::{Answer, Command, NewVm, PowerChange, Refusal, RequestId},
+    state::command::{Answer, Command, FailoverChange, NewVm, PowerChange, Refusal, RequestId},
 };
 use uncloud_proto::ids::{HostId, VmId};
 
@@ -65,6 +65,16 @@ enum Doing {
     Restart(VmId),
     Delete(VmId),
     Mode,
+    Failover,
+}
+
+/// Whether the cluster moves VMs of lost hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Failovers {
+    /// It does.
+    On,
+    /// A person has switched it off.
+    Off,
 }
 
 /// The user.
@@ -104,7 +114,7 @@ impl User {
     }
 
     /// The next thing.
-    pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId], cordoned: &[HostId]) {
+    pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId], cordoned: &[HostId], failover: Failovers) {
         // Now and then the user has other things to do.
         let delay = if core.rng.permille(30) { core.between(5000, 30_000) } else { core.between(300, 2500) };
         core.after(delay, Whom::User, 0, What::UserNext);
@@ -117,6 +127,9 @@ impl User {
                 self.mode(core, host, HostMode::Active);
             }
             self.cordoned.clear();
+            if failover == Failovers::Off {
+                self.failover(core, FailoverChange::On);
+            }
             return;
         }
         let vms: Vec<VmId> = self.vms.iter().copied().collect();
@@ -143,8 +156,20 @@ impl User {
                 }
                 self.mode(core, host, mode);
             }
+            10 if core.rng.permille(300) => match failover {
+                Failovers::On => {
+                    let for_ms = core.rng.range(1000, 90_000);
+                    self.failover(core, FailoverChange::Off { for_ms, reason: String::new() });
+                }
+                Failovers::Off => self.failover(core, FailoverChange::On),
+            },
             _ => {}
         }
+    }
+
+    fn failover(&mut self, core: &mut Core, change: FailoverChange) {
+        core.log(format_args!("user: failover {change:?}"));
+        self.call(core, Doing::Failover, Command::SetFailover { change }, 0);
     }
 
     fn mode(&mut self, core: &mut Core, host: HostId, mode: HostMode) {
@@ -240,7 +265,7 @@ impl User {
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
-            (Doing::Restart(_) | Doing::Mode | Doing::Delete(_), _) => {}
+            (Doing::Restart(_) | Doing::Mode | Doing::Failover | Doing::Delete(_), _) => {}
         }
     }
 
@@ -260,7 +285,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode => {}
+            Doing::Mode | Doing::Failover => {}
         }
     }
 }

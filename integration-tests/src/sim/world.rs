@@ -14,7 +14,7 @@ use super::{
     host::Host,
     net::{AGENT, CONTROLLER},
     queue::{Event, What, Whom},
-    user::User,
+    user::{Failovers, User},
 };
 
 /// Within this time of the last fault everything that should run does. The longest wait between two starts is 5 minutes.
@@ -219,7 +219,8 @@ impl World {
                 What::UserNext => {
                     let hosts: Vec<HostId> = self.hosts.iter().map(|h| h.id).collect();
                     let cordoned: Vec<HostId> = self.etcd.records().filter_map(|(_, r)| cordoned(r)).collect();
-                    self.user.next(core, &hosts, &cordoned);
+                    let failover = failover(&self.etcd);
+                    self.user.next(core, &hosts, &cordoned, failover);
                 }
                 What::Answer(op, answered) => self.user.answered(core, op, *answered),
                 What::UserTimeout(op) => self.user.timeout(core, op),
@@ -333,6 +334,9 @@ impl World {
         if self.etcd.records().any(|(_, record)| cordoned(record).is_some()) {
             return Err("a host is cordoned".into());
         }
+        if failover(&self.etcd) == Failovers::Off {
+            return Err("failover is off".into());
+        }
         for (vm, status) in self.records() {
             let current = status.filter(|s| s.incarnation == vm.placement.incarnation);
             let phase = current.map(|s| s.phase);
@@ -358,6 +362,13 @@ impl World {
         }
         let stray = self.core.check.executing().find(|(vm, ..)| self.etcd.get(&Key::Vm(*vm)).is_none());
         stray.map_or(Ok(()), |(vm, ..)| Err(format!("VM {vm} executes and has no record")))
+    }
+}
+
+fn failover(etcd: &Etcd) -> Failovers {
+    match etcd.get(&Key::Cluster) {
+        Some(Record::Cluster(cluster)) if cluster.failover_off.is_some() => Failovers::Off,
+        Some(_) | None => Failovers::On,
     }
 }
 

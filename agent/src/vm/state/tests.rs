@@ -95,7 +95,10 @@ fn a_start_that_waits_while_its_lease_goes_and_another_comes_is_fenced() {
     let mut state = VmState::new(vm());
     state.on(word(desired(1), Acceptance::Expected(1)), moment(10, 0, false));
     assert!(state.on(Event::Wake, moment(11, 1, true)).contains(&Effect::Prepare));
-    state.on(Event::PrepareFailed("no room".into()), moment(11, 1, true));
+    // The second try is made at once, the third after a while.
+    for _ in 0..2 {
+        state.on(Event::PrepareFailed("no room".into()), moment(11, 1, true));
+    }
     assert_eq!(shown(&state), ReportState::Failed);
     state.on(Event::Wake, moment(12, 2, true));
     assert_eq!(shown(&state), ReportState::Fenced);

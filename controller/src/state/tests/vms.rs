@@ -98,7 +98,7 @@ fn names_and_macs_are_unique_and_free_again_after_deletion() {
 }
 
 #[test]
-fn the_same_request_gets_the_same_answer_for_an_hour() {
+fn the_same_request_gets_the_same_answer_for_an_hour_and_longer_under_other_clocks() {
     let mut world = World::with_hosts(1);
     let id = RequestId { id: "r1".into(), fingerprint: "f".into() };
     let first = Command::CreateVm { request: Some(id.clone()), vm: Box::new(new_vm(1, spec())) };
@@ -116,7 +116,14 @@ fn the_same_request_gets_the_same_answer_for_an_hour() {
     let other = Command::CreateVm { request: Some(other), vm: Box::new(new_vm(3, spec())) };
     assert_eq!(world.refused(other), Refusal::RequestIdReused("r1".into()));
 
+    // A leader whose clock is most of an hour ahead stores another answer. etcd, which has the last word, has both.
+    world.now += 3_599_000;
+    let later = RequestId { id: "r2".into(), fingerprint: "f".into() };
+    world.ok(Command::CreateVm { request: Some(later), vm: Box::new(new_vm(4, spec())) });
     world.now += 3_600_000;
+    assert_eq!(world.state.decide(&second, &world.cx()).unwrap().replayed, Some(stored_at));
+
+    world.now += 1_000;
     world.ok(second);
     assert!(world.state.vm(vm_id(2)).is_some());
 }
@@ -125,7 +132,7 @@ fn the_same_request_gets_the_same_answer_for_an_hour() {
 fn answers_are_forgotten_in_memory() {
     let mut world = World::with_hosts(0);
     for n in 0..4 {
-        world.now += 3_000_000;
+        world.now += 6_000_000;
         let request = Some(RequestId { id: format!("r{n}"), fingerprint: "f".into() });
         // Expiry in etcd goes by leases; the test's records are taken out when the state has forgotten them.
         let decision =

@@ -153,11 +153,10 @@ async fn measure(name: &str, n: usize, seed: u64, etcd_flags: &[String]) -> anyh
     Ok(())
 }
 
-/// With leases of 3 s and 60 s, so that a trial takes few seconds.
+/// At the default settings.
 async fn all_controllers(n: usize) -> anyhow::Result<()> {
-    let lease = Duration::from_secs(3);
-    let mut options = Options::hosts(3).controllers(3).etcd_members(3);
-    options.leases = ["--fast-lease", "3s", "--kill-allowance", "500ms"].map(str::to_owned).to_vec();
+    let lease = Duration::from_secs(6);
+    let mut options = Options::hosts(3).default_leases().controllers(3).etcd_members(3);
     options.share = Share::Whole;
     let guests = [("fast", FailoverPolicy::Fast), ("patient", FailoverPolicy::Patient), ("hold", FailoverPolicy::Hold)];
     let mut stage = Stage::start(options, &guests).await?;
