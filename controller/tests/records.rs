@@ -14,8 +14,8 @@ use uncloud_controller::model::{
     host::{Accelerator, AcceleratorKind, Pool},
     image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     vm::{
-        Disk, DiskHome, Failover, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss, Placement, RestartPolicy,
-        VmSpec,
+        CloudInit, Disk, DiskHome, Failover, Firmware, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss,
+        Placement, RestartPolicy, VmSpec,
     },
 };
 use uncloud_proto::{
@@ -66,8 +66,14 @@ fn vm() -> VmRecord {
             host_labels: [("zone".to_owned(), "a".to_owned())].into(),
             anti_affinity_group: Some("web".into()),
             stop_grace_seconds: 60,
-            firmware: Default::default(),
-            cloud_init: None,
+            firmware: Firmware::Uefi,
+            cloud_init: Some(CloudInit {
+                hostname: "web-1.example.org".into(),
+                ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
+                user_data: "#cloud-config\n{}\n".into(),
+                network_config: "version: 2\n".into(),
+                extra: Extra::new(),
+            }),
             extra: Extra::new(),
         },
         desired: Desired::Running,
@@ -103,6 +109,8 @@ fn small_vm() -> VmRecord {
             priority: 0,
             host_labels: BTreeMap::new(),
             anti_affinity_group: None,
+            firmware: Firmware::Bios,
+            cloud_init: None,
             ..vm().spec
         },
         desired: Desired::Stopped,

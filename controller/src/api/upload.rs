@@ -41,6 +41,8 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE: Duration = Duration::from_secs(60);
 /// How long an agent may take to check a file that is there: it reads all of it once more.
 const CHECK: Duration = Duration::from_mins(30);
+/// Bytes that a client may send at once.
+const MOST_AT_ONCE: usize = 256 * 1024;
 /// Bytes that go to the agent at once, as in a console.
 const PIECE: usize = 64 * 1024;
 
@@ -251,6 +253,10 @@ impl Carrier<'_> {
             .map_err(|_| Status::deadline_exceeded(format!("nothing came for {} s", IDLE.as_secs())))??;
         match message.map(|m| m.message) {
             None => Ok(None),
+            Some(Some(v1::upload_image_request::Message::Data(data))) if data.len() > MOST_AT_ONCE => {
+                let problem = format!("has {} bytes; send at most {MOST_AT_ONCE} at once", data.len());
+                Err(Violations::one("data", problem).into())
+            }
             Some(Some(v1::upload_image_request::Message::Data(data))) => Ok(Some(data.into())),
             Some(Some(v1::upload_image_request::Message::Start(_)) | None) => {
                 Err(Violations::one("start", "comes once, as the first message; send `data`").into())
