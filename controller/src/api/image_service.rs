@@ -134,7 +134,7 @@ async fn inspect(leader: &Leader, i: usize, file: NewFile) -> Result<ImageFile, 
         }
     }
     Err(match problem {
-        Some((host, problem)) => unusable(leader, i, host, &problem),
+        Some((host, problem)) => unusable(leader, i, &file.source, host, &problem),
         None => Status::unavailable(format!("none of the {silent} hosts answered; try again")),
     })
 }
@@ -150,11 +150,14 @@ fn telling(kind: v1::FileProblemKind) -> u8 {
     }
 }
 
-fn unusable(leader: &Leader, i: usize, host: HostId, problem: &v1::FileProblem) -> Status {
+fn unusable(leader: &Leader, i: usize, source: &str, host: HostId, problem: &v1::FileProblem) -> Status {
     let name = host_name(leader, host);
     let words = convert::line(&problem.message);
     let (code, text) = match problem.kind() {
         v1::FileProblemKind::NotFound => (Code::NotFound, format!("is on no connected host (host {name}: {words})")),
+        v1::FileProblemKind::Forbidden if is_address(source) => {
+            (Code::InvalidArgument, format!("may not be fetched (host {name}: {words})"))
+        }
         v1::FileProblemKind::Forbidden => (
             Code::InvalidArgument,
             format!("leads out of the directories that images may come from (host {name}: {words})"),
