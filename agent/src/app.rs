@@ -33,10 +33,17 @@ use crate::{
     },
     storage::{
         self, Storage,
+        http::{Allowed, Http, Patience},
         inspect::Inspector,
         pools::{self, User},
     },
-    vm::{hypervisor::Hypervisor, manager::Manager, qemu::Qemu, runner::Host, starts::Starts},
+    vm::{
+        hypervisor::Hypervisor,
+        manager::Manager,
+        qemu::Qemu,
+        runner::{Host, chain},
+        starts::Starts,
+    },
 };
 
 /// How long the first `Hello` waits for all VMs to be found. One whose QEMU hangs is reported as starting until then.
@@ -75,16 +82,20 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
             image_dirs: config.image_dirs.clone(),
             user: config.user,
             qemu_img: config.qemu_img.clone(),
+            uefi_vars: config.uefi_vars.clone(),
             host: host_id,
+            http: web(&config),
+            max_image_bytes: config.max_image_bytes,
         },
         starts,
     );
-    let roots = storage.roots();
+    let images = storage.images();
     let hypervisor = Qemu {
         storage,
         dirs: dirs.clone(),
         accelerator: finding.choice,
         qemu: config.qemu.clone(),
+        uefi_code: config.uefi_code.clone(),
         keeper: config.keeper.clone(),
         lease_file: lease.path().to_owned(),
         user: config.user.map(|u| VmUser { uid: u.uid, gid: u.gid }),
@@ -118,8 +129,9 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
         lease,
         clock,
         pools,
-        inspector: Inspector::new(roots),
-        streams: Streams::new(host_id, dirs),
+        inspector: Inspector::of(&images),
+        streams: Streams::new(host_id, dirs).with_images(images.clone()),
+        images,
     };
     info!(host = %host_id, name = config.name, vms = manager.vms().len(), "the agent runs");
     connect::run(session, config.controllers, Dial::tcp(), rand::random, cancel)
@@ -132,6 +144,18 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
     }
     info!("the agent stops; the VMs go on for as long as their lease does");
     Ok(())
+}
+
+/// What fetches images from web servers. Without certificates, or where the operator wants none, the agent goes on without.
+fn web(config: &Config) -> Result<Http, String> {
+    if config.image_urls.is_empty() {
+        return Err("this host's agent fetches nothing from the network (--image-url none)".to_owned());
+    }
+    let patience = Patience { connect: Duration::from_secs(10), silence: config.image_timeout };
+    Http::new(Allowed(config.image_urls.clone()), patience).map_err(|e| {
+        warn!("images cannot be fetched from the network: {}", chain(&e));
+        format!("this host's agent cannot fetch from the network: {}", chain(&e))
+    })
 }
 
 /// Whether the agent is being set up, or has VMs to care for.

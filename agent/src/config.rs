@@ -7,6 +7,7 @@ use std::{
     env, fs,
     net::IpAddr,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -71,6 +72,15 @@ pub struct Options {
     /// A directory that images may come from, besides the pools.
     #[arg(long, value_name = "DIR")]
     pub image_dir: Vec<PathBuf>,
+    /// Beginning of the addresses that images may be fetched from; `none` for no address. May be repeated. Any address, if not given.
+    #[arg(long, value_name = "URL|none")]
+    pub image_url: Vec<String>,
+    /// How long an image server may say nothing before it is asked again, in seconds. 30, if not given.
+    #[arg(long, value_name = "SECONDS")]
+    pub image_timeout: Option<u64>,
+    /// How large an image, and the disk that its guest sees, may be, in GiB. 2048, if not given.
+    #[arg(long, value_name = "GIB")]
+    pub max_image_gib: Option<u64>,
     /// A label: KEY=VALUE.
     #[arg(long, value_name = "KEY=VALUE")]
     pub label: Vec<String>,
@@ -95,6 +105,12 @@ pub struct Options {
     /// qemu-img. In PATH, if not given.
     #[arg(long, value_name = "PATH")]
     pub qemu_img: Option<PathBuf>,
+    /// UEFI firmware. That of Debian's package ovmf, if not given.
+    #[arg(long, value_name = "PATH")]
+    pub uefi_code: Option<PathBuf>,
+    /// What the variables of a UEFI machine start as. Those of Debian's package ovmf, if not given.
+    #[arg(long, value_name = "PATH")]
+    pub uefi_vars: Option<PathBuf>,
     /// How many VMs are started at once. 4, if not given.
     #[arg(long, value_name = "N")]
     pub parallel_starts: Option<usize>,
@@ -105,6 +121,10 @@ pub struct Options {
     #[arg(long, value_name = "FIRST-LAST")]
     pub migration_ports: Option<String>,
 }
+
+/// Where Debian's package ovmf puts them.
+const UEFI_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const UEFI_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
 /// How the accelerator is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,6 +150,12 @@ pub struct Config {
     pub pools: Vec<Pool>,
     /// Directories that images may come from.
     pub image_dirs: Vec<PathBuf>,
+    /// Beginnings of the addresses that images may be fetched from. None: from nowhere.
+    pub image_urls: Vec<String>,
+    /// How long an image server may say nothing.
+    pub image_timeout: Duration,
+    /// How large an image, and the disk that its guest sees, may be, in bytes.
+    pub max_image_bytes: u64,
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// CPU threads for VMs.
@@ -146,6 +172,10 @@ pub struct Config {
     pub qemu: PathBuf,
     /// qemu-img.
     pub qemu_img: PathBuf,
+    /// UEFI firmware. Looked for only when a VM needs it.
+    pub uefi_code: PathBuf,
+    /// What the variables of a UEFI machine start as.
+    pub uefi_vars: PathBuf,
     /// How many VMs are started at once.
     pub parallel_starts: usize,
     /// Where VMs that migrate to this host arrive.
@@ -186,6 +216,9 @@ impl Options {
             name: self.name.or(file.name),
             pool: list(self.pool, file.pool),
             image_dir: list(self.image_dir, file.image_dir),
+            image_url: list(self.image_url, file.image_url),
+            image_timeout: self.image_timeout.or(file.image_timeout),
+            max_image_gib: self.max_image_gib.or(file.max_image_gib),
             label: list(self.label, file.label),
             vcpus: self.vcpus.or(file.vcpus),
             memory_mib: self.memory_mib.or(file.memory_mib),
@@ -194,6 +227,8 @@ impl Options {
             keeper: self.keeper.or(file.keeper),
             qemu: self.qemu.or(file.qemu),
             qemu_img: self.qemu_img.or(file.qemu_img),
+            uefi_code: self.uefi_code.or(file.uefi_code),
+            uefi_vars: self.uefi_vars.or(file.uefi_vars),
             parallel_starts: self.parallel_starts.or(file.parallel_starts),
             migration_address: self.migration_address.or(file.migration_address),
             migration_ports: self.migration_ports.or(file.migration_ports),
@@ -237,6 +272,15 @@ impl Options {
             name,
             pools: parse_pools(&self.pool)?,
             image_dirs: self.image_dir.iter().map(|d| absolute("--image-dir", d)).collect::<Result<_, _>>()?,
+            image_urls: parse_image_urls(self.image_url)?,
+            image_timeout: match self.image_timeout.unwrap_or(30) {
+                seconds @ 1..=3600 => Duration::from_secs(seconds),
+                other => return wrong("--image-timeout", format!("is {other}; give 1 to 3600 seconds")),
+            },
+            max_image_bytes: match self.max_image_gib.unwrap_or(2048) {
+                gib @ 1..=65_536 => gib << 30,
+                other => return wrong("--max-image-gib", format!("is {other}; give 1 to 65536 GiB")),
+            },
             labels: parse_labels(&self.label)?,
             vcpus,
             memory_mib,
@@ -250,6 +294,8 @@ impl Options {
             keeper: find("--keeper", self.keeper, "uncloud-keeper", "it is a part of uncloud")?,
             qemu: find("--qemu", self.qemu, "qemu-system-x86_64", "apt-get install qemu-system-x86")?,
             qemu_img: find("--qemu-img", self.qemu_img, "qemu-img", "apt-get install qemu-utils")?,
+            uefi_code: self.uefi_code.unwrap_or_else(|| UEFI_CODE.into()),
+            uefi_vars: self.uefi_vars.unwrap_or_else(|| UEFI_VARS.into()),
             parallel_starts,
             migration: parse_migration(self.migration_address.as_deref(), self.migration_ports.as_deref())?,
         })
@@ -347,6 +393,25 @@ fn parse_labels(texts: &[String]) -> Result<BTreeMap<String, String>, Error> {
         return wrong("--label", "there may be 64 at the most");
     }
     Ok(labels)
+}
+
+/// None in the answer: nothing is fetched from the network.
+fn parse_image_urls(urls: Vec<String>) -> Result<Vec<String>, Error> {
+    if urls.is_empty() {
+        return Ok(vec!["https://".to_owned(), "http://".to_owned()]);
+    }
+    if urls.iter().any(|u| u == "none") {
+        return if urls.len() == 1 { Ok(Vec::new()) } else { wrong("--image-url", "is `none` and also an address") };
+    }
+    // Without the slash `https://example.org` would allow `https://example.org.evil.org`.
+    let plain = |url: &&String| {
+        let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"));
+        rest.is_some_and(|r| r.is_empty() || r.find('/').is_some_and(|at| at > 0))
+    };
+    match urls.iter().find(|url| !plain(url)) {
+        Some(bad) => wrong("--image-url", format!("`{}`: give it as https://HOST/ or longer", bad.escape_debug())),
+        None => Ok(urls),
+    }
 }
 
 /// Absent in the answer: QEMU runs as the agent does, because the agent cannot change the user.

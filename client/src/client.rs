@@ -289,6 +289,37 @@ impl Client {
         .await
     }
 
+    /// Shows an image until nothing more is going to happen to it. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn watch_image(
+        &self,
+        request: v1::WatchImageRequest,
+    ) -> Result<Streaming<v1::WatchImageResponse>, Status> {
+        self.call(Safety::Repeatable, request, |c, r| async move { images(c).watch_image(r).await }).await
+    }
+
+    /// Sends the files of an image. Takes as long as that takes. Not tried again: what was sent is gone.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn upload_image(
+        &self,
+        messages: impl tokio_stream::Stream<Item = v1::UploadImageRequest> + Send + 'static,
+    ) -> Result<v1::UploadImageResponse, Status> {
+        // So that this goes to a controller that works.
+        self.get_status(v1::GetStatusRequest {}).await?;
+        let address = self.endpoint();
+        let answer = images(self.channel(&address)?).upload_image(messages).await;
+        answer.map(Response::into_inner).map_err(|status| {
+            let fate = fate_of(&status);
+            self.explained(status, &fate)
+        })
+    }
+
     /// Watches VMs; resumes by itself.
     #[must_use]
     pub fn watch_vms(&self, request: v1::WatchVmsRequest) -> Watch<v1::WatchVmsRequest> {

@@ -54,6 +54,13 @@ fn running() -> v1::Vm {
         stop_grace_seconds: 60,
         display: v1::DisplayType::Standard.into(),
         guest_agent: v1::GuestAgentMode::Enabled.into(),
+        firmware: v1::Firmware::Uefi.into(),
+        cloud_init: Some(v1::CloudInit {
+            hostname: "web-1".to_owned(),
+            ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".to_owned()],
+            user_data: "#cloud-config\n".to_owned(),
+            network_config: String::new(),
+        }),
     };
     let next_spec = v1::VmSpec { memory_mib: 2048, failover: v1::FailoverPolicy::Hold.into(), ..spec.clone() };
     v1::Vm {
@@ -248,6 +255,8 @@ fn tables_of_hosts_images_and_the_cluster() {
         command_line: "console=ttyS0".to_owned(),
         created: ago(3600),
         revision: 12,
+        state: v1::ImageState::Ready.into(),
+        reason: String::new(),
     };
     let mut disk = file(v1::ImageFileRole::Disk, "pool:default/debian.qcow2", 300 << 20);
     disk.format = v1::ImageFormat::Qcow2.into();
@@ -258,11 +267,18 @@ fn tables_of_hosts_images_and_the_cluster() {
         kind: v1::ImageKind::Disk.into(),
         files: vec![disk],
         created: ago(30),
+        state: v1::ImageState::Fetching.into(),
         ..Default::default()
     };
+    let progress = v1::ImageProgress {
+        done_bytes: 150 << 20,
+        total_bytes: 300 << 20,
+        host_name: "host-1".into(),
+        note: String::new(),
+    };
     check("image-list.txt", &output::images(&[disk.clone(), kernel.clone()], now));
-    check("image-show-kernel.txt", &output::show_image(&kernel, now));
-    check("image-show-disk.txt", &output::show_image(&disk, now));
+    check("image-show-kernel.txt", &output::show_image(&kernel, None, now));
+    check("image-show-disk.txt", &output::show_image(&disk, Some(&progress), now));
 
     let mut status = v1::GetStatusResponse {
         leader: Some(v1::Leader { id: id(0x30), address: "127.0.0.1:7400".to_owned(), term: 3, since: ago(600) }),

@@ -12,11 +12,11 @@ use uncloud_controller::model::{
     ClusterRecord, Desired, EventRecord, EventType, Extra, HostMode, HostRecord, ImageRecord, Key, LeaderRecord,
     Liveness, Phase, Record, RequestAnswer, RequestRecord, Subject, VmRecord, VmStatusRecord,
     host::{Accelerator, AcceleratorKind, Pool},
-    image::{DiskFormat, FileRole, ImageFile, ImageKind},
+    image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     migration::{Arrival, Migration, MigrationEnd, MigrationProgress, MigrationResult},
     vm::{
-        Disk, DiskHome, Display, Failover, GuestAgent, KernelBoot, LastExit, Machine, Nic, NicKind, OnDiskLoss,
-        PendingSpec, Placement, RestartPolicy, VmSpec,
+        CloudInit, Disk, DiskHome, Display, Failover, Firmware, GuestAgent, KernelBoot, LastExit, Machine, Nic,
+        NicKind, OnDiskLoss, PendingSpec, Placement, RestartPolicy, VmSpec,
     },
 };
 use uncloud_proto::{
@@ -69,6 +69,14 @@ fn vm() -> VmRecord {
             stop_grace_seconds: 60,
             display: Display::Standard,
             guest_agent: GuestAgent::Enabled,
+            firmware: Firmware::Uefi,
+            cloud_init: Some(CloudInit {
+                hostname: "web-1.example.org".into(),
+                ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
+                user_data: "#cloud-config\n{}\n".into(),
+                network_config: "version: 2\n".into(),
+                extra: Extra::new(),
+            }),
             extra: Extra::new(),
         },
         pending: Some(PendingSpec {
@@ -124,6 +132,8 @@ fn small_vm() -> VmRecord {
             anti_affinity_group: None,
             display: Display::None,
             guest_agent: GuestAgent::Disabled,
+            firmware: Firmware::Bios,
+            cloud_init: None,
             ..vm().spec
         },
         pending: None,
@@ -219,6 +229,8 @@ fn image(kind: ImageKind) -> ImageRecord {
         files,
         command_line: command_line.into(),
         created: AT,
+        state: ImageState::Ready,
+        reason: String::new(),
         extra: Extra::new(),
     }
 }

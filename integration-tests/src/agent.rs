@@ -30,6 +30,8 @@ pub struct HostOptions {
     pub migration_address: String,
     /// Further arguments.
     pub args: Vec<String>,
+    /// Further environment.
+    pub env: Vec<(String, String)>,
 }
 
 impl Default for HostOptions {
@@ -41,6 +43,7 @@ impl Default for HostOptions {
             accelerator: "tcg".into(),
             migration_address: "127.0.0.1".into(),
             args: Vec::new(),
+            env: Vec::new(),
         }
     }
 }
@@ -83,11 +86,13 @@ impl Agent {
             flag("--label", label.clone());
         }
         args.extend(options.args.iter().cloned());
+        let mut env = vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())];
+        env.extend(options.env.iter().map(|(k, v)| (k.into(), v.into())));
         let process = Process::start(Spec {
             name: name.to_owned(),
             program: paths::binary("uncloud-agent")?,
             args: args.into_iter().map(Into::into).collect(),
-            env: vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())],
+            env,
             log: dir.join("agent.log"),
             netns,
         })?;

@@ -219,7 +219,7 @@ async fn a_bad_image_is_refused_with_its_file_named() -> anyhow::Result<()> {
         ("a path that climbs", &[Invalid], "files[0].source", inside("../pool/../../x")),
         ("a pool path that climbs", &[Invalid], "files[0].source", image("pool:default/../../etc/passwd")),
         ("a relative path", &[Invalid], "files[0].source", image("good.img")),
-        ("a URL", &[Invalid], "files[0].source", image("https://example.org/x.img")),
+        ("an address of another kind", &[Invalid], "files[0].source", image("ftp://example.org/x.img")),
         ("a path with a zero byte", &[Invalid], "files[0].source", image("/x\0y")),
         (
             "a short sha256",

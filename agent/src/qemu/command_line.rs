@@ -80,6 +80,15 @@ pub struct KernelFiles {
     pub command_line: String,
 }
 
+/// UEFI.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FirmwareFiles {
+    /// The firmware itself, shared by all.
+    pub code: PathBuf,
+    /// The machine's own variables.
+    pub vars: PathBuf,
+}
+
 /// A disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskFile {
@@ -133,8 +142,12 @@ pub struct MachineSpec {
     pub memory_mib: u64,
     /// A kernel to boot; otherwise the first disk boots.
     pub kernel: Option<KernelFiles>,
+    /// UEFI; otherwise SeaBIOS.
+    pub firmware: Option<FirmwareFiles>,
     /// The disks, in the order in which the guest finds them.
     pub disks: Vec<DiskFile>,
+    /// What cloud-init reads: a raw image, read-only, behind the disks.
+    pub seed: Option<PathBuf>,
     /// The NICs, likewise.
     pub nics: Vec<UserNic>,
     /// The screen.
@@ -167,6 +180,9 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     argv.boot(spec);
     for (index, disk) in spec.disks.iter().enumerate() {
         argv.disk(index, disk, spec.kernel.is_none());
+    }
+    if let Some(seed) = &spec.seed {
+        argv.seed(seed);
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         argv.nic(index, nic);
@@ -224,7 +240,11 @@ impl Argv {
 
     fn machine(&mut self, spec: &MachineSpec) {
         // A core dump of QEMU must not hold the guest's memory.
-        self.option("-machine", format!("{},dump-guest-core=off", spec.machine.versioned()));
+        let flash = if spec.firmware.is_some() { ",pflash0=firmware-code,pflash1=firmware-vars" } else { "" };
+        self.option("-machine", format!("{},dump-guest-core=off{flash}", spec.machine.versioned()));
+        if let Some(firmware) = &spec.firmware {
+            self.firmware(firmware);
+        }
         match spec.accelerator {
             AcceleratorChoice::Kvm => {
                 self.option("-accel", "kvm");
@@ -240,6 +260,38 @@ impl Argv {
         self.option("-rtc", "base=utc");
         self.option("-display", "none");
         self.option("-vga", "none");
+    }
+
+    fn firmware(&mut self, firmware: &FirmwareFiles) {
+        let code = json!({
+            "driver": "raw",
+            "node-name": "firmware-code",
+            "read-only": true,
+            "file": { "driver": "file", "filename": firmware.code.to_string_lossy(), "read-only": true },
+        });
+        let vars = json!({
+            "driver": "raw",
+            "node-name": "firmware-vars",
+            "file": {
+                "driver": "file",
+                "filename": firmware.vars.to_string_lossy(),
+                "locking": "on",
+                "cache": { "direct": true },
+            },
+        });
+        self.option("-blockdev", code.to_string());
+        self.option("-blockdev", vars.to_string());
+    }
+
+    fn seed(&mut self, seed: &Path) {
+        let blockdev = json!({
+            "driver": "raw",
+            "node-name": "seed",
+            "read-only": true,
+            "file": { "driver": "file", "filename": seed.to_string_lossy(), "read-only": true },
+        });
+        self.option("-blockdev", blockdev.to_string());
+        self.option("-device", "virtio-blk-pci,id=seed,drive=seed,serial=seed");
     }
 
     fn control(&mut self) {
@@ -336,6 +388,8 @@ mod tests {
             vcpus: 2,
             memory_mib: 2048,
             kernel: None,
+            firmware: None,
+            seed: None,
             disks: vec![
                 DiskFile { name: "root".into(), path: "/pool/disks/vm/root.1.qcow2".into() },
                 DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
@@ -395,6 +449,14 @@ mod tests {
         let target = command_line(qemu, &MachineSpec { begin: Begin::Incoming, ..spec() });
         assert_eq!(target[..source.len()], source[..]);
         assert_eq!(target[source.len()..], ["-S", "-incoming", "defer"]);
+    }
+
+    #[test]
+    fn uefi_has_variables_and_cloud_init_a_seed() {
+        let firmware =
+            FirmwareFiles { code: "/usr/share/OVMF/CODE.fd".into(), vars: "/pool/disks/vm/uefi-vars.0.fd".into() };
+        let seed = Some("../seed.img".into());
+        golden("uefi-seed.txt", &MachineSpec { firmware: Some(firmware), seed, nics: vec![], ..spec() });
     }
 
     #[test]

@@ -14,3 +14,4 @@ mod pidfd;
 pub mod process;
 pub mod qmp;
 pub mod screen;
+pub mod seed;

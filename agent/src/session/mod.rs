@@ -7,6 +7,7 @@ pub mod connect;
 pub mod dialer;
 pub mod gate;
 pub mod heartbeat;
+mod orders;
 pub mod outbox;
 pub mod pump;
 pub mod streams;

@@ -35,12 +35,13 @@ use uuid::Uuid;
 use super::{
     gate::{Admission, Gate},
     heartbeat::{self, Heartbeats},
+    orders,
     streams::Streams,
 };
 use crate::{
     lease::{LeaseClass, LeaseFile},
     records::AgentFile,
-    storage::{blocking, inspect::Inspector},
+    storage::{blocking, images::Images, inspect::Inspector},
     vm::{
         desired::{self, Desired},
         hypervisor::Hypervisor,
@@ -129,6 +130,8 @@ pub struct Session<H: Hypervisor> {
     pub inspector: Inspector,
     /// Consoles and logs.
     pub streams: Streams,
+    /// The images of this host's pools.
+    pub images: Images,
 }
 
 /// What goes out: heartbeats before anything else.
@@ -346,6 +349,14 @@ impl<H: Hypervisor> Session<H> {
             Some(Theirs::InspectFile(question)) => {
                 let (inspector, messages) = (self.inspector.clone(), line.messages.clone());
                 line.tasks.spawn(answer(inspector, question, messages));
+            }
+            Some(Theirs::FetchImage(question)) => {
+                let (images, messages) = (self.images.clone(), line.messages.clone());
+                line.tasks.spawn(orders::fetch(images, question, messages));
+            }
+            Some(Theirs::RemoveImage(question)) => {
+                let (images, messages) = (self.images.clone(), line.messages.clone());
+                line.tasks.spawn(orders::remove(images, question, messages));
             }
             Some(Theirs::Goodbye(goodbye)) => return Err(end_of_goodbye(&goodbye, true)),
             Some(Theirs::Welcome(_)) => return Err(End::Served("the leader sent Welcome twice".to_owned())),

@@ -7,6 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::{Semaphore, mpsc},
@@ -18,7 +19,7 @@ use tracing::debug;
 use uncloud_proto::{
     ids::{HostId, VmId},
     v1::{
-        self, AttachStreamRequest, AttachStreamResponse, OpenStream, StreamKind,
+        self, AttachStreamRequest, AttachStreamResponse, FileProblemKind, OpenStream, StreamKind,
         agent_service_client::AgentServiceClient, attach_stream_request::Message,
     },
 };
@@ -29,6 +30,14 @@ use crate::{
         screen,
     },
     records::VmDirs,
+    storage::{
+        blocking,
+        http::Sink,
+        images::{Images, to_fetch},
+        pools,
+        source::problem,
+        writing::Feed,
+    },
     vm::runner::chain,
 };
 
@@ -38,6 +47,8 @@ const MOST: usize = 64;
 const QUEUE: usize = 16;
 /// Bytes of one message.
 const CHUNK: usize = 32 * 1024;
+/// How long an upload may bring nothing. Longer than the controller waits for its client.
+const UPLOAD_IDLE: Duration = Duration::from_secs(90);
 /// How long the leader may take to accept a stream that it asked for itself.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -46,6 +57,7 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Streams {
     host: HostId,
     dirs: VmDirs,
+    images: Option<Images>,
     consoles: Arc<Mutex<BTreeMap<VmId, Console>>>,
     open: Arc<Semaphore>,
     /// One picture at a time: each is up to 32 MiB in memory, and takes a file.
@@ -61,7 +73,20 @@ impl Streams {
     /// For the VMs that have their directories here.
     #[must_use]
     pub fn new(host: HostId, dirs: VmDirs) -> Self {
-        Self { host, dirs, consoles: Arc::default(), open: Arc::new(Semaphore::new(MOST)), pictures: Arc::default() }
+        Self {
+            host,
+            dirs,
+            images: None,
+            consoles: Arc::default(),
+            open: Arc::new(Semaphore::new(MOST)),
+            pictures: Arc::default(),
+        }
+    }
+
+    /// Which also takes uploads.
+    #[must_use]
+    pub fn with_images(self, images: Images) -> Self {
+        Self { images: Some(images), ..self }
     }
 
     /// Carries one stream until either side ends it.
@@ -98,6 +123,11 @@ impl Streams {
         let Ok(_open) = self.open.try_acquire() else {
             return Err(format!("this host has {MOST} consoles, logs and screens open already; close some"));
         };
+        if request.kind() == StreamKind::Upload {
+            let facts = self.upload(request.upload.as_ref(), incoming).await?;
+            send(sender, &facts.encode_to_vec()).await;
+            return Ok(());
+        }
         let vm: VmId = request.vm_id.parse().map_err(|e| format!("vm_id: {e}"))?;
         if !self.dirs.dir(vm).exists() {
             return Err("this host knows no such VM".to_owned());
@@ -107,7 +137,9 @@ impl Streams {
             StreamKind::Log => self.log(vm, request, sender).await,
             StreamKind::Vnc => self.vnc(vm, sender, incoming).await,
             StreamKind::Screenshot => self.screenshot(vm, sender).await,
-            StreamKind::Unspecified => Err("this agent does not know that kind of stream".to_owned()),
+            StreamKind::Upload | StreamKind::Unspecified => {
+                Err("this agent does not know that kind of stream".to_owned())
+            }
         }
     }
 
@@ -187,6 +219,42 @@ impl Streams {
         };
         send(sender, &picture).await;
         Ok(())
+    }
+
+    /// Takes a file of an image that a client sends.
+    async fn upload(
+        &self,
+        target: Option<&v1::UploadTarget>,
+        incoming: &mut Streaming<AttachStreamResponse>,
+    ) -> Result<v1::FileFacts, String> {
+        let images = self.images.as_ref().ok_or("this agent takes no uploads")?;
+        let target = target.ok_or("upload: is missing")?;
+        let pool = images.env().pools.get(&target.pool);
+        let pool = pool.ok_or_else(|| format!("this host has no pool {}", target.pool.escape_debug()))?.clone();
+        let file = target.file.clone().unwrap_or_default();
+        let fetch = to_fetch(&target.image_id, &target.image_name, &file, &pool).map_err(|e| e.message)?;
+        let (checked, user) = (pool.clone(), images.env().user);
+        blocking(move || pools::check(&checked, user)).await.map_err(|e| format!("pool {}: {e}", pool.name))?;
+        let size = fetch.size_bytes;
+        let take = async move |mut feed: Feed| {
+            feed.expect(size);
+            let mut left = size;
+            while left > 0 {
+                let next = time::timeout(UPLOAD_IDLE, incoming.message()).await;
+                let broke = |why: &str| problem(FileProblemKind::Io, format!("the upload broke off: {why}"));
+                let message = next.map_err(|_| broke("nothing came any more"))?;
+                let message = message.map_err(|e| broke(e.message()))?;
+                let data = message.ok_or_else(|| broke("its client has gone"))?.data;
+                let length = data.len() as u64;
+                if length > left {
+                    return Err(broke("more came than was said"));
+                }
+                left -= length;
+                feed.take(data.into()).await?;
+            }
+            Ok(())
+        };
+        images.receive(fetch, take).await.map(|facts| facts.to_proto()).map_err(|e| e.message)
     }
 
     async fn log(&self, vm: VmId, request: &OpenStream, sender: &Sender) -> Result<(), String> {

@@ -39,7 +39,7 @@ use super::{
 use crate::{
     lease::{LeaseClass, LeaseFile},
     records::{AgentFile, StateDir},
-    storage::{inspect::Inspector, source::Roots},
+    storage::{images::Images, inspect::Inspector, source::Roots},
     vm::{
         fake::{FakeHypervisor, World},
         hypervisor::ExitKind,
@@ -138,7 +138,7 @@ impl Talk {
                 }
             }
             Ours::Inspection(inspection) => self.inspections.push(inspection),
-            Ours::Pools(_) => {}
+            Ours::Pools(_) | Ours::FetchProgress(_) | Ours::ImageFetched(_) | Ours::ImageRemoved(_) => {}
         }
         Some(())
     }
@@ -323,6 +323,7 @@ impl Machine {
             pools: tokio::sync::watch::channel(vec![]).1,
             inspector: Inspector::new(Arc::new(Roots::new(&[self.images.path().to_owned()], &[]))),
             streams: Streams::new(host_id, dirs),
+            images: Images::without_pools(Arc::default(), host_id),
         };
         let controllers = controllers.iter().map(ToString::to_string).collect();
         let stop = cancel.clone();

@@ -19,7 +19,8 @@ use tracing::{info, warn};
 use super::{
     Error, blocking,
     images::{make_dirs, sync_dir},
-    plan::{DiskPlan, Removal},
+    is_full,
+    plan::{DiskPlan, Removal, VarsPlan},
     pools::User,
 };
 use crate::vm::desired::DisksExpected;
@@ -85,16 +86,59 @@ pub async fn make(disk: &DiskPlan, expected: DisksExpected, user: Option<User>, 
     }
 }
 
+/// Makes the variable store of UEFI unless it is there: a copy of `template`, which belongs to the VM's user.
+///
+/// One that is missing is made also when the disks exist: what is lost then is the boot order, and every system that boots
+/// by UEFI has a way to boot without it.
+///
+/// # Errors
+///
+/// The template is not there, or the copy could not be made.
+pub async fn make_vars(vars: &VarsPlan, user: Option<User>, template: &Path) -> Result<(), Error> {
+    let (vars, template) = (vars.clone(), template.to_owned());
+    blocking(move || {
+        if exists(&vars.path)? {
+            return Ok(());
+        }
+        ready(&vars.path, &vars.temporary, user)?;
+        let made = copy_vars(&vars, user, &template).and_then(|()| link(&vars.temporary, &vars.path));
+        if made.is_err() {
+            let _ = fs::remove_file(&vars.temporary);
+        }
+        made
+    })
+    .await
+}
+
+fn copy_vars(vars: &VarsPlan, user: Option<User>, template: &Path) -> Result<(), Error> {
+    let mut from = File::open(template).map_err(|source| Error::NoFirmware { path: template.to_owned(), source })?;
+    let writing = |source: io::Error| match is_full(&source) {
+        true => Error::Full { pool: vars.pool.clone(), what: "the variables of UEFI".to_owned() },
+        false => Error::Io { what: "write", path: vars.temporary.clone(), source },
+    };
+    let mut to = File::options().write(true).create_new(true).mode(0o600).open(&vars.temporary).map_err(writing)?;
+    io::copy(&mut from, &mut to).map_err(writing)?;
+    if let Some(user) = user {
+        std::os::unix::fs::fchown(&to, Some(user.uid), Some(user.gid))
+            .map_err(io_error("give away", &vars.temporary))?;
+    }
+    Ok(())
+}
+
 fn make_ready(disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
-    let dir = disk.path.parent().expect("a disk lies in its VM's directory");
+    ready(&disk.path, &disk.temporary, user)
+}
+
+fn ready(path: &Path, temporary: &Path, user: Option<User>) -> Result<(), Error> {
+    let dir = path.parent().expect("a disk lies in its VM's directory");
     make_dirs(dir)?;
     if let Some(user) = user {
         std::os::unix::fs::lchown(dir, Some(user.uid), Some(user.gid)).map_err(io_error("give away", dir))?;
     }
-    match fs::remove_file(&disk.temporary) {
+    match fs::remove_file(temporary) {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(io_error("remove", &disk.temporary)(e)),
+        Err(e) => Err(io_error("remove", temporary)(e)),
     }
 }
 
@@ -132,16 +176,20 @@ async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<()
 }
 
 fn put_in_place(disk: &DiskPlan) -> Result<(), Error> {
-    let dir = disk.path.parent().expect("a disk lies in its VM's directory");
+    link(&disk.temporary, &disk.path)
+}
+
+fn link(temporary: &Path, path: &Path) -> Result<(), Error> {
+    let dir = path.parent().expect("a disk lies in its VM's directory");
     let options = |path: &Path| File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path);
-    options(&disk.temporary).and_then(|f| f.sync_all()).map_err(io_error("sync", &disk.temporary))?;
+    options(temporary).and_then(|f| f.sync_all()).map_err(io_error("sync", temporary))?;
     // A link, not a rename: it never replaces a disk that is there (P5).
-    match fs::hard_link(&disk.temporary, &disk.path) {
+    match fs::hard_link(temporary, path) {
         Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => warn!(path = %disk.path.display(), "the disk is there"),
-        Err(e) => return Err(io_error("link", &disk.path)(e)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => warn!(path = %path.display(), "the disk is there"),
+        Err(e) => return Err(io_error("link", path)(e)),
     }
-    fs::remove_file(&disk.temporary).map_err(io_error("remove", &disk.temporary))?;
+    fs::remove_file(temporary).map_err(io_error("remove", temporary))?;
     sync_dir(dir)?;
     sync_dir(dir.parent().expect("it lies below the pool"))
 }

@@ -46,6 +46,9 @@ pub enum Refused {
     /// It is encrypted.
     #[error("it is an encrypted qcow2 image")]
     Encrypted,
+    /// It is larger than any disk may be.
+    #[error("it is a qcow2 image with a virtual size of {0} bytes, more than any disk may have (64 TiB)")]
+    TooLarge(u64),
     /// The header makes no sense.
     #[error("it is a qcow2 image with a broken header ({0})")]
     Broken(&'static str),
@@ -63,8 +66,19 @@ pub fn detect(header: &[u8], size: u64) -> Result<Facts, Refused> {
     if size == 0 {
         return Err(Refused::Empty);
     }
-    // A guest sees whole sectors.
-    Ok(Facts { format: Format::Raw, virtual_size: size.div_ceil(512).saturating_mul(512) })
+    Ok(raw(size))
+}
+
+/// A raw image of `size` bytes. A guest sees whole sectors.
+#[must_use]
+pub fn raw(size: u64) -> Facts {
+    Facts { format: Format::Raw, virtual_size: size.div_ceil(512).saturating_mul(512) }
+}
+
+/// What is said of an image that is larger than this host's agent takes.
+#[must_use]
+pub fn too_large(virtual_size: u64, most: u64) -> String {
+    format!("its guest would see a disk of {virtual_size} bytes; at most {most} are allowed (--max-image-gib)")
 }
 
 /// Checks a file whose format is known already.
@@ -95,8 +109,11 @@ fn qcow2(header: &[u8]) -> Result<u64, Refused> {
         return Err(Refused::Broken("cluster size"));
     }
     let virtual_size = u64_at(24).ok_or(Refused::Truncated)?;
-    if virtual_size == 0 || virtual_size % 512 != 0 || virtual_size > 64 << 40 {
+    if virtual_size == 0 || virtual_size % 512 != 0 {
         return Err(Refused::Broken("virtual size"));
+    }
+    if virtual_size > 64 << 40 {
+        return Err(Refused::TooLarge(virtual_size));
     }
     if u32_at(32).ok_or(Refused::Truncated)? != 0 {
         return Err(Refused::Encrypted);
@@ -148,6 +165,7 @@ mod tests {
         assert_eq!(with(35, 1), Err(Refused::Encrypted));
         assert_eq!(with(7, 1), Err(Refused::Version(1)));
         assert_eq!(with(23, 40), Err(Refused::Broken("cluster size")));
+        assert_eq!(with(25, 1), Err(Refused::TooLarge((1 << 48) + (1 << 30))));
         assert_eq!(with(79, 0x20), Err(Refused::Broken("unknown features")));
         assert!(check(Format::Qcow2, b"plain").is_err());
         assert!(check(Format::Raw, &header()).is_ok(), "told to be raw, it is never taken for anything else");

@@ -1,4 +1,5 @@
-//! Answers the leader's questions about files: is it there, what is its sha256, what kind of disk is it.
+//! Answers the leader's questions about files: is it there, what is its sha256, what kind of disk is it. Of a file on a web server
+//! only the beginning is looked at: a user who adds an image must not wait for gigabytes.
 
 use std::{
     fs::File,
@@ -12,8 +13,9 @@ use uncloud_proto::v1::{FileFacts, FileProblemKind, ImageFileRole, ImageFormat};
 
 use super::{
     blocking, format,
-    images::hex,
-    source::{Error, Roots, problem},
+    http::Http,
+    images::{Images, hex},
+    source::{self, Error, Roots, problem},
 };
 use crate::vm::desired::Format;
 
@@ -25,6 +27,8 @@ const MOST_WAITING: usize = 64;
 #[derive(Debug, Clone)]
 pub struct Inspector {
     roots: Arc<Roots>,
+    http: Result<Http, String>,
+    most: u64,
     reading: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
 }
@@ -34,7 +38,14 @@ impl Inspector {
     #[must_use]
     pub fn new(roots: Arc<Roots>) -> Self {
         let (reading, waiting) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(Semaphore::new(MOST_WAITING)));
-        Self { roots, reading, waiting }
+        Self { roots, http: Err("this host fetches nothing from the network".into()), most: u64::MAX, reading, waiting }
+    }
+
+    /// With what this host has to bring images with.
+    #[must_use]
+    pub fn of(images: &Images) -> Self {
+        let env = images.env();
+        Self { http: env.http.clone(), most: env.most, ..Self::new(Arc::clone(&env.roots)) }
     }
 
     /// Reads a whole file. Takes as long as its disk takes.
@@ -47,13 +58,38 @@ impl Inspector {
             return Err(problem(FileProblemKind::Io, "this host is busy reading other files; try again"));
         };
         let permit = Arc::clone(&self.reading).acquire_owned().await.expect("it is never closed");
-        let roots = Arc::clone(&self.roots);
-        blocking(move || {
-            let facts = look(&roots, &source, role);
-            drop(permit);
-            facts
-        })
-        .await
+        let facts = if source::is_address(&source) {
+            self.peek(&source, role).await?
+        } else {
+            let roots = Arc::clone(&self.roots);
+            blocking(move || {
+                let facts = look(&roots, &source, role);
+                drop(permit);
+                facts
+            })
+            .await?
+        };
+        if facts.size_bytes.max(facts.virtual_size_bytes) > self.most {
+            let words = format::too_large(facts.size_bytes.max(facts.virtual_size_bytes), self.most);
+            return Err(problem(FileProblemKind::Invalid, words));
+        }
+        Ok(facts)
+    }
+
+    /// Looks at the beginning of a file on a web server.
+    async fn peek(&self, url: &str, role: ImageFileRole) -> Result<FileFacts, Error> {
+        let http = self.http.as_ref().map_err(|words| problem(FileProblemKind::Forbidden, words.clone()))?;
+        let (header, size) = http.peek(url, format::HEADER_BYTES).await?;
+        let mut facts = FileFacts { size_bytes: size.unwrap_or(0), ..FileFacts::default() };
+        if header.is_empty() {
+            return Err(problem(FileProblemKind::Invalid, format!("{url} is empty")));
+        }
+        if role == ImageFileRole::Disk {
+            // A server that does not say the size: what a guest sees of a raw image is known when all is there.
+            let disk = format::detect(&header, size.unwrap_or(0).max(1)).map_err(|e| unusable(url, &e))?;
+            describe(&mut facts, disk);
+        }
+        Ok(facts)
     }
 }
 
@@ -63,13 +99,8 @@ fn look(roots: &Roots, source: &str, role: ImageFileRole) -> Result<FileFacts, E
     let mut facts = FileFacts { size_bytes: size, ..FileFacts::default() };
     if role == ImageFileRole::Disk {
         let header = header(&mut file).map_err(unreadable)?;
-        let disk = format::detect(&header, size)
-            .map_err(|e| problem(FileProblemKind::Invalid, format!("{source} cannot be used as a disk: {e}")))?;
-        facts.virtual_size_bytes = disk.virtual_size;
-        facts.set_format(match disk.format {
-            Format::Raw => ImageFormat::Raw,
-            Format::Qcow2 => ImageFormat::Qcow2,
-        });
+        let disk = format::detect(&header, size).map_err(|e| unusable(source, &e))?;
+        describe(&mut facts, disk);
     } else if size == 0 {
         return Err(problem(FileProblemKind::Invalid, format!("{source} is empty")));
     }
@@ -80,6 +111,18 @@ fn look(roots: &Roots, source: &str, role: ImageFileRole) -> Result<FileFacts, E
     }
     facts.sha256 = hex(&hasher.finalize());
     Ok(facts)
+}
+
+fn unusable(source: &str, refused: &format::Refused) -> Error {
+    problem(FileProblemKind::Invalid, format!("{source} cannot be used as a disk: {refused}"))
+}
+
+fn describe(facts: &mut FileFacts, disk: format::Facts) {
+    facts.virtual_size_bytes = disk.virtual_size;
+    facts.set_format(match disk.format {
+        Format::Raw => ImageFormat::Raw,
+        Format::Qcow2 => ImageFormat::Qcow2,
+    });
 }
 
 fn header(file: &mut File) -> std::io::Result<Vec<u8>> {

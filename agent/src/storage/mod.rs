@@ -9,8 +9,13 @@
 //! [`plan`] says which files (pure), [`images`] and [`disks`] make them, [`source`] opens what users name without
 //! letting a path climb out, [`inspect`] answers the leader's questions about files, [`pools`] watches the pools.
 
+mod bring;
+mod check;
+mod claim;
+mod copies;
 pub mod disks;
 pub mod format;
+pub mod http;
 pub mod images;
 pub mod inspect;
 pub mod plan;
@@ -18,14 +23,16 @@ pub mod pools;
 pub mod source;
 #[cfg(test)]
 mod tests;
+pub(crate) mod writing;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use uncloud_proto::ids::{HostId, VmId};
 
 use self::{
-    images::Fetches,
+    http::Http,
+    images::{Env, Images},
     plan::Plan,
     pools::{Pool, User},
     source::Roots,
@@ -36,6 +43,8 @@ use crate::vm::{
     starts::{Starts, Turn},
 };
 
+/// Files smaller than this come faster than anybody could read how far they are.
+const WORTH_TELLING: u64 = 1 << 20;
 /// So many qemu-img processes run at once.
 const TOOLS_AT_ONCE: usize = 4;
 
@@ -90,7 +99,7 @@ pub enum Error {
         problem: String,
     },
     /// The source of an image cannot be opened.
-    #[error("image {image} cannot be fetched into pool {pool}: {source}")]
+    #[error("image {image} cannot be fetched into pool {pool}")]
     Source {
         /// Name of the image.
         image: String,
@@ -99,6 +108,9 @@ pub enum Error {
         /// Why not.
         source: source::Error,
     },
+    /// A file of an image could not be brought; all who waited for it are told the same.
+    #[error(transparent)]
+    Fetch(source::Error),
     /// A file or directory.
     #[error("cannot {what} {}", path.display())]
     Io {
@@ -107,6 +119,14 @@ pub enum Error {
         /// On what.
         path: PathBuf,
         /// Why not.
+        source: std::io::Error,
+    },
+    /// The host has no UEFI firmware.
+    #[error("this host has no UEFI firmware at {}; install it (on Debian: apt-get install ovmf)", path.display())]
+    NoFirmware {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why it cannot be read.
         source: std::io::Error,
     },
     /// qemu-img failed.
@@ -120,6 +140,23 @@ pub enum Error {
 }
 
 impl Error {
+    /// As it is told to a leader, and to everybody who waits for the same file.
+    fn to_source(&self) -> source::Error {
+        use uncloud_proto::v1::FileProblemKind::{Invalid, Io};
+        let kind = match self {
+            Self::Source { source, .. } | Self::Fetch(source) => source.kind,
+            Self::WrongSha256 { .. } | Self::BadImage { .. } => Invalid,
+            Self::Plan(_)
+            | Self::Pool { .. }
+            | Self::DiskMissing { .. }
+            | Self::Full { .. }
+            | Self::Io { .. }
+            | Self::NoFirmware { .. }
+            | Self::Tool { .. } => Io,
+        };
+        source::problem(kind, self.reason())
+    }
+
     /// With what caused it, in words.
     #[must_use]
     pub fn reason(&self) -> String {
@@ -138,18 +175,25 @@ pub struct Options {
     pub user: Option<User>,
     /// qemu-img.
     pub qemu_img: PathBuf,
+    /// What the variables of a UEFI machine start as.
+    pub uefi_vars: PathBuf,
     /// This host; part of the names of temporary files, which lie beside those of other hosts in a shared pool.
     pub host: HostId,
+    /// Web servers that images may come from; or why none may.
+    pub http: Result<Http, String>,
+    /// Neither an image's file nor what a guest would see may be larger than this, in bytes.
+    pub max_image_bytes: u64,
 }
 
 /// The storage of this host.
 pub struct Storage {
     pools: BTreeMap<String, Pool>,
-    roots: Arc<Roots>,
     user: Option<User>,
     qemu_img: PathBuf,
-    host: HostId,
-    fetches: Fetches,
+    uefi_vars: PathBuf,
+    images: Images,
+    /// How far the images of the VMs are that wait for one, in words.
+    progress: watch::Sender<BTreeMap<VmId, String>>,
     tools: Semaphore,
     starts: Starts,
 }
@@ -168,23 +212,32 @@ impl Storage {
     #[must_use]
     pub fn new(options: Options, starts: Starts) -> Self {
         let roots = Arc::new(Roots::new(&options.image_dirs, &options.pools));
-        let pools = options.pools.into_iter().map(|p| (p.name.clone(), p)).collect();
+        let pools: BTreeMap<String, Pool> = options.pools.into_iter().map(|p| (p.name.clone(), p)).collect();
+        let env = Env {
+            roots,
+            pools: pools.clone(),
+            user: options.user,
+            qemu_img: options.qemu_img.clone(),
+            host: options.host,
+            http: options.http,
+            most: options.max_image_bytes,
+        };
         Self {
             pools,
-            roots,
             user: options.user,
             qemu_img: options.qemu_img,
-            host: options.host,
-            fetches: Fetches::default(),
+            uefi_vars: options.uefi_vars,
+            images: Images::new(env),
+            progress: watch::Sender::default(),
             tools: Semaphore::new(TOOLS_AT_ONCE),
             starts,
         }
     }
 
-    /// Where images may come from.
+    /// The images of this host's pools.
     #[must_use]
-    pub fn roots(&self) -> Arc<Roots> {
-        Arc::clone(&self.roots)
+    pub fn images(&self) -> Images {
+        self.images.clone()
     }
 
     /// Fetches images, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
@@ -197,16 +250,36 @@ impl Storage {
         self.check_pools(plan.pools()).await?;
         // A disk that is missing is noticed before an image of many gigabytes is copied for nothing.
         disks::check_expected(&plan.disks, desired.disks).await?;
+        let telling = Telling { storage: self, vm };
         for fetch in &plan.fetches {
-            self.fetches.fetch(fetch.clone(), self.roots(), self.host).await?;
+            let said = |p: &images::Progress| telling.say(&fetch.image, p);
+            self.images.fetch(fetch.clone(), said).await.map_err(Error::Fetch)?;
         }
+        drop(telling);
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
         let turn = self.starts.turn(priority).await;
         for disk in &plan.disks {
             let _tool = self.tools.acquire().await.expect("it is never closed");
             disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
         }
+        if let Some(vars) = &plan.firmware_vars {
+            disks::make_vars(vars, self.user, &self.uefi_vars).await?;
+        }
         Ok(Prepared { plan, turn })
+    }
+
+    /// Waits until there is something else than `last` to say of how far a VM's image is. Cancel safe.
+    pub async fn progress(&self, vm: VmId, last: &str) -> String {
+        let mut words = self.progress.subscribe();
+        loop {
+            let now = words.borrow_and_update().get(&vm).cloned();
+            if let Some(now) = now.filter(|now| now != last) {
+                return now;
+            }
+            if words.changed().await.is_err() {
+                std::future::pending().await
+            }
+        }
     }
 
     /// Deletes the files of this VM's disks, and nothing else. Idempotent.
@@ -228,6 +301,33 @@ impl Storage {
             checked.map_err(|problem| Error::Pool { pool: name, problem })?;
         }
         Ok(())
+    }
+}
+
+/// Tells how far a VM's image is, until it is dropped.
+struct Telling<'a> {
+    storage: &'a Storage,
+    vm: VmId,
+}
+
+impl Telling<'_> {
+    /// In steps of five percent: each change is stored, and people need no more.
+    fn say(&self, image: &str, p: &images::Progress) {
+        let words = match p.total {
+            // A file that is there already, or one of a kernel: nothing to tell.
+            total if p.done == 0 || total < WORTH_TELLING => return,
+            total => {
+                let percent = u128::from(p.done) * 20 / u128::from(total) * 5;
+                format!("fetching image {image}: {percent} % of {} MiB", total >> 20)
+            }
+        };
+        self.storage.progress.send_if_modified(|all| all.insert(self.vm, words.clone()).as_ref() != Some(&words));
+    }
+}
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        self.storage.progress.send_if_modified(|all| all.remove(&self.vm).is_some());
     }
 }
 

@@ -17,7 +17,7 @@ use uncloud_proto::{
 };
 
 use super::pools::Pool;
-use crate::vm::desired::{Desired, Disk, Format, Image, Role, Spec};
+use crate::vm::desired::{Desired, Disk, Firmware, Format, Image, Role, Spec};
 
 /// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
 const MOST_GENERATIONS: u32 = 1000;
@@ -50,6 +50,9 @@ pub enum Problem {
         /// What is wrong with it.
         problem: names::BadName,
     },
+    /// The variables of UEFI lie beside the first disk.
+    #[error("the VM boots by UEFI and has no disk beside which its variables could lie")]
+    NoDisk,
     /// There is nothing to plan for.
     #[error("the VM has no spec")]
     NoSpec,
@@ -64,6 +67,19 @@ pub struct Plan {
     pub disks: Vec<DiskPlan>,
     /// The kernel.
     pub kernel: Option<KernelPlan>,
+    /// What UEFI keeps its variables in.
+    pub firmware_vars: Option<VarsPlan>,
+}
+
+/// A variable store of UEFI that must be in a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VarsPlan {
+    /// Name of the pool.
+    pub pool: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// What it is called while it is made.
+    pub temporary: PathBuf,
 }
 
 /// An image file that must be in a pool.
@@ -71,15 +87,19 @@ pub struct Plan {
 pub struct Fetch {
     /// Name of the pool.
     pub pool: String,
+    /// The image.
+    pub image_id: ImageId,
     /// Name of the image.
     pub image: String,
+    /// What it is to the image.
+    pub role: Role,
     /// Where it comes from.
     pub source: String,
-    /// What its sha256 is.
+    /// What its sha256 is. Empty: that is found out by this fetch.
     pub sha256: String,
-    /// Its size in bytes.
+    /// Its size in bytes. 0: likewise.
     pub size_bytes: u64,
-    /// Format, for a disk.
+    /// Format, for a disk. Absent: likewise.
     pub format: Option<Format>,
     /// Where it is to lie.
     pub target: PathBuf,
@@ -181,7 +201,21 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
         plan.disks.push(disk_plan(vm, disk, desired.disk_generation, pool, base)?);
     }
     plan.kernel = kernel(spec, desired, pools, &mut plan)?;
+    plan.firmware_vars = match spec.firmware {
+        Firmware::Bios => None,
+        Firmware::Uefi => {
+            let pool = pool(&spec.disks.first().ok_or(Problem::NoDisk)?.pool, pools)?;
+            let (dir, file) = (disks_dir(&pool.path, vm), vars_name(desired.disk_generation));
+            let temporary = dir.join(format!(".{file}.tmp"));
+            Some(VarsPlan { pool: pool.name.clone(), path: dir.join(file), temporary })
+        }
+    };
     Ok(plan)
+}
+
+/// A disk's file ends otherwise, so no disk can have this name.
+fn vars_name(generation: u32) -> String {
+    format!("uefi-vars.{generation}.fd")
 }
 
 fn disk_plan(vm: VmId, disk: &Disk, generation: u32, pool: &Pool, base: Option<Base>) -> Result<DiskPlan, Problem> {
@@ -220,7 +254,9 @@ fn require<'a>(
     let file = file.ok_or_else(|| Problem::NoFile { image: image.name.clone(), role })?;
     let fetch = Fetch {
         pool: pool.name.clone(),
+        image_id: image.id,
         image: image.name.clone(),
+        role,
         source: file.source.clone(),
         sha256: file.sha256.clone(),
         size_bytes: file.size_bytes,
@@ -267,7 +303,7 @@ pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
     let newest = desired.disk_generation;
     let mut removals: BTreeMap<&str, Removal> = BTreeMap::new();
-    for disk in &spec.disks {
+    for (i, disk) in spec.disks.iter().enumerate() {
         let pool = pool(&disk.pool, pools)?;
         let dir = disks_dir(&pool.path, vm);
         let removal = removals.entry(&pool.name).or_insert_with(|| Removal {
@@ -277,8 +313,11 @@ pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
         });
         for generation in newest.saturating_sub(MOST_GENERATIONS)..=newest {
             let file = file_name(disk, generation)?;
-            removal.files.push(dir.join(format!(".{file}.tmp")));
-            removal.files.push(dir.join(file));
+            let vars = (i == 0 && spec.firmware == Firmware::Uefi).then(|| vars_name(generation));
+            for file in [Some(file), vars].into_iter().flatten() {
+                removal.files.push(dir.join(format!(".{file}.tmp")));
+                removal.files.push(dir.join(file));
+            }
         }
     }
     Ok(removals.into_values().collect())
@@ -385,6 +424,21 @@ mod tests {
         let dir = PathBuf::from(format!("/pools/a/disks/{}", vm()));
         let files = [".root.0.qcow2.tmp", "root.0.qcow2", ".root.1.qcow2.tmp", "root.1.qcow2"].map(|f| dir.join(f));
         assert_eq!(removals, [Removal { pool: "a".into(), files: files.into(), dir }]);
+    }
+
+    #[test]
+    fn the_variables_of_uefi_lie_beside_the_first_disk_and_go_with_it() {
+        let mut desired = wanted(vec![disk("root", "b", None), disk("data", "a", None)], vec![]);
+        desired.spec.as_mut().unwrap().firmware = Firmware::Uefi;
+        let vars = plan(vm(), &desired, &pools()).unwrap().firmware_vars.unwrap();
+        let dir = PathBuf::from(format!("/pools/b/disks/{}", vm()));
+        assert_eq!((vars.path, vars.pool.as_str()), (dir.join("uefi-vars.1.fd"), "b"));
+        let removals = removals(vm(), &desired, &pools()).unwrap();
+        let in_pool = |name: &str| removals.iter().find(|r| r.pool == name).unwrap().files.clone();
+        assert!(in_pool("b").contains(&dir.join("uefi-vars.0.fd")) && in_pool("b").contains(&vars.temporary));
+        assert!(!in_pool("a").iter().any(|f| f.to_str().unwrap().contains("uefi")));
+        desired.spec.as_mut().unwrap().disks.clear();
+        assert_eq!(plan(vm(), &desired, &pools()), Err(Problem::NoDisk));
     }
 
     proptest! {

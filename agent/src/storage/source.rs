@@ -85,6 +85,18 @@ fn parse(source: &str) -> Result<Place<'_>, Error> {
     Ok(Place::Absolute(path))
 }
 
+/// Whether a source is an address on the network.
+#[must_use]
+pub fn is_address(source: &str) -> bool {
+    source.starts_with("https://") || source.starts_with("http://")
+}
+
+/// The pool that a client has sent the file to, if one has.
+#[must_use]
+pub fn uploaded_to(source: &str) -> Option<&str> {
+    source.strip_prefix("upload:")
+}
+
 impl Roots {
     /// These directories and pools.
     #[must_use]

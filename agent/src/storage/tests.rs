@@ -17,7 +17,7 @@ use super::{
     pools::{Kind, Pool, User},
 };
 use crate::vm::{
-    desired::{Desired, Disk, DisksExpected, Format, Image, ImageFile, Role},
+    desired::{Desired, Disk, DisksExpected, Firmware, Format, Image, ImageFile, Role},
     fake,
     starts::Starts,
 };
@@ -51,7 +51,11 @@ impl Place {
         let pools = vec![Pool { name: "p".into(), path: dir.path().join("pool"), kind: Kind::Local }];
         let image_dirs = vec![dir.path().to_owned()];
         let host = HostId::from_uuid(Uuid::from_u128(2));
-        let storage = Storage::new(Options { pools, image_dirs, user, qemu_img, host }, Starts::new(1));
+        let uefi_vars = dir.path().join("OVMF_VARS.fd");
+        fs::write(&uefi_vars, "variables").unwrap();
+        let (http, max_image_bytes) = (Err("no network here".to_owned()), 1 << 40);
+        let options = Options { pools, image_dirs, user, qemu_img, uefi_vars, host, http, max_image_bytes };
+        let storage = Storage::new(options, Starts::new(1));
         Self { dir, storage, user }
     }
 
@@ -119,6 +123,29 @@ async fn disks_are_made_once_as_overlays_that_belong_to_the_vms_user() {
     let before = fs::metadata(&root).unwrap().ino();
     place.prepare(&place.desired()).await.unwrap();
     assert_eq!(fs::metadata(&root).unwrap().ino(), before, "what is there is used");
+}
+
+#[tokio::test]
+async fn each_vm_that_boots_by_uefi_has_variables_of_its_own() {
+    let place = Place::new();
+    let mut desired = place.desired();
+    desired.spec.as_mut().unwrap().firmware = Firmware::Uefi;
+    place.prepare(&desired).await.unwrap();
+    assert_eq!(place.names(), ["data.0.qcow2", "root.0.qcow2", "uefi-vars.0.fd"]);
+    let vars = place.disks().join("uefi-vars.0.fd");
+    if let Some(user) = place.user {
+        assert_eq!(fs::metadata(&vars).unwrap().uid(), user.uid);
+    }
+    fs::write(&vars, "changed by the guest").unwrap();
+    place.prepare(&desired).await.unwrap();
+    assert_eq!(fs::read_to_string(&vars).unwrap(), "changed by the guest");
+    place.delete(&desired).await.unwrap();
+    assert!(!place.disks().exists());
+    // A host without the firmware says what to install, and leaves nothing.
+    fs::remove_file(place.dir.path().join("OVMF_VARS.fd")).unwrap();
+    let error = place.prepare(&desired).await.unwrap_err();
+    assert!(error.contains("ovmf"), "{error}");
+    assert_eq!(place.names(), ["data.0.qcow2", "root.0.qcow2"]);
 }
 
 /// P5.

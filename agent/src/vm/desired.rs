@@ -139,6 +139,12 @@ pub struct Spec {
     /// Whether it has a channel to a guest agent.
     #[serde(default)]
     pub guest_agent: GuestAgent,
+    /// What boots the machine.
+    #[serde(default)]
+    pub firmware: Firmware,
+    /// What the guest's cloud-init is told.
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
 }
 
 /// What a VM shows its screen with.
@@ -161,6 +167,30 @@ pub enum GuestAgent {
     Disabled,
     /// It has one.
     Enabled,
+}
+
+/// What boots a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// SeaBIOS.
+    #[default]
+    Bios,
+    /// OVMF, with variables of its own.
+    Uefi,
+}
+
+/// What the guest's cloud-init is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloudInit {
+    /// Empty: made from the VM's name.
+    pub hostname: String,
+    /// Public keys, a line each.
+    pub ssh_authorized_keys: Vec<String>,
+    /// As the user gave it.
+    pub user_data: String,
+    /// Likewise; empty: none.
+    pub network_config: String,
 }
 
 /// QEMU's machine type.
@@ -334,6 +364,8 @@ const MAX_COMMAND_LINE: usize = 2048;
 /// Most disks, and most network interfaces.
 const MAX_DISKS: usize = 16;
 const MAX_NICS: usize = 8;
+/// Most bytes of all that cloud-init is told. The disk that carries it has a fixed size ([`crate::qemu::seed`]).
+const MAX_CLOUD_INIT: usize = 512 * 1024;
 
 impl Desired {
     /// The lease class that the VM lives under. A VM to be forgotten is started by nobody, so its class says nothing.
@@ -433,6 +465,9 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
         v1::FailoverPolicy::Hold => Class::Hold,
         v1::FailoverPolicy::Unspecified => return Err(unusable("spec.failover", "is not one that this agent knows")),
     };
+    if v1::Firmware::try_from(s.firmware).is_err() {
+        return Err(unusable("spec.firmware", "is not one that this agent knows"));
+    }
     if !(1..=3600).contains(&s.stop_grace_seconds) {
         return Err(unusable("spec.stop_grace_seconds", format!("is {}, not 1 to 3600", s.stop_grace_seconds)));
     }
@@ -471,6 +506,24 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
             v1::GuestAgentMode::Unspecified | v1::GuestAgentMode::Disabled => GuestAgent::Disabled,
             v1::GuestAgentMode::Enabled => GuestAgent::Enabled,
         },
+        firmware: match s.firmware() {
+            v1::Firmware::Unspecified | v1::Firmware::Bios => Firmware::Bios,
+            v1::Firmware::Uefi => Firmware::Uefi,
+        },
+        cloud_init: s.cloud_init.as_ref().map(parse_cloud_init).transpose()?,
+    })
+}
+
+fn parse_cloud_init(c: &v1::CloudInit) -> Result<CloudInit, Unusable> {
+    let keys: usize = c.ssh_authorized_keys.iter().map(String::len).sum();
+    if keys + c.hostname.len() + c.user_data.len() + c.network_config.len() > MAX_CLOUD_INIT {
+        return Err(unusable("spec.cloud_init", format!("has more than {MAX_CLOUD_INIT} bytes")));
+    }
+    Ok(CloudInit {
+        hostname: c.hostname.clone(),
+        ssh_authorized_keys: c.ssh_authorized_keys.clone(),
+        user_data: c.user_data.clone(),
+        network_config: c.network_config.clone(),
     })
 }
 
@@ -622,6 +675,9 @@ mod tests {
         assert_eq!(change(&|s| s.vcpus = 0), "spec.vcpus");
         assert_eq!(change(&|s| s.memory_mib = u64::MAX), "spec.memory_mib");
         assert_eq!(change(&|s| s.restart = 99), "spec.restart");
+        assert_eq!(change(&|s| s.firmware = 99), "spec.firmware");
+        let large = v1::CloudInit { user_data: "x".repeat(600_000), ..Default::default() };
+        assert_eq!(change(&|s| s.cloud_init = Some(large.clone())), "spec.cloud_init");
         let kernel =
             v1::KernelBoot { image: "00000000-0000-4000-8000-000000000001".into(), command_line: "a\nb".into() };
         assert_eq!(change(&|s| s.kernel = Some(kernel.clone())), "spec.kernel.command_line");

@@ -17,8 +17,8 @@ use uncloud_proto::{
 use super::migration::{Guest, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
-        Class, Desired, DisksExpected, Display, Disposition, GuestAgent, Machine, RestartMode, RestartPolicy, Spec,
-        StopMode,
+        Class, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, RestartMode, RestartPolicy,
+        Spec, StopMode,
     },
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
 };
@@ -44,6 +44,8 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
             stop_grace_seconds: 60,
             display: Display::None,
             guest_agent: GuestAgent::Disabled,
+            firmware: Firmware::Bios,
+            cloud_init: None,
         }),
         images: vec![],
         restarts: 0,

@@ -26,6 +26,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// The error is a reason for people.
     fn prepare(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<Self::Prepared, String>> + Send;
 
+    /// Waits until there is something else than `last` to say of how far a preparation is. Cancel safe.
+    fn progress(&self, vm: VmId, last: &str) -> impl Future<Output = String> + Send {
+        let _ = (vm, last);
+        std::future::pending()
+    }
+
     /// Starts QEMU under a keeper that is bound to `lease_generation`. If the VM is to come from another host, its guest does
     /// not execute.
     fn launch(

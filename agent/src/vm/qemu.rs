@@ -14,13 +14,15 @@ use super::{
 use crate::{
     qemu::{
         command_line::{
-            self, AcceleratorChoice, AgentChannel, Begin, DiskFile, KernelFiles, MachineSpec, Screen, UserNic,
+            self, AcceleratorChoice, AgentChannel, Begin, DiskFile, FirmwareFiles, KernelFiles, MachineSpec, Screen,
+            UserNic,
         },
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
+        seed,
     },
     records::VmDirs,
-    storage::{Prepared, Storage},
+    storage::{Prepared, Storage, blocking},
 };
 
 /// How long to wait before looking again for what holds a VM's lock and does not say what it is.
@@ -36,6 +38,8 @@ pub struct Qemu {
     pub accelerator: AcceleratorChoice,
     /// QEMU.
     pub qemu: PathBuf,
+    /// The firmware of UEFI machines.
+    pub uefi_code: PathBuf,
     /// The keeper.
     pub keeper: PathBuf,
     /// The lease file.
@@ -54,6 +58,10 @@ impl Hypervisor for Qemu {
         self.storage.prepare(vm, desired).await.map_err(|e| e.reason())
     }
 
+    async fn progress(&self, vm: VmId, last: &str) -> String {
+        self.storage.progress(vm, last).await
+    }
+
     async fn launch(
         &self,
         vm: VmId,
@@ -61,7 +69,13 @@ impl Hypervisor for Qemu {
         prepared: Prepared,
         lease_generation: u16,
     ) -> Result<process::Instance, LaunchError> {
-        let spec = machine(vm, desired, &prepared, self.accelerator)?;
+        let mut spec = machine(vm, desired, &prepared, self.accelerator)?;
+        spec.firmware = prepared
+            .plan
+            .firmware_vars
+            .as_ref()
+            .map(|vars| FirmwareFiles { code: self.uefi_code.clone(), vars: vars.path.clone() });
+        spec.seed = self.seed(vm, desired).await.map_err(LaunchError::Failed)?;
         let launch = Launch {
             vm,
             incarnation: desired.incarnation,
@@ -106,6 +120,19 @@ impl Hypervisor for Qemu {
     }
 }
 
+impl Qemu {
+    /// Makes the disk that cloud-init reads, anew for each start. Its path is relative to where QEMU runs, so that it is the
+    /// same on every host.
+    async fn seed(&self, vm: VmId, desired: &Desired) -> Result<Option<PathBuf>, String> {
+        let Some(cloud_init) = desired.spec.as_ref().and_then(|s| s.cloud_init.clone()) else { return Ok(None) };
+        let (dir, name, group) = (self.dirs.dir(vm), desired.name.clone(), self.user.map(|u| u.gid));
+        blocking(move || seed::write(&dir, vm, &name, &cloud_init, group))
+            .await
+            .map_err(|e| format!("the disk for cloud-init cannot be made: {e}"))?;
+        Ok(Some(PathBuf::from("..").join(seed::FILE)))
+    }
+}
+
 fn machine(
     vm: VmId,
     desired: &Desired,
@@ -130,6 +157,8 @@ fn machine(
             initrd: k.initrd.clone(),
             command_line: k.command_line.clone(),
         }),
+        firmware: None,
+        seed: None,
         disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
         nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
         screen: match spec.display {

@@ -86,6 +86,8 @@ pub(super) struct Runner<H: Hypervisor> {
     /// The moment of the newest event.
     now: Tick,
     shown: Option<ReportState>,
+    /// What was last said of how far a preparation is.
+    said: String,
     /// Kept until it is known what executes.
     looking: Option<TaskTrackerToken>,
 }
@@ -105,6 +107,7 @@ impl<H: Hypervisor> Runner<H> {
             instance: None,
             now,
             shown: None,
+            said: String::new(),
             looking: None,
         }
     }
@@ -131,6 +134,10 @@ impl<H: Hypervisor> Runner<H> {
                     self.looking = None;
                 }
                 event = next_event(&mut self.instance) => self.instance_event(event).await,
+                words = self.host.hypervisor.progress(self.vm, &self.said), if self.state.is_preparing() => {
+                    self.said.clone_from(&words);
+                    self.handle(Event::Progress(words)).await;
+                }
                 mail = self.mailbox.take() => {
                     if self.mail(mail).await {
                         return;
@@ -300,6 +307,7 @@ impl<H: Hypervisor> Runner<H> {
         let desired = self.state.record().desired.clone();
         match effect {
             Effect::Prepare => {
+                self.said.clear();
                 self.work = Some(Box::pin(async move { Done::Prepared(hypervisor.prepare(vm, &desired).await) }));
             }
             Effect::CancelPrepare => self.work = None,

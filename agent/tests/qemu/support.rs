@@ -81,6 +81,8 @@ impl Host {
             vcpus: 1,
             memory_mib: 2,
             kernel: None,
+            firmware: None,
+            seed: None,
             disks: vec![DiskFile { name: "root".into(), path: disk }],
             nics: vec![],
             screen: Screen::None,

@@ -1,26 +1,36 @@
 //! `uncloud image`.
 
-use std::path::{Path, PathBuf};
+mod sources;
+
+use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
-use uncloud_proto::v1::{self, ImageFileRole, ImageFormat, ImageKind};
+use tokio::{io::AsyncReadExt as _, sync::mpsc, time};
+use tokio_stream::wrappers::ReceiverStream;
+use uncloud_proto::v1::{self, ImageState, upload_image_request::Message};
 
-use super::{Context, Error};
-use crate::output;
+use self::sources::{Plan, Upload};
+use super::{Context, Error, progress::Progress};
+use crate::{output, units};
+
+/// Bytes that are sent at once, and how many such pieces may wait.
+const PIECE: usize = 128 * 1024;
+const PIECES: usize = 4;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Registers an image: a disk, or a kernel with its initrd.
+    /// Adds an image: a disk, or a kernel with its initrd.
     ///
-    /// The files are read by the hosts, so they must be there under the same path (or in a pool). They are copied into
-    /// a pool when a VM first needs them there.
+    /// From an address (https://…) a host fetches it; each pool that needs it later fetches it once and checks that it is still the
+    /// same. A relative path, such as ./debian.qcow2, is a file here: it is uploaded. An absolute path, or pool:NAME/PATH, is a file
+    /// that the hosts have; with --upload it is a file here, too.
     Add(Add),
     /// Lists all images.
     List,
-    /// Shows one image.
+    /// Shows one image, and how far it has come.
     Show(Named),
-    /// Forgets an image that no VM uses.
-    Delete(Named),
+    /// Deletes an image that no VM uses, and its copies in all pools.
+    Delete(Delete),
 }
 
 #[derive(Debug, Args)]
@@ -30,10 +40,22 @@ pub(crate) struct Named {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Delete {
+    /// Name, UUID or unique prefix of one.
+    image: String,
+    /// Waits until its copies are gone.
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait.
+    #[arg(long, default_value = "1h", value_parser = units::parse_duration, value_name = "DURATION")]
+    wait_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Add {
     /// Name of the image.
     name: String,
-    /// The disk: a path on the hosts, or `pool:NAME/PATH`. A relative path is taken from here.
+    /// The disk: https://…, a file here (a relative path), a path on the hosts (absolute), or pool:NAME/PATH.
     #[arg(required_unless_present = "kernel", conflicts_with = "kernel")]
     path: Option<String>,
     /// Format of the disk; found out if it is not given.
@@ -42,7 +64,7 @@ pub(crate) struct Add {
     /// The sha256 that the disk (or the kernel) must have; computed if it is not given.
     #[arg(long, value_name = "HEX")]
     sha256: Option<String>,
-    /// Registers a kernel instead of a disk.
+    /// Adds a kernel instead of a disk.
     #[arg(long, value_name = "PATH")]
     kernel: Option<String>,
     /// The kernel's initial RAM disk.
@@ -54,9 +76,21 @@ pub(crate) struct Add {
     /// The kernel's command line, for VMs that name none.
     #[arg(long, value_name = "CMDLINE", requires = "kernel")]
     append: Option<String>,
+    /// Uploads the files, also if their paths are absolute.
+    #[arg(long)]
+    upload: bool,
+    /// The pool that files are uploaded to.
+    #[arg(long, value_name = "POOL", default_value = "default")]
+    pool: String,
     /// Makes it safe to run this command again when its answer was lost: the same id gives the same image.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// Waits until the image can be used, and fails if it cannot.
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait.
+    #[arg(long, default_value = "1h", value_parser = units::parse_duration, value_name = "DURATION")]
+    wait_timeout: Duration,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -68,79 +102,153 @@ enum Format {
 pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error> {
     let client = &context.client;
     match command {
-        Command::Add(add) => {
-            let here = std::env::current_dir().map_err(|e| Error::Failed(format!("where are we? {e}")))?;
-            let answer = client.create_image(request(add, &here)).await?;
-            context.print(&answer, |a| output::images(a.image.as_slice(), context.now()))
-        }
+        Command::Add(add) => run_add(context, add).await,
         Command::List => {
             let answer = client.list_images(v1::ListImagesRequest {}).await?;
             context.print(&answer, |a| output::images(&a.images, context.now()))
         }
         Command::Show(Named { image }) => {
             let answer = client.get_image(v1::GetImageRequest { image }).await?;
-            context.print(&answer, |a| output::show_image(&a.image.clone().unwrap_or_default(), context.now()))
+            let found = answer.image.clone().unwrap_or_default();
+            let progress = if is_settled(&found) { None } else { progress_of(context, &found.id).await? };
+            context.print(&answer, |_| output::show_image(&found, progress.as_ref(), context.now()))
         }
-        Command::Delete(Named { image }) => {
-            let answer = client.delete_image(v1::DeleteImageRequest { image: image.clone() }).await?;
-            context.print(&answer, |_| format!("{} is forgotten.", output::clean(&image)))
-        }
-    }
-}
-
-fn request(add: Add, here: &Path) -> v1::CreateImageRequest {
-    let file = |role: ImageFileRole, path: &str, sha256: Option<String>| v1::ImageFile {
-        role: role.into(),
-        source: source(path, here),
-        sha256: sha256.unwrap_or_default(),
-        ..Default::default()
-    };
-    let (kind, files) = match (&add.kernel, &add.path) {
-        (Some(kernel), _) => {
-            let mut files = vec![file(ImageFileRole::Kernel, kernel, add.sha256)];
-            files.extend(add.initrd.map(|initrd| file(ImageFileRole::Initrd, &initrd, add.initrd_sha256)));
-            (ImageKind::Kernel, files)
-        }
-        (None, path) => {
-            let mut disk = file(ImageFileRole::Disk, path.as_deref().unwrap_or_default(), add.sha256);
-            disk.format = match add.format {
-                None => ImageFormat::Unspecified,
-                Some(Format::Raw) => ImageFormat::Raw,
-                Some(Format::Qcow2) => ImageFormat::Qcow2,
+        Command::Delete(Delete { image, wait, wait_timeout }) => {
+            let found = client.get_image(v1::GetImageRequest { image: image.clone() }).await?.image.unwrap_or_default();
+            let answer = client.delete_image(v1::DeleteImageRequest { image: found.id.clone() }).await?;
+            if wait {
+                follow(context, &found.id, wait_timeout, |_| Verdict::Wait).await?;
             }
-            .into();
-            (ImageKind::Disk, vec![disk])
+            context.print(&answer, |_| format!("{} is deleted.", output::clean(&image)))
+        }
+    }
+}
+
+async fn run_add(context: &Context, add: Add) -> Result<(), Error> {
+    let here = std::env::current_dir().map_err(|e| Error::Failed(format!("where are we? {e}")))?;
+    let (wait, wait_timeout) = (add.wait, add.wait_timeout);
+    let mut answer = match sources::plan(add, &here)? {
+        Plan::Register(request) => context.client.create_image(request).await?,
+        Plan::Upload(upload) => v1::CreateImageResponse { image: send(context, upload).await?.image },
+    };
+    let image = answer.image.clone().unwrap_or_default();
+    if wait && image.state() != ImageState::Ready {
+        let seen = follow(context, &image.id, wait_timeout, |image| match image.state() {
+            ImageState::Ready => Verdict::Done,
+            ImageState::Failed | ImageState::Deleting => Verdict::Hopeless,
+            ImageState::Unspecified | ImageState::Fetching | ImageState::Uploading => Verdict::Wait,
+        });
+        answer.image = seen.await?;
+        if answer.image.is_none() {
+            return Err(Error::Failed(format!("{} was deleted", output::clean(&image.name))));
+        }
+    }
+    context.print(&answer, |a| output::images(a.image.as_slice(), context.now()))
+}
+
+/// Whether nothing more is going to happen to it.
+fn is_settled(image: &v1::Image) -> bool {
+    matches!(image.state(), ImageState::Unspecified | ImageState::Ready | ImageState::Failed)
+}
+
+async fn progress_of(context: &Context, id: &str) -> Result<Option<v1::ImageProgress>, Error> {
+    let mut watch = context.client.watch_image(v1::WatchImageRequest { image: id.to_owned() }).await?;
+    Ok(watch.message().await?.and_then(|m| m.progress))
+}
+
+enum Verdict {
+    Wait,
+    Done,
+    Hopeless,
+}
+
+/// Watches an image until `judge` is content. `None`: it is gone. A watch that breaks off is opened again.
+async fn follow(
+    context: &Context,
+    id: &str,
+    limit: Duration,
+    judge: impl Fn(&v1::Image) -> Verdict,
+) -> Result<Option<v1::Image>, Error> {
+    let mut progress = Progress::start();
+    let mut last = String::new();
+    let work = async {
+        loop {
+            let opened = context.client.watch_image(v1::WatchImageRequest { image: id.to_owned() }).await;
+            let mut watch = match opened {
+                Ok(watch) => watch,
+                Err(status) if status.code() == tonic::Code::NotFound => return Ok(None),
+                Err(status) => return Err(Error::from(status)),
+            };
+            while let Ok(Some(answer)) = watch.message().await {
+                let image = answer.image.unwrap_or_default();
+                last = output::image_line(&image, answer.progress.as_ref());
+                progress.say(last.clone());
+                match judge(&image) {
+                    Verdict::Wait => {}
+                    Verdict::Done => return Ok(Some(image)),
+                    Verdict::Hopeless => return Err(Error::Failed(last.clone())),
+                }
+            }
+            time::sleep(Duration::from_millis(200)).await;
         }
     };
-    v1::CreateImageRequest {
-        request_id: add.request_id.unwrap_or_default(),
-        name: add.name,
-        kind: kind.into(),
-        files,
-        command_line: add.append.unwrap_or_default(),
+    match time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::TimedOut(format!("not done within {}: {last}\nIt goes on.", units::duration(limit)))),
     }
 }
 
-/// A path as the hosts understand it: absolute, or in a pool.
-fn source(path: &str, here: &Path) -> String {
-    if path.starts_with("pool:") || path.is_empty() {
-        return path.to_owned();
-    }
-    // Only joined, not resolved: on a host the same path may lead through other links.
-    let absolute: PathBuf = here.join(path).components().collect();
-    absolute.to_string_lossy().into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn relative_paths_are_taken_from_here() {
-        let here = Path::new("/srv/images");
-        assert_eq!(source("debian.qcow2", here), "/srv/images/debian.qcow2");
-        assert_eq!(source("./x/./y.img", here), "/srv/images/x/y.img");
-        assert_eq!(source("/a/b", here), "/a/b");
-        assert_eq!(source("pool:default/a.img", here), "pool:default/a.img");
+/// Sends files, and says how far it is.
+async fn send(context: &Context, upload: Upload) -> Result<v1::UploadImageResponse, Error> {
+    let total: u64 = upload.start.files.iter().map(|f| f.size_bytes).sum();
+    let name = upload.start.name.clone();
+    let (messages, queue) = mpsc::channel(PIECES);
+    let (sent, mut watched) = tokio::sync::watch::channel(0_u64);
+    let reading = async move {
+        let message = |message| v1::UploadImageRequest { message: Some(message) };
+        if messages.send(message(Message::Start(upload.start))).await.is_err() {
+            return Ok(());
+        }
+        for path in upload.paths {
+            let failed = |e: std::io::Error| format!("{}: {e}", path.display());
+            let mut file = tokio::fs::File::open(&path).await.map_err(failed)?;
+            loop {
+                let mut piece = vec![0; PIECE];
+                let n = file.read(&mut piece).await.map_err(failed)?;
+                if n == 0 {
+                    break;
+                }
+                piece.truncate(n);
+                // Nobody takes it any more: the answer says why.
+                if messages.send(message(Message::Data(piece))).await.is_err() {
+                    return Ok(());
+                }
+                sent.send_modify(|s| *s += n as u64);
+            }
+        }
+        Ok::<(), String>(())
+    };
+    let mut progress = Progress::start();
+    let telling = async {
+        let mut shown = u64::MAX;
+        loop {
+            let percent = *watched.borrow_and_update() * 100 / total.max(1);
+            if percent / 10 != shown {
+                shown = percent / 10;
+                progress.say(format!("{}: {percent} % of {} sent", output::clean(&name), units::bytes(total)));
+            }
+            if watched.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let calling = async {
+        let (read, answer) = tokio::join!(reading, context.client.upload_image(ReceiverStream::new(queue)));
+        read.map_err(Error::Failed)?;
+        Ok(answer?)
+    };
+    tokio::select! {
+        answer = calling => answer,
+        () = telling => unreachable!("it tells for ever"),
     }
 }

@@ -221,6 +221,19 @@ fn compare_fixed(document: &Document, now: &v1::VmSpec, images: &Images, changes
         crate::output::text::labels(&now.host_labels),
         host_labels.map(|l| crate::output::text::labels(&l)),
     );
+    differ(
+        "firmware",
+        crate::output::text::word(now.firmware().as_str_name(), "FIRMWARE_"),
+        document.firmware.map(|f| crate::output::text::word(f.to_proto().as_str_name(), "FIRMWARE_")),
+    );
+    let told = |c: &v1::CloudInit| crate::output::cloud_init(c);
+    if let Some(wanted) = document.cloud_init.as_ref().map(super::CloudInit::to_proto)
+        && now.cloud_init.as_ref() != Some(&wanted)
+    {
+        let from = now.cloud_init.as_ref().map_or_else(|| "none".to_owned(), told);
+        // What is told may look the same and differ in the texts themselves.
+        differ("cloud_init", from, Some(format!("{} (changed)", told(&wanted))));
+    }
     differ("anti_affinity", now.anti_affinity_group.clone(), document.anti_affinity.clone());
 }
 

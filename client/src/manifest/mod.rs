@@ -62,6 +62,35 @@ pub struct Document {
     pub display: Option<Display>,
     /// Whether it has a channel to a guest agent.
     pub guest_agent: Option<GuestAgent>,
+    /// What boots it.
+    pub firmware: Option<Firmware>,
+    /// What the guest's cloud-init is told.
+    pub cloud_init: Option<CloudInit>,
+}
+
+/// What the guest's cloud-init is told.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloudInit {
+    /// Without it, made from the VM's name.
+    pub hostname: Option<String>,
+    /// Public keys as in `authorized_keys`.
+    pub ssh_keys: Option<Vec<String>>,
+    /// The user data itself.
+    pub user_data: Option<String>,
+    /// The network configuration itself.
+    pub network_config: Option<String>,
+}
+
+impl CloudInit {
+    pub(super) fn to_proto(&self) -> v1::CloudInit {
+        v1::CloudInit {
+            hostname: self.hostname.clone().unwrap_or_default(),
+            ssh_authorized_keys: self.ssh_keys.clone().unwrap_or_default(),
+            user_data: self.user_data.clone().unwrap_or_default(),
+            network_config: self.network_config.clone().unwrap_or_default(),
+        }
+    }
 }
 
 /// A kernel to boot.
@@ -136,6 +165,8 @@ words! {
     NicKind => NicType { User = "user", }
     /// A screen.
     Display => DisplayType { None = "none", Standard = "standard", }
+    /// What boots a machine.
+    Firmware => Firmware { Bios = "bios", Uefi = "uefi", }
     /// A channel to a guest agent.
     GuestAgent => GuestAgentMode { Disabled = "disabled", Enabled = "enabled", }
 }
@@ -252,6 +283,8 @@ impl Document {
                 stop_grace_seconds: self.stop_grace.map_or(0, |s| s.0),
                 display: self.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
                 guest_agent: self.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
+                firmware: self.firmware.map_or(v1::Firmware::Unspecified, Firmware::to_proto).into(),
+                cloud_init: self.cloud_init.as_ref().map(CloudInit::to_proto),
             }),
         }
     }
@@ -290,6 +323,8 @@ anti_affinity: web
 stop_grace: 90s
 display: none
 guest_agent: enabled
+firmware: uefi
+cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
 ";
 
     #[test]
@@ -315,6 +350,12 @@ guest_agent: enabled
             stop_grace_seconds: 90,
             display: v1::DisplayType::None.into(),
             guest_agent: v1::GuestAgentMode::Enabled.into(),
+            firmware: v1::Firmware::Uefi.into(),
+            cloud_init: Some(v1::CloudInit {
+                hostname: "w".into(),
+                ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
+                ..Default::default()
+            }),
         };
         let expected = v1::CreateVmRequest {
             request_id: String::new(),

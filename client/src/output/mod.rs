@@ -14,10 +14,11 @@ use std::io::{self, Write as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
+pub(crate) use self::vm::cloud_init;
 pub use self::{
     cluster::{event_line, events, status},
     host::{host_line, hosts, show_host, what_if},
-    image::{images, show_image},
+    image::{image_line, images, show_image},
     text::{clean, clean_lines},
     vm::{Columns, explain, phase_word, show_vm, vm_line, vms},
 };

@@ -107,6 +107,34 @@ fn last_migration(end: &v1::MigrationEnd, now: WallTime) -> String {
     format!("{what}, {}", moment_and_age(end.at.as_ref(), now))
 }
 
+/// BIOS is not worth a line.
+fn firmware(spec: &v1::VmSpec) -> String {
+    match spec.firmware() {
+        v1::Firmware::Unspecified | v1::Firmware::Bios => String::new(),
+        v1::Firmware::Uefi => "uefi".to_owned(),
+    }
+}
+
+/// What cloud-init is told, but for the texts themselves.
+pub(crate) fn cloud_init(c: &v1::CloudInit) -> String {
+    let mut parts = Vec::new();
+    if !c.hostname.is_empty() {
+        parts.push(format!("host name {}", c.hostname));
+    }
+    match c.ssh_authorized_keys.len() {
+        0 => {}
+        1 => parts.push("1 key".to_owned()),
+        n => parts.push(format!("{n} keys")),
+    }
+    if !c.user_data.is_empty() {
+        parts.push(format!("user data ({} bytes)", c.user_data.len()));
+    }
+    if !c.network_config.is_empty() {
+        parts.push(format!("network configuration ({} bytes)", c.network_config.len()));
+    }
+    if parts.is_empty() { "yes".to_owned() } else { parts.join(", ") }
+}
+
 /// Everything about one VM.
 #[must_use]
 pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
@@ -133,6 +161,8 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         ("vCPUs", spec.vcpus.to_string()),
         ("Memory", mib(spec.memory_mib)),
         ("Machine", spec.machine.clone()),
+        ("Firmware", firmware(&spec)),
+        ("Cloud-init", spec.cloud_init.as_ref().map(cloud_init).unwrap_or_default()),
         ("Kernel", spec.kernel.as_ref().map(|k| k.image.clone()).unwrap_or_default()),
         ("Command line", spec.kernel.as_ref().map(|k| k.command_line.clone()).unwrap_or_default()),
         ("Restart", word(spec.restart().as_str_name(), "RESTART_POLICY_")),

@@ -1,9 +1,10 @@
 //! `ImageService`.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use prost::Message as _;
-use tonic::{Code, Request, Response, Status};
+use tokio_stream::Stream;
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
 use uncloud_proto::{
     ids::{HostId, ImageId},
@@ -13,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     context::{Context, Freshness, timely, within},
-    convert,
+    convert, image_watch, upload,
     validate::{self, NewFile, NewImage, Violations, quoted},
     vm_service::{fingerprint, wrong_answer},
 };
@@ -21,7 +22,7 @@ use crate::{
     leadership::{Committed, Leader},
     model::{
         Extra, ImageRecord,
-        image::{DiskFormat, FileRole, ImageFile},
+        image::{DiskFormat, FileRole, ImageFile, ImageState},
     },
     state::{
         self, ImageEntry,
@@ -47,6 +48,12 @@ impl Images {
             id: ImageId::from_uuid(Uuid::new_v4()),
             name: name.clone(),
             kind,
+            // What lies at an address has not been read yet.
+            state: match files.iter().any(|f| is_address(&f.source)) {
+                true => ImageState::Fetching,
+                false => ImageState::Ready,
+            },
+            reason: String::new(),
             files,
             command_line: command_line.clone(),
             created: leader.clock.wall(),
@@ -127,7 +134,7 @@ async fn inspect(leader: &Leader, i: usize, file: NewFile) -> Result<ImageFile, 
         }
     }
     Err(match problem {
-        Some((host, problem)) => unusable(leader, i, host, &problem),
+        Some((host, problem)) => unusable(leader, i, &file.source, host, &problem),
         None => Status::unavailable(format!("none of the {silent} hosts answered; try again")),
     })
 }
@@ -143,11 +150,14 @@ fn telling(kind: v1::FileProblemKind) -> u8 {
     }
 }
 
-fn unusable(leader: &Leader, i: usize, host: HostId, problem: &v1::FileProblem) -> Status {
+fn unusable(leader: &Leader, i: usize, source: &str, host: HostId, problem: &v1::FileProblem) -> Status {
     let name = host_name(leader, host);
-    let words = quoted_line(&problem.message);
+    let words = convert::line(&problem.message);
     let (code, text) = match problem.kind() {
         v1::FileProblemKind::NotFound => (Code::NotFound, format!("is on no connected host (host {name}: {words})")),
+        v1::FileProblemKind::Forbidden if is_address(source) => {
+            (Code::InvalidArgument, format!("may not be fetched (host {name}: {words})"))
+        }
         v1::FileProblemKind::Forbidden => (
             Code::InvalidArgument,
             format!("leads out of the directories that images may come from (host {name}: {words})"),
@@ -165,21 +175,25 @@ fn refuse(code: Code, field: String, problem: String) -> Status {
     Status::with_error_details(code, message, ErrorDetails::with_bad_request_violation(field, problem))
 }
 
-/// What an agent said, bounded and on one line.
-fn quoted_line(text: &str) -> String {
-    text.chars().take(500).map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
 fn host_name(leader: &Leader, host: HostId) -> String {
     leader.mirror.read(|state| state.host(host).map_or_else(|| host.to_string(), |h| h.record.name.clone()))
+}
+
+/// Whether a source is an address on the network.
+fn is_address(source: &str) -> bool {
+    source.starts_with("https://") || source.starts_with("http://")
 }
 
 /// Compares what a host found with what the user said.
 fn accept(leader: &Leader, i: usize, file: NewFile, host: HostId, facts: v1::FileFacts) -> Result<ImageFile, Status> {
     let at = |field: &str| format!("files[{i}].{field}");
     let name = || host_name(leader, host);
-    let sha256 = facts.sha256.to_ascii_lowercase();
-    if sha256.len() != 64 || !sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
+    let sha256 = match is_address(&file.source) {
+        // Only its beginning was looked at: what the user says is checked when it is fetched.
+        true => file.sha256.clone().unwrap_or_default(),
+        false => facts.sha256.to_ascii_lowercase(),
+    };
+    if (!is_address(&file.source) && sha256.len() != 64) || !sha256.bytes().all(|b| b.is_ascii_hexdigit()) {
         return Err(Status::internal(format!("host {} did not give a sha256 of {}", name(), quoted(&file.source))));
     }
     if let Some(expected) = &file.sha256
@@ -252,6 +266,26 @@ impl ImageService for Images {
             Ok(v1::ListImagesResponse { images, revision: state.revision().0 })
         })?;
         Ok(Response::new(answer))
+    }
+
+    type WatchImageStream = Pin<Box<dyn Stream<Item = Result<v1::WatchImageResponse, Status>> + Send>>;
+
+    async fn watch_image(
+        &self,
+        request: Request<v1::WatchImageRequest>,
+    ) -> Result<Response<Self::WatchImageStream>, Status> {
+        let image = validate::image_ref(request.into_inner().image)?;
+        let id = self.context.read(|_, state| Ok(state.resolve_image(&image)?)).await?;
+        let leader = self.context.leader()?;
+        Ok(Response::new(Box::pin(image_watch::watch(self.context.clone(), leader, id))))
+    }
+
+    async fn upload_image(
+        &self,
+        request: Request<Streaming<v1::UploadImageRequest>>,
+    ) -> Result<Response<v1::UploadImageResponse>, Status> {
+        let image = upload::upload(&self.context, request.into_inner()).await?;
+        Ok(Response::new(v1::UploadImageResponse { image: Some(image) }))
     }
 
     async fn delete_image(

@@ -17,9 +17,11 @@ mod forward;
 mod host_service;
 mod host_watch;
 mod image_service;
+mod image_watch;
 mod server;
 #[cfg(test)]
 mod tests;
+mod upload;
 pub(crate) mod validate;
 mod vm_service;
 mod vm_watch;

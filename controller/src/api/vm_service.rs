@@ -33,6 +33,9 @@ const MINTS: usize = 3;
 /// Hosts that an explanation names for one reason.
 const NAMED_HOSTS: usize = 20;
 
+/// Bytes after which a page is full, whatever its size in VMs: clients take 4 MiB at once, and one VM may have 200 KiB.
+const FULL_PAGE: usize = 2 << 20;
+
 /// The service.
 #[derive(Clone, Debug)]
 pub(super) struct Vms {
@@ -224,15 +227,18 @@ impl VmService for Vms {
                     && wanted.phase.is_none_or(|p| convert::phase(entry.effective_status().phase) == p)
                     && validate::has_labels(&record.labels, &wanted.labels)
             };
-            let mut found = state.vms_from(wanted.after).filter(|(_, entry)| matches(entry));
-            let page: Vec<_> = found.by_ref().take(wanted.page_size).collect();
-            let more = found.next().is_some();
-            let last = page.last().map(|(id, _)| id.to_string());
-            Ok(v1::ListVmsResponse {
-                vms: page.into_iter().map(|(_, entry)| convert::vm(state, entry)).collect(),
-                next_page_token: last.filter(|_| more).unwrap_or_default(),
-                revision: state.revision().0,
-            })
+            let mut vms = Vec::new();
+            let (mut bytes, mut next_page_token) = (0, String::new());
+            for (_, entry) in state.vms_from(wanted.after).filter(|(_, entry)| matches(entry)) {
+                if vms.len() >= wanted.page_size || bytes >= FULL_PAGE {
+                    next_page_token = vms.last().map(|vm: &v1::Vm| vm.id.clone()).unwrap_or_default();
+                    break;
+                }
+                let vm = convert::vm(state, entry);
+                bytes += vm.encoded_len();
+                vms.push(vm);
+            }
+            Ok(v1::ListVmsResponse { vms, next_page_token, revision: state.revision().0 })
         })?;
         Ok(Response::new(answer))
     }
@@ -284,7 +290,7 @@ impl VmService for Vms {
         };
         let (secret, bytes_per_second) = (migration_secret(), wanted.bytes_per_second);
         let command = |vm| Command::MigrateVm { vm, to, secret, bytes_per_second };
-        let vm = self.change(wanted.vm.vm, wanted.vm.owner, command).await?;
+        let vm = self.change(&wanted.vm, command).await?;
         Ok(Response::new(v1::MigrateVmResponse { vm }))
     }
 
@@ -293,7 +299,7 @@ impl VmService for Vms {
         request: Request<v1::CancelMigrationRequest>,
     ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
         let v1::CancelMigrationRequest { vm, owner } = request.into_inner();
-        let vm = self.change(vm, owner, |vm| Command::CancelMigration { vm }).await?;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::CancelMigration { vm }).await?;
         Ok(Response::new(v1::CancelMigrationResponse { vm }))
     }
 

@@ -14,7 +14,7 @@ use uncloud_proto::{
     ids::{ControllerId, HostId, Term},
 };
 
-use super::{Elected, LeaderToken, Mirror, Validity, Writer, writer::Work};
+use super::{Elected, ImageBoard, LeaderToken, Mirror, Validity, Writer, writer::Work};
 use crate::{
     config::MAX_LEASE,
     health::{HealthTable, Timings},
@@ -57,6 +57,8 @@ pub struct Leader {
     pub health: Mutex<HealthTable>,
     /// The agents' sessions.
     pub sessions: SessionRegistry,
+    /// The images that are on their way.
+    pub images: ImageBoard,
     /// Ends with the term.
     pub cancel: CancellationToken,
     /// What the operator set.
@@ -123,6 +125,7 @@ impl Leader {
             mirror: mirror.clone(),
             health: Mutex::new(health),
             sessions: SessionRegistry::default(),
+            images: ImageBoard::default(),
             cancel: cancel.clone(),
             settings,
             clock: clock.clone(),

@@ -91,6 +91,8 @@ pub enum EventType {
     // images
     ImageCreated,
     ImageDeleted,
+    ImageReady,
+    ImageFailed,
     // the cluster
     LeaderElected,
     BrakeEngaged,

@@ -221,6 +221,12 @@ pub struct VmSpec {
     /// Whether it has a channel to a guest agent. VMs of a program that knew none have none.
     #[serde(default, skip_serializing_if = "is_default")]
     pub guest_agent: GuestAgent,
+    /// What boots the machine.
+    #[serde(default, skip_serializing_if = "Firmware::is_bios")]
+    pub firmware: Firmware,
+    /// What the guest's cloud-init is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
@@ -260,6 +266,40 @@ pub enum GuestAgent {
 pub enum Machine {
     Q35,
     Pc,
+}
+
+/// What boots a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum Firmware {
+    #[default]
+    Bios,
+    Uefi,
+}
+
+impl Firmware {
+    /// What a record need not say.
+    const fn is_bios(&self) -> bool {
+        matches!(self, Self::Bios)
+    }
+}
+
+/// What the guest's cloud-init is told. Documented in `vm.proto`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub struct CloudInit {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub hostname: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ssh_authorized_keys: Vec<String>,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub user_data: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub network_config: String,
+    /// Fields of a newer program.
+    #[serde(flatten)]
+    pub extra: Extra,
 }
 
 /// A kernel that QEMU loads itself.

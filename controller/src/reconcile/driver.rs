@@ -11,6 +11,7 @@ use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::clock::Tick;
 
 use super::{
+    images,
     migrations::Migrations,
     plan::{self, Attempts, BATCH, Situation},
 };
@@ -34,6 +35,7 @@ pub async fn run(leader: Arc<Leader>) {
         tokio::select! {
             () = leader.cancel.cancelled() => {}
             () = passes(&leader) => {}
+            () = images::run(&leader) => {}
         }
     };
     work.instrument(span).await;

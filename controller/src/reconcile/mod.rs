@@ -5,6 +5,7 @@
 //! talks to no agent: sessions see what was stored and tell theirs.
 
 pub mod driver;
+pub(crate) mod images;
 pub mod migrations;
 pub mod plan;
 

@@ -80,6 +80,8 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
             stop_grace_seconds: 60,
             display: Display::None,
             guest_agent: GuestAgent::Disabled,
+            firmware: Default::default(),
+            cloud_init: None,
             extra: Extra::new(),
         },
         pending: None,

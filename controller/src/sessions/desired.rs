@@ -229,6 +229,8 @@ mod tests {
                 stop_grace_seconds: 60,
                 display: Display::None,
                 guest_agent: GuestAgent::Disabled,
+                firmware: Default::default(),
+                cloud_init: None,
                 extra: Default::default(),
             },
             image_names: Vec::new(),

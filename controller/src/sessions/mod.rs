@@ -17,5 +17,5 @@ pub mod rules;
 mod stream;
 
 pub(crate) use outgoing::{Item, QUEUE};
-pub use registry::{AskError, LiveFacts, PIECES, Pipe, SessionRegistry};
+pub use registry::{AskError, Fetched, Fetching, LiveFacts, PIECES, Pipe, SessionRegistry};
 pub(crate) use stream::run;

@@ -16,11 +16,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use uncloud_proto::{
-    ids::{HostId, VmId},
+    ids::{HostId, ImageId, VmId},
     v1,
 };
 use uuid::Uuid;
@@ -70,7 +70,53 @@ enum Stage {
 
 struct Query {
     host: HostId,
-    answer: oneshot::Sender<v1::file_inspection::Result>,
+    answer: Answer,
+}
+
+/// What is waited for.
+enum Answer {
+    Inspection(oneshot::Sender<v1::file_inspection::Result>),
+    Fetched(oneshot::Sender<v1::ImageFetched>, watch::Sender<Fetched>),
+    Removed(oneshot::Sender<v1::ImageRemoved>),
+}
+
+impl Answer {
+    fn is_closed(&self) -> bool {
+        match self {
+            Self::Inspection(sender) => sender.is_closed(),
+            Self::Fetched(sender, _) => sender.is_closed(),
+            Self::Removed(sender) => sender.is_closed(),
+        }
+    }
+}
+
+/// How far a fetch has come, as the host said last. Said anew even if nothing has come, so each word is a sign of life.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fetched {
+    /// Bytes that are there.
+    pub done: u64,
+    /// Bytes that there will be; 0: not known.
+    pub total: u64,
+}
+
+/// A fetch that a host was asked for.
+#[derive(Debug)]
+pub struct Fetching {
+    /// How it ended. Dropped unanswered when the session ends.
+    pub answer: oneshot::Receiver<v1::ImageFetched>,
+    /// How far it has come.
+    pub progress: watch::Receiver<Fetched>,
+}
+
+/// What an agent answers.
+#[derive(Debug)]
+pub enum Reply {
+    /// To `InspectFile`.
+    Inspection(v1::file_inspection::Result),
+    /// To `FetchImage`.
+    Fetched(v1::ImageFetched),
+    /// To `RemoveImage`.
+    Removed(v1::ImageRemoved),
 }
 
 struct WaitingStream {
@@ -95,6 +141,10 @@ pub enum Order {
     OpenStream(v1::OpenStream),
     /// Look at a file.
     InspectFile(v1::InspectFile),
+    /// Fetch an image.
+    FetchImage(v1::FetchImage),
+    /// Remove the copies of an image.
+    RemoveImage(v1::RemoveImage),
 }
 
 /// The agent's end of a byte stream between a user and a guest.
@@ -189,14 +239,35 @@ impl SessionRegistry {
         source: &str,
         role: v1::ImageFileRole,
     ) -> Result<oneshot::Receiver<v1::file_inspection::Result>, AskError> {
-        let mut inner = self.lock();
-        inner.queries.retain(|_, q| !q.answer.is_closed());
-        inner.last_query += 1;
-        let query_id = inner.last_query;
-        let order = v1::InspectFile { query_id, source: source.to_owned(), role: role.into() };
-        inner.send(host, Order::InspectFile(order))?;
         let (answer, receiver) = oneshot::channel();
-        inner.queries.insert(query_id, Query { host, answer });
+        let order =
+            |query_id| Order::InspectFile(v1::InspectFile { query_id, source: source.to_owned(), role: role.into() });
+        self.lock().ask(host, order, Answer::Inspection(answer))?;
+        Ok(receiver)
+    }
+
+    /// Asks a host to fetch an image.
+    ///
+    /// # Errors
+    ///
+    /// When the host cannot be asked.
+    pub fn fetch_image(&self, host: HostId, image: v1::Image) -> Result<Fetching, AskError> {
+        let (answer, receiver) = oneshot::channel();
+        let (sender, progress) = watch::channel(Fetched::default());
+        let order = |query_id| Order::FetchImage(v1::FetchImage { query_id, image: Some(image) });
+        self.lock().ask(host, order, Answer::Fetched(answer, sender))?;
+        Ok(Fetching { answer: receiver, progress })
+    }
+
+    /// Asks a host to remove its copies of an image. The receiver is dropped unanswered when the session ends.
+    ///
+    /// # Errors
+    ///
+    /// When the host cannot be asked.
+    pub fn remove_image(&self, host: HostId, image: ImageId) -> Result<oneshot::Receiver<v1::ImageRemoved>, AskError> {
+        let (answer, receiver) = oneshot::channel();
+        let order = |query_id| Order::RemoveImage(v1::RemoveImage { query_id, image_id: image.to_string() });
+        self.lock().ask(host, order, Answer::Removed(answer))?;
         Ok(receiver)
     }
 
@@ -230,6 +301,15 @@ impl SessionRegistry {
 }
 
 impl Inner {
+    fn ask(&mut self, host: HostId, order: impl FnOnce(u64) -> Order, answer: Answer) -> Result<(), AskError> {
+        self.queries.retain(|_, q| !q.answer.is_closed());
+        self.last_query += 1;
+        let query_id = self.last_query;
+        self.send(host, order(query_id))?;
+        self.queries.insert(query_id, Query { host, answer });
+        Ok(())
+    }
+
     fn send(&mut self, host: HostId, order: Order) -> Result<(), AskError> {
         let connected =
             self.sessions.get(&host).filter(|c| c.stage == Stage::Welcomed).ok_or(AskError::NotConnected)?;
@@ -273,13 +353,37 @@ impl Claim {
     }
 
     /// Passes on what the agent found. Answers to questions that nobody asked this host are ignored.
-    pub fn answer(&self, query: u64, result: v1::file_inspection::Result) {
+    pub fn answer(&self, query: u64, reply: Reply) {
         let mut inner = self.registry.lock();
-        if inner.queries.get(&query).is_some_and(|q| q.host == self.host)
-            && let Some(query) = inner.queries.remove(&query)
+        let fits = |q: &Query| {
+            q.host == self.host
+                && matches!(
+                    (&q.answer, &reply),
+                    (Answer::Inspection(_), Reply::Inspection(_))
+                        | (Answer::Fetched(..), Reply::Fetched(_))
+                        | (Answer::Removed(_), Reply::Removed(_))
+                )
+        };
+        if !inner.queries.get(&query).is_some_and(fits) {
+            return;
+        }
+        let Some(asked) = inner.queries.remove(&query) else { return };
+        // Whoever asked may have gone.
+        match (asked.answer, reply) {
+            (Answer::Inspection(sender), Reply::Inspection(result)) => drop(sender.send(result)),
+            (Answer::Fetched(sender, _), Reply::Fetched(result)) => drop(sender.send(result)),
+            (Answer::Removed(sender), Reply::Removed(result)) => drop(sender.send(result)),
+            (Answer::Inspection(_) | Answer::Fetched(..) | Answer::Removed(_), _) => {}
+        }
+    }
+
+    /// Passes on how far a fetch has come.
+    pub fn progress(&self, query: u64, fetched: Fetched) {
+        let inner = self.registry.lock();
+        if let Some(Query { host, answer: Answer::Fetched(_, sender) }) = inner.queries.get(&query)
+            && *host == self.host
         {
-            // Whoever asked may have gone.
-            let _ = query.answer.send(result);
+            sender.send_replace(fetched);
         }
     }
 
@@ -406,9 +510,10 @@ mod tests {
         two.welcomed();
         let answer = registry.inspect(host(1), "/x", v1::ImageFileRole::Disk).unwrap();
         let found = |size_bytes| v1::file_inspection::Result::Facts(v1::FileFacts { size_bytes, ..Default::default() });
-        two.answer(1, found(2));
-        one.answer(7, found(7));
-        one.answer(1, found(1));
+        two.answer(1, Reply::Inspection(found(2)));
+        one.answer(7, Reply::Inspection(found(7)));
+        one.answer(1, Reply::Removed(v1::ImageRemoved::default()));
+        one.answer(1, Reply::Inspection(found(1)));
         assert_eq!(answer.await.unwrap(), found(1));
         for _ in 1..ORDERS {
             registry.inspect(host(1), "/x", v1::ImageFileRole::Disk).map(drop).unwrap();

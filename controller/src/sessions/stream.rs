@@ -17,6 +17,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::BoxFuture};
+use prost::Message as _;
 use tokio::{
     sync::{mpsc, watch},
     time,
@@ -24,16 +25,16 @@ use tokio::{
 use tonic::{Status, Streaming};
 use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::{
-    ids::{HostId, Revision, VmId},
+    ids::{HostId, Revision},
     v1::{self, session_request, session_response::Message},
 };
 
 use super::{
-    desired::{self, Plan, Wanted},
+    desired::{self, Plan},
     job::{self, Job, JobResult},
     outgoing::{End, Item, Outgoing},
     parse::{self, Greeting, Reported},
-    registry::{Claim, LiveFacts, Order},
+    registry::{Claim, Fetched, LiveFacts, Order, Reply},
     rules::{self, OnHeartbeat, Rules},
 };
 use crate::{
@@ -54,8 +55,9 @@ const HEARTBEATS_PER_LEASE: u32 = 6;
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a registration waits for room. Shorter than the lease that the host may still have.
 const GREETING_PATIENCE: Duration = Duration::from_secs(3);
-/// VMs in one message: with 4 KiB each, 2 MiB, well below the limit of a message.
+/// VMs in one message, and bytes: one with much user data has 200 KiB. Well below the limit of a message.
 const VMS_PER_MESSAGE: usize = 500;
+const BYTES_PER_MESSAGE: usize = 2 << 20;
 
 /// Serves one session until it ends, and says why to the agent.
 pub(crate) async fn run(
@@ -239,6 +241,8 @@ impl<'a> Session<'a> {
                 order = self.claim.orders.recv() => match order {
                     Some(Order::OpenStream(order)) => self.out.send(Message::OpenStream(order))?,
                     Some(Order::InspectFile(order)) => self.out.send(Message::InspectFile(order))?,
+                    Some(Order::FetchImage(order)) => self.out.send(Message::FetchImage(order))?,
+                    Some(Order::RemoveImage(order)) => self.out.send(Message::RemoveImage(order))?,
                     None => return Err(replaced()),
                 },
                 changed = self.changed.changed() => match changed {
@@ -265,9 +269,21 @@ impl<'a> Session<'a> {
             }
             Some(session_request::Message::Inspection(inspection)) => {
                 match inspection.result {
-                    Some(result) => self.claim.answer(inspection.query_id, result),
+                    Some(result) => self.claim.answer(inspection.query_id, Reply::Inspection(result)),
                     None => warn!(query = inspection.query_id, "an inspection without a result is ignored"),
                 }
+                Ok(())
+            }
+            Some(session_request::Message::FetchProgress(p)) => {
+                self.claim.progress(p.query_id, Fetched { done: p.done_bytes, total: p.total_bytes });
+                Ok(())
+            }
+            Some(session_request::Message::ImageFetched(fetched)) => {
+                self.claim.answer(fetched.query_id, Reply::Fetched(fetched));
+                Ok(())
+            }
+            Some(session_request::Message::ImageRemoved(removed)) => {
+                self.claim.answer(removed.query_id, Reply::Removed(removed));
                 Ok(())
             }
             Some(session_request::Message::Pools(message)) => {
@@ -357,13 +373,25 @@ impl<'a> Session<'a> {
             warn!(%vm, "a VM runs here that the cluster knows nothing about; it is left alone");
             self.commands.push(Command::NoteUnknownVm { host: self.host, vm });
         }
-        let message = |chunk: &[(VmId, Wanted)]| {
-            let one = |(vm, wanted): &(VmId, Wanted)| {
-                self.leader.mirror.read(|state| desired::message(state, self.host, *vm, *wanted))
-            };
-            chunk.iter().filter_map(one).collect()
-        };
-        (changes.send.chunks(VMS_PER_MESSAGE).map(message).collect(), changes.send.len())
+        let count = changes.send.len();
+        let mut messages: Vec<Vec<v1::DesiredVm>> = Vec::new();
+        let mut bytes = 0;
+        for (vm, wanted) in changes.send {
+            let found = self.leader.mirror.read(|state| desired::message(state, self.host, vm, wanted));
+            let Some(found) = found else { continue };
+            let length = found.encoded_len();
+            match messages.last_mut() {
+                Some(last) if last.len() < VMS_PER_MESSAGE && bytes + length <= BYTES_PER_MESSAGE => {
+                    bytes += length;
+                    last.push(found);
+                }
+                Some(_) | None => {
+                    bytes = length;
+                    messages.push(vec![found]);
+                }
+            }
+        }
+        (messages, count)
     }
 
     fn has_job(&self) -> bool {

@@ -15,7 +15,9 @@ use super::{
     command::{Change, Mutation},
 };
 use crate::{
-    model::{Desired, HostRecord, ImageRecord, Key, Record, RequestRecord, VmRecord, VmStatusRecord},
+    model::{
+        Desired, HostRecord, ImageRecord, Key, Record, RequestRecord, VmRecord, VmStatusRecord, image::ImageState,
+    },
     scheduler::{Needs, Resources},
 };
 
@@ -248,7 +250,10 @@ impl State {
             unindex(&mut self.image_names, &before.record.name, id);
         }
         if let Some(record) = record {
-            self.image_names.entry(record.name.clone()).or_default().insert(id);
+            // Who deletes an image may use its name again at once.
+            if record.state != ImageState::Deleting {
+                self.image_names.entry(record.name.clone()).or_default().insert(id);
+            }
             self.images.insert(id, ImageEntry { record: Arc::clone(record), revision });
         }
     }

@@ -18,6 +18,7 @@ use uuid::Uuid;
 use crate::model::{
     Desired, HostMode, ImageRecord, Key, Record, VmRecord,
     host::{Accelerator, Pool},
+    image::ImageFile,
     migration::MigrationProgress,
     vm::{Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
 };
@@ -67,8 +68,12 @@ pub enum Command {
     RemoveHost { host: HostId },
     /// A user registers an image that a host has checked.
     CreateImage { request: Option<RequestId>, image: Box<ImageRecord> },
-    /// A user forgets an image.
+    /// A user deletes an image. It goes when its copies are gone.
     DeleteImage { image: ImageId },
+    /// The files of an image have come, or never will.
+    ImageArrived { image: ImageId, outcome: Arrival },
+    /// No host has a copy of a deleted image any more.
+    ForgetImage { image: ImageId },
     /// A host said Hello: its record is made or brought up to date, and it is Up.
     RegisterHost { host: Box<HostFacts> },
     /// A host's pools have changed.
@@ -90,6 +95,17 @@ pub enum Command {
     SetFailover { change: FailoverChange },
     /// Something about the cluster that people should know: brake, settings, leader.
     Note { event: crate::model::EventType, message: String },
+}
+
+/// How the first fetch of an image, or its upload, ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// With these files, which a host has checked.
+    Complete(Vec<ImageFile>),
+    /// Its files cannot be had, or are no image.
+    Failed(String),
+    /// The upload broke off: it is deleted.
+    BrokenOff(String),
 }
 
 /// Failover for the whole cluster.

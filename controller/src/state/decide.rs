@@ -10,7 +10,7 @@ use super::{
     draft::Draft,
     hosts, images, migration, placement, reports, update, vms,
 };
-use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject};
+use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
 /// How many VMs one command places or moves. A move writes a record, a status and up to two events; 25 of them and the
 /// host's record stay under the 128 operations that etcd takes in one transaction.
@@ -62,6 +62,8 @@ impl State {
                 images::create(&mut draft, request.as_ref(), image)?
             }
             Command::DeleteImage { image } => images::delete(&mut draft, *image)?,
+            Command::ImageArrived { image, outcome } => images::arrived(&mut draft, *image, outcome)?,
+            Command::ForgetImage { image } => images::forget(&mut draft, *image)?,
             Command::RegisterHost { host } => hosts::register(&mut draft, host)?,
             Command::UpdatePools { host, pools } => hosts::update_pools(&mut draft, *host, pools)?,
             Command::Report { host, reports } => {
@@ -116,8 +118,8 @@ impl State {
         let answer = match &record.answer {
             RequestAnswer::Vm { record, .. } => Answer::Vm(Arc::new((**record).clone())),
             RequestAnswer::Image { id } => match self.images.get(id) {
-                Some(image) => Answer::Image(Arc::clone(&image.record)),
-                None => {
+                Some(image) if image.record.state != ImageState::Deleting => Answer::Image(Arc::clone(&image.record)),
+                Some(_) | None => {
                     let message = format!("image {id}, which this request created, has been deleted since");
                     return Err(Refusal::Precondition(message));
                 }

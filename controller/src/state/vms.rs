@@ -8,7 +8,7 @@ use super::{
     VmEntry,
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
-    migration,
+    images, migration,
     placement::{
         self, assign_deletion, deletion_request, find_host, give_host, home, lease_lapsed, park, placed_message,
         schedule,
@@ -168,6 +168,9 @@ fn image<'a>(draft: &Draft<'a>, place: ImageUse, id: ImageId, kind: ImageKind) -
         };
         let problem = format!("names image `{}`, which is {is} and not {should}", entry.record.name);
         return Err(Refusal::Invalid { field, problem });
+    }
+    if let Some(problem) = images::unusable(&entry.record) {
+        return Err(Refusal::Precondition(format!("{field} {problem}")));
     }
     Ok(&entry.record)
 }

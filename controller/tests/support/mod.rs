@@ -288,6 +288,8 @@ pub(crate) fn spec() -> VmSpec {
         stop_grace_seconds: 60,
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }

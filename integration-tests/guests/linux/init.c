@@ -9,6 +9,9 @@
 //   NODISK                      there is no /dev/vda: it counts in memory only
 //   DISKERROR <what>: <why>     a read or write failed; the beat did not count
 //   ECHO <line>                 what was typed on the console
+//   FIRMWARE uefi|bios          what booted the machine
+//   SEED <file>: <line>         with `seed` in the kernel's command line: what is on the disk for cloud-init, line by line
+//   NOSEED <what>: <why>        ... and why it could not be read
 //   BYE                         the power button was pressed, or `poweroff` typed; it powers itself off
 //
 // If the machine has a channel to a guest agent, it answers there like one that knows two commands: the synchronisation and
@@ -30,6 +33,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <termios.h>
 #include <time.h>
@@ -55,6 +59,14 @@ static const char *const MODULES[] = {
     "pvpanic",
     "pvpanic-mmio",
     "pvpanic-pci",
+};
+// Loaded only to read the disk for cloud-init.
+static const char *const FAT_MODULES[] = {
+    "nls_cp437",
+    "nls_ascii",
+    "nls_utf8",
+    "fat",
+    "vfat",
 };
 // modules-end
 
@@ -83,14 +95,64 @@ static int64_t now_ms(void) {
   return t.tv_sec * 1000LL + t.tv_nsec / 1000000;
 }
 
-static void load_modules(void) {
-  for (size_t i = 0; i < sizeof MODULES / sizeof *MODULES; i++) {
+static void load_modules(const char *const *names, size_t count) {
+  for (size_t i = 0; i < count; i++) {
     char path[64];
-    snprintf(path, sizeof path, "/modules/%s.ko", MODULES[i]);
+    snprintf(path, sizeof path, "/modules/%s.ko", names[i]);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || syscall(SYS_finit_module, fd, "", 0) != 0) say("MODULE %s: %s", MODULES[i], strerror(errno));
+    if (fd < 0 || syscall(SYS_finit_module, fd, "", 0) != 0) say("MODULE %s: %s", names[i], strerror(errno));
     if (fd >= 0) close(fd);
   }
+}
+
+// Whether a word stands in the kernel's command line.
+static int told(const char *word) {
+  char line[4096] = " ";
+  int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
+  ssize_t n = fd < 0 ? -1 : read(fd, line + 1, sizeof line - 3);
+  if (fd >= 0) close(fd);
+  if (n < 0) return 0;
+  line[n + 1] = ' ';
+  for (char *c = line; *c; c++) if (*c == '\n') *c = ' ';
+  char wanted[64];
+  snprintf(wanted, sizeof wanted, " %s ", word);
+  return strstr(line, wanted) != NULL;
+}
+
+// Says what is in a file of the disk for cloud-init.
+static void say_file(const char *name) {
+  char path[64], text[4096];
+  snprintf(path, sizeof path, "/seed/%s", name);
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return;
+  ssize_t n = read(fd, text, sizeof text - 1);
+  close(fd);
+  text[n > 0 ? n : 0] = 0;
+  for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) say("SEED %s: %s", name, line);
+}
+
+// Finds the disk whose file system has the label CIDATA, and says what is on it.
+static void read_seed(void) {
+  load_modules(FAT_MODULES, sizeof FAT_MODULES / sizeof *FAT_MODULES);
+  for (int64_t end = now_ms() + DISK_WAIT_MS; now_ms() < end; usleep(20000)) {
+    for (char letter = 'a'; letter <= 'e'; letter++) {
+      char path[] = "/dev/vda", boot[SECTOR];
+      path[7] = letter;
+      int fd = open(path, O_RDONLY | O_CLOEXEC);
+      if (fd < 0) continue;
+      ssize_t n = pread(fd, boot, SECTOR, 0);
+      close(fd);
+      // The label of FAT12 and FAT16.
+      if (n != SECTOR || memcmp(boot + 43, "CIDATA     ", 11) != 0) continue;
+      mkdir("/seed", 0755);
+      if (mount(path, "/seed", "vfat", MS_RDONLY, "") != 0) return say("NOSEED mount: %s", strerror(errno));
+      say_file("meta-data");
+      say_file("user-data");
+      say_file("network-config");
+      return;
+    }
+  }
+  say("NOSEED look: no disk has the label CIDATA");
 }
 
 static int open_power_button(void) {
@@ -266,7 +328,7 @@ int main(void) {
   if (id < 0 || read(id, boot_id, 36) != 36) strcpy(boot_id, "unknown");
   close(id);
 
-  load_modules();
+  load_modules(MODULES, sizeof MODULES / sizeof *MODULES);
   int disk = open_disk();
   int button = open_power_button();
   if (button < 0) say("NOBUTTON");
@@ -278,6 +340,8 @@ int main(void) {
   else if (read_record(disk, mine))
     sscanf(mine, "COUNT %llu ", &found);
   uint64_t n = found;
+  say("FIRMWARE %s", access("/sys/firmware/efi", F_OK) == 0 ? "uefi" : "bios");
+  if (told("seed")) read_seed();
   say("READY %llu boot %s", found, boot_id);
 
   int64_t next = now_ms();

@@ -16,7 +16,7 @@ use uncloud_agent::{
         pump::{Identity, Session},
         streams::Streams,
     },
-    storage::{inspect::Inspector, source::Roots},
+    storage::{images::Images, inspect::Inspector, source::Roots},
     vm::{manager::Manager, runner::Host},
 };
 use uncloud_controller::{
@@ -130,6 +130,7 @@ pub(super) async fn agent(machine: Machine) -> turmoil::Result {
         pools,
         inspector: Inspector::new(Arc::new(Roots::new(&[], &[]))),
         streams: Streams::new(host_id, dirs),
+        images: Images::without_pools(Arc::default(), host_id),
     };
     // In step, all of them: harder on the leader than at random.
     connect::run(session, controllers, net::dial(), || 0.5, CancellationToken::new()).await;

@@ -340,7 +340,7 @@ impl Host {
             Message::Desired(desired) => desired.vms.iter().for_each(|vm| self.obey(core, agent, vm)),
             Message::Ack(ack) => self.acknowledged(core, agent, &ack),
             Message::Goodbye(goodbye) => return Err(end_of_goodbye(&goodbye, true)),
-            Message::OpenStream(_) | Message::InspectFile(_) => {}
+            Message::OpenStream(_) | Message::InspectFile(_) | Message::FetchImage(_) | Message::RemoveImage(_) => {}
         }
         Ok(())
     }

@@ -346,7 +346,11 @@ impl Lead {
                     session.commands.push(Command::UpdatePools { host: session.host, pools });
                 }
             }
-            session_request::Message::Hello(_) | session_request::Message::Inspection(_) => {}
+            session_request::Message::Hello(_)
+            | session_request::Message::Inspection(_)
+            | session_request::Message::FetchProgress(_)
+            | session_request::Message::ImageFetched(_)
+            | session_request::Message::ImageRemoved(_) => {}
         }
         self.begin_job(core, stream);
         Ok(())

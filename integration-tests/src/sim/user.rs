@@ -289,12 +289,7 @@ impl User {
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
             (
-                Doing::Restart(_)
-                | Doing::Update
-                | Doing::Migrate
-                | Doing::Mode
-                | Doing::Failover
-                | Doing::Delete(_),
+                Doing::Restart(_) | Doing::Update | Doing::Migrate | Doing::Mode | Doing::Failover | Doing::Delete(_),
                 _,
             ) => {}
         }
@@ -345,6 +340,8 @@ fn spec(core: &mut Core) -> VmSpec {
         stop_grace_seconds: u32::try_from(rng.range(2, 15)).unwrap_or(5),
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }

@@ -104,6 +104,8 @@ pub enum Event {
     SessionEnded(u16),
     /// The lease began a new generation, or some time passed.
     Wake,
+    /// How far its image is, in words.
+    Progress(String),
     /// Its image and disks are there.
     Prepared,
     /// They are not. In words.
@@ -292,6 +294,8 @@ pub struct VmState {
     retry: Option<Retry>,
     /// The record on disk is older than this one, because writing it failed.
     unsaved: bool,
+    /// How far its image is, in words. Only while that is being made ready.
+    progress: String,
     /// What it was reported to be, and since when.
     shown: (ReportState, Incarnation, WallTime),
 }
@@ -332,8 +336,15 @@ impl VmState {
             failures: 0,
             retry: None,
             unsaved: false,
+            progress: String::new(),
             shown,
         }
+    }
+
+    /// Whether its image and disks are being made ready.
+    #[must_use]
+    pub fn is_preparing(&self) -> bool {
+        self.work == Work::Preparing
     }
 
     /// What is to be written to disk.
@@ -403,6 +414,7 @@ impl VmState {
                 }
             }
             Event::Wake => {}
+            Event::Progress(words) if self.work == Work::Preparing => self.progress = words,
             Event::Prepared if self.work == Work::Preparing => {
                 self.work = Work::None;
                 self.record.disks_ready = true;
@@ -466,7 +478,8 @@ impl VmState {
                 }
             }
             // V4: late answers to what is no longer under way.
-            Event::Prepared
+            Event::Progress(_)
+            | Event::Prepared
             | Event::PrepareFailed(_)
             | Event::StartFailed(_)
             | Event::StartFenced

@@ -150,7 +150,7 @@ impl VmState {
                 "the agent was started and looks whether it still executes".clone_into(&mut report.reason);
                 return;
             }
-            (Work::Preparing, _) => return,
+            (Work::Preparing, _) => return report.reason.clone_from(&self.progress),
             (Work::None | Work::Looking | Work::Deleting, _) => {}
         }
         let settled = match disposition {

@@ -122,6 +122,7 @@ impl VmState {
         match self.verdict(at) {
             Verdict::Start { .. } => {
                 self.work = Work::Preparing;
+                self.progress.clear();
                 effects.push(Effect::Prepare);
             }
             Verdict::Fenced => self.record.settled = Some(Settled::Fenced),

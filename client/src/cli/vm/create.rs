@@ -11,6 +11,7 @@ use uncloud_proto::v1;
 
 use super::{
     super::{Context, Error},
+    cloud_init::CloudInitArguments,
     wait::{WaitArguments, wait_for},
 };
 use crate::{output, units, wait::Goal};
@@ -86,8 +87,21 @@ pub(crate) struct Arguments {
     /// Makes it safe to run this command again when its answer was lost: the same id gives the same VM.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// What boots the machine.
+    #[arg(long, value_enum, default_value = "bios")]
+    firmware: Firmware,
+    #[command(flatten)]
+    cloud_init: CloudInitArguments,
     #[command(flatten)]
     wait: WaitArguments,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Firmware {
+    /// SeaBIOS, the default.
+    Bios,
+    /// UEFI, without secure boot.
+    Uefi,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -250,6 +264,12 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         stop_grace_seconds: a.stop_grace,
         display: a.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
         guest_agent: a.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
+        firmware: match a.firmware {
+            Firmware::Bios => v1::Firmware::Bios,
+            Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cloud_init: a.cloud_init.into_proto(),
     };
     v1::CreateVmRequest {
         request_id: a.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
@@ -314,7 +334,8 @@ mod tests {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
              --disk size=1G,name=data --nic user --restart always --failover recreate --priority 5 --host-label rack=1 \
-             --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1",
+             --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1 \
+             --firmware uefi --hostname w",
         )
         .unwrap();
         let spec = v1::VmSpec {
@@ -336,6 +357,8 @@ mod tests {
             stop_grace_seconds: 90,
             display: v1::DisplayType::None.into(),
             guest_agent: v1::GuestAgentMode::Enabled.into(),
+            firmware: v1::Firmware::Uefi.into(),
+            cloud_init: Some(v1::CloudInit { hostname: "w".into(), ..Default::default() }),
         };
         let expected = v1::CreateVmRequest {
             request_id: "r1".into(),
@@ -354,6 +377,11 @@ mod tests {
         let disks = made.spec.unwrap().disks;
         assert_eq!((disks[0].image.as_str(), disks[0].size_bytes, disks[1].size_bytes), ("deb", 10 << 30, 1 << 30));
         assert_eq!(made.request_id.len(), 36);
+        assert_eq!(
+            parse("web --disk size=1G").unwrap().spec.unwrap().cloud_init,
+            None,
+            "no seed without a flag for it"
+        );
     }
 
     #[test]
@@ -372,6 +400,9 @@ mod tests {
             ("web --failover now", "--failover", "patient"),
             ("web --label x", "--label", "KEY=VALUE"),
             ("web --stop-grace 60", "--stop-grace", "has no unit"),
+            ("web --user-data /none", "--user-data", "/none"),
+            ("web --user-data /dev/zero", "--user-data", "at most 65536"),
+            ("web --ssh-key /none.pub", "--ssh-key", "/none.pub"),
             ("web --append quiet", "--kernel", "required"),
             ("web --wait-timeout 5", "--wait-timeout", "has no unit"),
             ("", "NAME", "required"),

@@ -1,5 +1,6 @@
 //! `uncloud vm`.
 
+mod cloud_init;
 mod console;
 mod create;
 mod escape;

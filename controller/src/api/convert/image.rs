@@ -4,7 +4,7 @@ use uncloud_proto::v1;
 
 use super::timestamp;
 use crate::{
-    model::image::{DiskFormat, FileRole, ImageFile, ImageKind},
+    model::image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     state::ImageEntry,
 };
 
@@ -23,6 +23,15 @@ pub(crate) fn image(entry: &ImageEntry) -> v1::Image {
         command_line: record.command_line.clone(),
         created: timestamp(record.created),
         revision: entry.revision.0,
+        state: match record.state {
+            ImageState::Ready => v1::ImageState::Ready,
+            ImageState::Fetching => v1::ImageState::Fetching,
+            ImageState::Uploading => v1::ImageState::Uploading,
+            ImageState::Failed => v1::ImageState::Failed,
+            ImageState::Deleting => v1::ImageState::Deleting,
+        }
+        .into(),
+        reason: record.reason.clone(),
     }
 }
 

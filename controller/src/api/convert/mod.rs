@@ -17,6 +17,11 @@ fn timestamp(time: WallTime) -> Option<prost_types::Timestamp> {
     (time.0 != 0).then(|| time.to_proto())
 }
 
+/// What an agent said, bounded and on one line.
+pub(crate) fn line(text: &str) -> String {
+    text.chars().take(500).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// Something that happened.
 pub(crate) fn event(event: &EventRecord, revision: Revision) -> v1::Event {
     let kind = match event.subject {

@@ -7,7 +7,10 @@ use crate::{
     model::{
         Desired, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
-        vm::{Disk, Display, Failover, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{
+            CloudInit, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss,
+            RestartPolicy, VmSpec,
+        },
     },
     state::{State, VmEntry},
 };
@@ -125,6 +128,21 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
             GuestAgent::Enabled => v1::GuestAgentMode::Enabled,
         }
         .into(),
+        firmware: match spec.firmware {
+            Firmware::Bios => v1::Firmware::Bios,
+            Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cloud_init: spec.cloud_init.as_ref().map(cloud_init),
+    }
+}
+
+fn cloud_init(c: &CloudInit) -> v1::CloudInit {
+    v1::CloudInit {
+        hostname: c.hostname.clone(),
+        ssh_authorized_keys: c.ssh_authorized_keys.clone(),
+        user_data: c.user_data.clone(),
+        network_config: c.network_config.clone(),
     }
 }
 

@@ -14,6 +14,49 @@ pub(crate) struct NewImage {
     pub(crate) command_line: String,
 }
 
+/// An image whose files a client sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NewUpload {
+    /// With empty sources.
+    pub(crate) image: NewImage,
+    /// Size of each file in bytes.
+    pub(crate) sizes: Vec<u64>,
+    /// The pool that they go to.
+    pub(crate) pool: String,
+}
+
+/// Files that are sent: more than any image has.
+const MAX_UPLOAD: u64 = 16 << 40;
+
+/// Checks the first message of an upload.
+///
+/// # Errors
+///
+/// All that is wrong with it.
+pub(crate) fn upload_start(first: Option<v1::UploadImageRequest>) -> Result<NewUpload, Violations> {
+    let Some(v1::upload_image_request::Message::Start(start)) = first.and_then(|m| m.message) else {
+        return Err(Violations::one("start", "is required in the first message"));
+    };
+    let mut check = Checker::default();
+    let v1::UploadStart { name, kind, mut files, command_line, pool } = start;
+    let pool = check.name_or("pool", pool, "default");
+    let sizes: Vec<u64> = files.iter().map(|f| f.size_bytes).collect();
+    for (i, file) in files.iter_mut().enumerate() {
+        if !file.source.is_empty() {
+            check.fail(format!("files[{i}].source"), "is for files that hosts read; leave it empty");
+        }
+        if !(1..=MAX_UPLOAD).contains(&file.size_bytes) {
+            check.fail(format!("files[{i}].size_bytes"), format!("is {}; give 1 to {MAX_UPLOAD}", file.size_bytes));
+        }
+        file.size_bytes = 0;
+        // Any source will do: it is not used.
+        file.source = "/upload".to_owned();
+    }
+    check.finish(())?;
+    let request = v1::CreateImageRequest { name, kind, files, command_line, ..Default::default() };
+    Ok(NewUpload { image: create_image(request)?, sizes, pool })
+}
+
 /// One file of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NewFile {
@@ -121,9 +164,26 @@ fn check_file(check: &mut Checker, i: usize, file: v1::ImageFile) -> Option<NewF
     Some(NewFile { role: role?, source: file.source, sha256, format })
 }
 
-/// A source is an absolute path, or `pool:NAME/path`, and never climbs. The agent checks again, with links followed.
+/// An address on the network, without anything that would have to be kept secret.
+fn check_address(rest: &str) -> Result<(), String> {
+    const FORM: &str = "give an address such as `https://example.org/debian.qcow2`";
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if authority.contains('@') {
+        return Err("has a user name or password, which everybody could read; give the address without".to_owned());
+    }
+    if rest.contains('#') {
+        return Err("has a `#`; give the address without what comes after it".to_owned());
+    }
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    if host.is_empty() || !rest.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(format!("is no address: {FORM}"));
+    }
+    Ok(())
+}
+
+/// A source is an absolute path, `pool:NAME/path`, or an address, and never climbs. The agent checks again, with links followed.
 fn check_source(source: &str) -> Result<(), String> {
-    const FORM: &str = "give an absolute path on a host, or `pool:NAME/path/in/the/pool`";
+    const FORM: &str = "give an absolute path on a host, `pool:NAME/path/in/the/pool`, or an https:// address";
     if source.is_empty() {
         return Err(format!("is required: {FORM}"));
     }
@@ -132,6 +192,9 @@ fn check_source(source: &str) -> Result<(), String> {
     }
     if let Some(bad) = source.chars().find(|c| c.is_control()) {
         return Err(format!("has the control character {}; remove it", bad.escape_debug()));
+    }
+    if let Some(rest) = source.strip_prefix("https://").or_else(|| source.strip_prefix("http://")) {
+        return check_address(rest);
     }
     let path = match source.strip_prefix("pool:") {
         Some(rest) => {
@@ -181,7 +244,16 @@ mod tests {
 
     #[test]
     fn sources_that_stay_where_they_are() {
-        for source in ["/a", "/a/b.img", "/a/..b/c", "pool:default/x", "pool:p-1/a/b c.img"] {
+        for source in [
+            "https://example.org/x.qcow2?a=b",
+            "http://[::1]:8080/../x",
+            "http://10.0.0.1",
+            "/a",
+            "/a/b.img",
+            "/a/..b/c",
+            "pool:default/x",
+            "pool:p-1/a/b c.img",
+        ] {
             assert_eq!(check_source(source), Ok(()), "{source}");
         }
     }
@@ -242,7 +314,13 @@ mod tests {
             "pool:x/a/..",
             "/a\0b",
             "/a\nb",
-            "https://example.org/x",
+            "https://",
+            "https:///x",
+            "https://user:secret@example.org/x",
+            "http://a b/",
+            "http://a/#b",
+            "ftp://example.org/x",
+            "upload:default",
             &long,
         ] {
             table.push(("files[0].source", source(bad)));

@@ -5,11 +5,12 @@
 //! user mends them in one go. Each names its field as a path (`spec.disks[0].size_bytes`) and says what to do.
 //! What comes out has our own types; nothing behind this module looks at a request again.
 
+mod cloud_init;
 mod image;
 mod requests;
 mod vm;
 
-pub(crate) use image::{NewFile, NewImage, create_image};
+pub(crate) use image::{NewFile, NewImage, NewUpload, create_image, upload_start};
 pub(crate) use requests::{
     LogTarget, VmRef, WatchVms, console_input, console_open, cordon_host, get_vm_log, has_labels, host_ref, image_ref,
     list_events, list_vms, migrate_vm, resume_point, set_failover, simulate_host_failure, vm_ref, vnc_data, vnc_open,

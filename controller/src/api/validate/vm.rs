@@ -13,7 +13,8 @@ use crate::{
     model::{
         Desired,
         vm::{
-            Disk, Display, Failover, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec,
+            Disk, Display, Failover, Firmware, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss,
+            RestartPolicy, VmSpec,
         },
     },
     state::command::{ImageUse, NewVm, VmUpdate},
@@ -106,6 +107,14 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
     let guest_agent =
         guest_agent(check, spec.guest_agent).unwrap_or(if whole { GuestAgent::Enabled } else { GuestAgent::Disabled });
     let host_labels = check.labels("spec.host_labels", spec.host_labels);
+    let firmware = firmware(check, spec.firmware);
+    if firmware == Firmware::Uefi && disks.is_empty() {
+        check.fail(
+            "spec.firmware",
+            "is FIRMWARE_UEFI, whose variables lie beside the first disk: give `spec.disks` one",
+        );
+    }
+    let cloud_init = spec.cloud_init.map(|c| super::cloud_init::check(check, c));
     let group = spec.anti_affinity_group;
     let anti_affinity_group = (!group.is_empty()).then(|| check.name("spec.anti_affinity_group", group));
     VmSpec {
@@ -124,6 +133,8 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
         stop_grace_seconds: grace,
         display,
         guest_agent,
+        firmware,
+        cloud_init,
         extra: Default::default(),
     }
 }
@@ -240,6 +251,13 @@ fn guest_agent(check: &mut Checker, value: i32) -> Option<GuestAgent> {
         v1::GuestAgentMode::Unspecified => None,
         v1::GuestAgentMode::Disabled => Some(GuestAgent::Disabled),
         v1::GuestAgentMode::Enabled => Some(GuestAgent::Enabled),
+    }
+}
+
+fn firmware(check: &mut Checker, value: i32) -> Firmware {
+    match check.known("spec.firmware", value, &["FIRMWARE_BIOS", "FIRMWARE_UEFI"]) {
+        Some(v1::Firmware::Unspecified | v1::Firmware::Bios) | None => Firmware::Bios,
+        Some(v1::Firmware::Uefi) => Firmware::Uefi,
     }
 }
 
@@ -457,6 +475,15 @@ mod tests {
             ("spec.failover", with(|_, s| s.failover = i32::MIN)),
             ("spec.on_disk_loss", with(|_, s| s.on_disk_loss = 3)),
             ("spec.priority", with(|_, s| s.priority = 1001)),
+            ("spec.firmware", with(|_, s| s.firmware = 3)),
+            (
+                "spec.firmware",
+                with(|_, s| {
+                    s.firmware = 2;
+                    s.disks.clear();
+                    s.kernel = Some(v1::KernelBoot { image: "k".into(), ..Default::default() });
+                }),
+            ),
             ("spec.stop_grace_seconds", with(|_, s| s.stop_grace_seconds = 3601)),
             ("spec.anti_affinity_group", with(|_, s| s.anti_affinity_group = "a\tb".to_owned())),
             ("spec.host_labels[k]", with(|_, s| drop(s.host_labels.insert("k".into(), "\r".into())))),

@@ -15,7 +15,7 @@ use crate::{
     model::{
         Desired, EventType, HostRecord, ImageRecord, Key, Liveness, Phase, Record, VmRecord,
         host::{Accelerator, AcceleratorKind, Pool},
-        image::{DiskFormat, FileRole, ImageFile, ImageKind},
+        image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
         migration::MigrationProgress,
         vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
@@ -84,6 +84,8 @@ pub(super) fn spec() -> VmSpec {
         stop_grace_seconds: 60,
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
+        firmware: Default::default(),
+        cloud_init: None,
         extra: serde_json::Map::new(),
     }
 }
@@ -131,6 +133,8 @@ pub(super) fn image(n: u128, kind: ImageKind) -> ImageRecord {
         },
         command_line: if kind == ImageKind::Kernel { "console=ttyS0".into() } else { String::new() },
         created: WallTime(0),
+        state: ImageState::Ready,
+        reason: String::new(),
         extra: serde_json::Map::new(),
     }
 }
