@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::FutureExt as _;
 use support::*;
 use uncloud_controller::{
     leadership::WriteError,
@@ -157,6 +158,23 @@ async fn an_unknown_outcome_ends_the_term_and_the_next_one_sees_the_truth() {
     }
     assert_eq!(etcd.keys("/uncloud/v1/vms/").await.len(), 2);
     assert_eq!(etcd.keys("/uncloud/v1/vm-names/").await.len(), 2);
+}
+
+#[tokio::test]
+async fn an_unknown_outcome_ends_the_term_though_etcd_is_back_before_the_leadership_is_over() {
+    // T3 alone: the connection breaks under the transaction, and the keep-alives go on.
+    let mut etcd = Etcd::start().await;
+    let first = Reign::begin(&etcd.store().await).await;
+    first.submit(register(1)).await.unwrap();
+    etcd.freeze();
+    let crash = async {
+        let under_way = || async { first.leader.writer.settled().now_or_never().is_none().then_some(()) };
+        eventually("the transaction to be under way", under_way).await;
+        etcd.crash_and_restart().await;
+    };
+    let (outcome, ()) = tokio::join!(first.submit(create(1, None)), crash);
+    assert_eq!(outcome, Err(WriteError::Unknown));
+    first.ended().await;
 }
 
 #[tokio::test]

@@ -123,8 +123,13 @@ impl Talk {
             Ours::Hello(_) => panic!("a second Hello"),
             Ours::Heartbeat(beat) => {
                 self.heartbeats.push(beat.sequence);
-                if renewals == Renewals::Granted {
-                    self.renew(beat.sequence).await;
+                match renewals {
+                    Renewals::Granted => self.renew(beat.sequence).await,
+                    // As the leader does, so that it is not left for its silence. The agent may be leaving at this moment.
+                    Renewals::Withheld => {
+                        let message = Some(Theirs::Ack(v1::ReportAck::default()));
+                        _ = self.responses.send(Ok(SessionResponse { term: self.term, message })).await;
+                    }
                 }
             }
             Ours::Report(report) => {
@@ -427,6 +432,7 @@ async fn a_leader_that_was_replaced_is_not_obeyed() {
     // And after a restart of the agent: the term is on disk.
     let agent = machine.start(&[leader.address]).await;
     let mut talk = leader.session().await;
+    assert_eq!(talk.hello.newest_term, 7);
     talk.welcome(6, vec![run(1, 1)]).await;
     talk.until_ended_by_agent().await;
     let mut talk = leader.session().await;
