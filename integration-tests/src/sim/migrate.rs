@@ -3,8 +3,8 @@
 //!
 //! Stands for `agent/src/qemu/migration.rs` and QEMU. Harder than the real one in what matters for P1: there is no image lock,
 //! a step that was told to a QEMU that hangs takes effect later (though the agent was told that it did not), a guest that is
-//! told to go on before it has arrived goes on when it arrives, and the acknowledgement of the last piece can be lost, in
-//! which case the source stands still until it is told otherwise.
+//! told to go on before it has arrived goes on when it arrives, and the acknowledgement of the last piece can be lost: then
+//! the source stands still until it is told otherwise, or goes on by itself though the target has everything.
 
 use std::net::SocketAddr;
 
@@ -182,12 +182,16 @@ impl Host {
                     }
                     self.moved(core, vm);
                 }
-                if core.healed || !core.rng.permille(50) {
-                    let delay = core.between(1, 40);
-                    let wire = What::Wire(vm, source, Wire::Acknowledged(attempt, found));
-                    core.after(delay, Whom::Kernel(host), u64::MAX, wire);
-                } else {
+                // A connection that breaks here lets the source go on by itself, though the target has everything.
+                let lost = !core.healed && core.rng.permille(100);
+                let breaks = lost && core.rng.permille(500);
+                if lost {
                     core.stats.fault("the acknowledgement of a migration is lost");
+                }
+                if !lost || breaks {
+                    let delay = if breaks { core.between(1, 1000) } else { core.between(1, 40) };
+                    let wire = What::Wire(vm, source, Wire::Acknowledged(attempt, found && !breaks));
+                    core.after(delay, Whom::Kernel(host), u64::MAX, wire);
                 }
             }
             Wire::Acknowledged(attempt, has_it) => {
