@@ -501,6 +501,40 @@ mod tests {
     }
 
     #[test]
+    fn an_update_changes_what_its_mask_names_and_each_mistake_names_its_field() {
+        let request = |paths: &[&str], spec: v1::VmSpec| v1::UpdateVmRequest {
+            vm: "web".to_owned(),
+            update_mask: Some(prost_types::FieldMask { paths: paths.iter().map(|p| (*p).to_owned()).collect() }),
+            spec: Some(spec),
+            ..Default::default()
+        };
+        let spec = v1::VmSpec { memory_mib: 64, priority: 5, ..Default::default() };
+        let (vm, update) = update_vm(request(&["spec.memory_mib", "spec.vcpus"], spec)).unwrap();
+        assert_eq!((vm.vm.as_str(), vm.owner.as_str()), ("web", "default"));
+        assert_eq!(update, VmUpdate { memory_mib: Some(64), vcpus: Some(1), ..VmUpdate::default() });
+
+        let none = v1::VmSpec::default;
+        for (field, request) in [
+            ("update_mask", request(&[], none())),
+            ("update_mask.paths[1]", request(&["labels", "spec.disks"], none())),
+            ("update_mask.paths[0]", request(&["\u{1b}[2J"], none())),
+            ("spec.memory_mib", request(&["spec.memory_mib"], none())),
+            ("spec.vcpus", request(&["spec.vcpus"], v1::VmSpec { vcpus: 257, ..none() })),
+            ("spec.priority", request(&["spec.priority"], v1::VmSpec { priority: 1001, ..none() })),
+            ("spec.failover", request(&["spec.failover"], v1::VmSpec { failover: 99, ..none() })),
+            ("spec.display", request(&["spec.display"], none())),
+            ("spec.guest_agent", request(&["spec.guest_agent"], none())),
+            ("revision", v1::UpdateVmRequest { revision: -1, ..request(&["labels"], none()) }),
+            ("vm", v1::UpdateVmRequest { vm: String::new(), ..request(&["labels"], none()) }),
+        ] {
+            let found = update_vm(request);
+            let message = found.as_ref().unwrap_err().to_string();
+            assert_eq!(fields(found), [field], "{message}");
+            assert!(!message.contains('\u{1b}'));
+        }
+    }
+
+    #[test]
     fn all_that_is_wrong_is_said_at_once() {
         let request = with(|r, s| {
             r.name = "a/b".to_owned();
