@@ -8,9 +8,9 @@
 //! VM should be.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -466,7 +466,10 @@ fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> Result<(), Erro
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|source| Error::Garbage { path: path.clone(), source })?;
     bytes.push(b'\n');
     let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
+        // What a user told cloud-init, and the secret of a migration, are nobody else's business. One that a crash has left
+        // keeps its old mode.
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
         file.write_all(&bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, &path)?;
@@ -496,6 +499,7 @@ mod tests {
         vms.write(&Record::new(vm(2), desired(1))).unwrap();
         vms.write(&Record::new(vm(3), desired(1))).unwrap();
         let path = vms.dir(vm(2)).join("record.json");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "it has secrets");
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, &text[..text.len() / 2]).unwrap();
         fs::rename(vms.dir(vm(3)), vms.dir(vm(4))).unwrap();

@@ -112,7 +112,7 @@ async fn receive(
             }
         }
         Err(status) => {
-            let outcome = Arrival::BrokenOff(format!("its upload broke off: {}", status.message()));
+            let outcome = Arrival::BrokenOff(format!("its upload broke off: {}", convert::line(status.message())));
             // If this is not stored, the reconciler does the same a moment later.
             let _ = leader.writer.submit(Command::ImageArrived { image: id, outcome }).await;
             Err(status)

@@ -26,7 +26,7 @@ pub(super) async fn simulate(
     freshness: Freshness,
     hosts: Vec<String>,
 ) -> Result<v1::SimulateHostFailureResponse, Status> {
-    let _turn = TURNS.acquire().await.map_err(|_| Status::internal("the turns of simulations were closed"))?;
+    let turn = TURNS.acquire().await.map_err(|_| Status::internal("the turns of simulations were closed"))?;
     let readable = context.readable(freshness).await?;
     let silent = readable.leader().map(|leader| leader.silent_hosts()).unwrap_or_default();
     // The simulation takes long, and the writer must not wait for it. Records are shared, so a copy is cheap.
@@ -40,6 +40,8 @@ pub(super) async fn simulate(
         cpu_overcommit_percent: context.cpu_overcommit_percent,
     };
     let simulated = spawn_blocking(move || {
+        // Also of one whose caller has gone.
+        let _turn = turn;
         let fates = state.simulate_failure(&dying, &cx)?;
         Ok::<_, command::Refusal>(answer(&state, &dying, &cx, &fates))
     });

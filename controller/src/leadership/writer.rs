@@ -34,6 +34,9 @@ const QUEUE: usize = 4096;
 const MAX_COMMANDS: usize = 512;
 /// How many bytes of records one transaction may have: well below etcd's limit of 1.5 MiB for a request.
 const MAX_BYTES: usize = 1024 * 1024;
+/// How many bytes the records of one command may have. etcd would refuse more than 1.5 MiB in a way that does not say that
+/// nothing was written, and the term would end.
+const MAX_COMMAND_BYTES: usize = 1_450_000;
 /// How often history is compacted, and how old what remains is at least.
 const COMPACT_EVERY: Duration = Duration::from_secs(300);
 
@@ -242,8 +245,8 @@ impl Work {
                 Ok(decision) => {
                     let added = decision.change.mutations.len();
                     let bytes: usize = decision.change.mutations.iter().map(size).sum();
-                    if added > MAX_OPERATIONS {
-                        error!(operations = added, "a command wants more operations than a transaction may have");
+                    if added > MAX_OPERATIONS || bytes > MAX_COMMAND_BYTES {
+                        error!(operations = added, bytes, "a command wants more than a transaction may have");
                         let refusal = Refusal::Precondition("this is too much at once; ask for less".into());
                         batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
                     } else if !batch.mutations.is_empty()

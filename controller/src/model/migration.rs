@@ -98,6 +98,7 @@ impl VmRecord {
     /// The incarnation that it gets next: larger than every one that it was ever given or that was reserved for it.
     #[must_use]
     pub fn next_incarnation(&self) -> Incarnation {
-        self.placement.incarnation.max(self.reserved).next()
+        let migration = self.migration.as_ref().map_or(Incarnation::NONE, |m| m.incarnation);
+        self.placement.incarnation.max(self.reserved).max(migration).next()
     }
 }

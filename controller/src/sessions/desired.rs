@@ -64,6 +64,11 @@ pub fn plan(state: &State, host: HostId, seen: &BTreeMap<VmId, Seen>) -> Plan {
     for id in state.incoming(host) {
         if let Some(entry) = state.vm(id) {
             plan.vms.insert(id, Wanted::AsRecorded(entry.record_revision));
+            // S3: it comes here, and an old copy of it executes here.
+            let comes = entry.record.migration.as_ref().map(|m| m.incarnation);
+            if seen.get(&id).is_some_and(|s| s.state.executes() && Some(s.incarnation) != comes) {
+                plan.misplaced.insert(id);
+            }
         }
     }
     for (&id, seen) in seen {

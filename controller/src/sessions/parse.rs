@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// VMs that one host may have a record of. Ten times as many as anybody ran on one.
-const MAX_VMS: usize = 10_000;
+pub(crate) const MAX_VMS: usize = 10_000;
 /// Pools of one host.
 const MAX_POOLS: usize = 64;
 const MAX_VCPUS: u64 = 65_536;

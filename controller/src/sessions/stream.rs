@@ -265,6 +265,9 @@ impl<'a> Session<'a> {
                     warn!("a report makes no sense and is ignored: {problems}");
                 }
                 self.rules.reported(reports);
+                if self.rules.seen().len() > parse::MAX_VMS {
+                    return Err(invalid(format!("a host has at most {} VMs", parse::MAX_VMS)));
+                }
                 self.replan()
             }
             Some(session_request::Message::Inspection(inspection)) => {

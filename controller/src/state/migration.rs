@@ -252,6 +252,8 @@ pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
         }
         ObservedState::Running | ObservedState::HandedOver => match seen {
             Some(seen) if !seen.failure.is_empty() => give_up(draft, &entry, &seen.failure),
+            // M3: it has sent everything, and does not know of it any more.
+            None if migration.handed_over.is_some() => give_up(draft, &entry, "its host does not know of it any more"),
             Some(_) | None => Ok(entry),
         },
         // The agent was restarted and looks, or the guest is on its way out.

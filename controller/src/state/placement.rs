@@ -107,9 +107,11 @@ pub(super) fn find_host(
     record: &mut VmRecord,
     prefer: Option<HostId>,
 ) -> Result<Choice, Unplaceable> {
+    // Whether its lease has run out is judged by the class that it had.
+    let class = record.spec.failover;
     record.begin_next();
     let mut request = Request { prefer, ..request(record) };
-    let new_disks = disks_given_up(draft, record);
+    let new_disks = disks_given_up(draft, record, class);
     if new_disks {
         request.home = Home::Anywhere;
     }
@@ -123,12 +125,12 @@ pub(super) fn find_host(
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 
-fn disks_given_up(draft: &Draft<'_>, record: &VmRecord) -> bool {
+fn disks_given_up(draft: &Draft<'_>, record: &VmRecord, class: Failover) -> bool {
     let Home::OnlyHost(host) = home(record) else { return false };
     match record.spec.on_disk_loss {
         OnDiskLoss::Wait => false,
         OnDiskLoss::Recreate => match draft.peek_host(host) {
-            Some(host) => lease_lapsed(record.spec.failover, host.liveness),
+            Some(host) => lease_lapsed(class, host.liveness),
             None => !draft.state.is_unreadable(&Key::Host(host)),
         },
     }

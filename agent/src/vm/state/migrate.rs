@@ -102,6 +102,8 @@ impl VmState {
         };
         match (order, self.record.moving) {
             (None, None) => Migrating::No,
+            // What could not be remembered is not begun.
+            (Some(_), None) if self.frozen.is_some() => Migrating::No,
             (Some(order), None) => {
                 self.record.moving = Some(order.incarnation);
                 x.standing = None;
@@ -113,6 +115,14 @@ impl VmState {
                 Migrating::Yes
             }
             (Some(order), Some(moving)) if order.incarnation == moving => {
+                self.follow(at, effects);
+                Migrating::Yes
+            }
+            // The record was lost: which migration it was sent in, nobody knows, but every one has a larger number than the VM.
+            // It is taken for the one that the leader names: while that stands the guest is not to go on (M3). If it is
+            // another one, its target has nothing, and the leader gives it up.
+            (Some(order), Some(moving)) if moving == x.incarnation => {
+                self.record.moving = Some(order.incarnation);
                 self.follow(at, effects);
                 Migrating::Yes
             }
@@ -151,7 +161,8 @@ impl VmState {
             Guest::Executes if !under_way => {
                 self.record.moving = None;
                 x.standing = None;
-                return Migrating::No;
+                // The next one may be waiting.
+                return self.settle_outgoing(at, effects);
             }
             Guest::Off | Guest::Panicked if !under_way => {
                 let ending = if standing.guest == Guest::Off { Ending::PoweredOff } else { Ending::Panicked };
@@ -162,8 +173,10 @@ impl VmState {
             Guest::Executes | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked => {
                 if word {
                     effects.push(if under_way { Effect::Cancel } else { Effect::Resume });
+                    // What stands still for another reason (its disk is full, it sleeps) may not go on however often it is told.
+                    let again = if standing.guest == Guest::Still && !under_way { PROGRESS_PERIOD } else { SOON };
                     x.standing = None;
-                    x.look_at = at.now.after(SOON);
+                    x.look_at = at.now.after(again);
                 }
             }
         }
@@ -184,7 +197,7 @@ impl VmState {
     /// QEMU has said how it stands.
     pub(super) fn stands(&mut self, standing: Standing, at: Moment) {
         let Some(x) = &mut self.execution else { return };
-        if standing.transfer == Transfer::Last {
+        if matches!(standing.transfer, Transfer::Ready | Transfer::Last) {
             x.last_since.get_or_insert(at.now);
         } else {
             x.last_since = None;
@@ -228,6 +241,7 @@ impl Execution {
             Transfer::Failed => words("sending it failed"),
             Transfer::Cancelled => words("sending it was cancelled"),
             Transfer::Completed if standing.guest == Guest::Executes => words("QEMU did not begin to send it"),
+            Transfer::Ready if self.overdue => words("QEMU does not send the last of it"),
             Transfer::Last if self.overdue => "the target does not say that it has everything".to_owned(),
             Transfer::Active | Transfer::Ready | Transfer::Last | Transfer::Completed | Transfer::Cancelling => {
                 String::new()

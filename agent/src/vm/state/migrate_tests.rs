@@ -217,6 +217,33 @@ fn m3_a_restarted_agent_leaves_what_was_sent_alone() {
 
 /// M4
 #[test]
+fn m3_a_source_whose_record_was_lost_leaves_what_was_sent_alone() {
+    let mut state = VmState::without_record(VmId::from_uuid(Uuid::from_u128(7)));
+    state.on(Event::Started(Incarnation(1), 1), at(0));
+    state.on(word(run(1, Some(2))), at(10));
+    for millis in [11, 40, 2_000, 60_000] {
+        for event in [stands(Guest::Sent, Transfer::Completed), Event::Wake] {
+            let effects = state.on(event, at(millis));
+            assert!(!effects.contains(&Effect::Resume) && !effects.contains(&Effect::Cancel), "{effects:?}");
+        }
+    }
+    let report = state.report();
+    assert_eq!((report.state, report.migration.unwrap().incarnation), (ReportState::HandedOver, Incarnation(2)));
+    // The leader gives it up.
+    let effects = state.on(word(run(1, None)), at(60_010));
+    assert!(effects.contains(&Effect::Resume), "{effects:?}");
+}
+
+/// S3: its host need not wait for its end to get its lease.
+#[test]
+fn what_was_sent_does_not_execute_while_it_is_killed() {
+    let mut state = sent();
+    let effects = state.on(word(Desired { disposition: Disposition::Forget, ..desired(2) }), at(30));
+    assert!(effects.contains(&Effect::Kill), "{effects:?}");
+    assert_eq!(state.report().state, ReportState::HandedOver);
+}
+
+#[test]
 fn m4_a_source_that_dies_is_not_started_before_the_leader_has_decided() {
     let exit =
         Exit { incarnation: Incarnation(1), kind: ExitKind::Signaled(9), at: WallTime(1), last_words: String::new() };
@@ -239,9 +266,7 @@ fn a_migration_is_given_up_on_the_way_and_another_is_begun() {
     assert_eq!(state.on(word(run(1, Some(3))), at(13)), [Effect::Persist]);
     assert_eq!(state.on(Event::MigrationMoved, at(14)), [Effect::Look]);
     let effects = state.on(stands(Guest::Executes, Transfer::Cancelled), at(15));
-    assert_eq!(effects, [Effect::Persist], "{:?}", state.record().moving);
-    let effects = state.on(Event::Wake, at(16));
-    assert_eq!(effects, [Effect::Persist, Effect::Send, Effect::Look]);
+    assert_eq!(effects, [Effect::Persist, Effect::Send, Effect::Look], "nothing else would wake it");
     assert_eq!(state.record().moving, Some(Incarnation(3)));
 }
 

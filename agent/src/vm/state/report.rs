@@ -102,7 +102,12 @@ impl VmState {
                 return report;
             }
             let order = self.record.desired.migrate_to.as_ref().map(|m| m.incarnation);
-            let moving = self.record.moving.filter(|m| x.ending.is_none() && (order == Some(*m) || x.is_sent()));
+            // S3: what has been sent stands still, also while it is being killed.
+            let moving = self.record.moving.filter(|m| match x.ending {
+                None => order == Some(*m) || x.is_sent(),
+                Some(Ending::Killed) => x.is_sent(),
+                Some(Ending::Stop | Ending::Restart | Ending::PoweredOff | Ending::Panicked) => false,
+            });
             if let Some(incarnation) = moving {
                 let progress = x.standing.as_ref().map(|s| s.progress).unwrap_or_default();
                 let failure = x.send_failure();

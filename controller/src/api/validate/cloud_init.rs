@@ -12,6 +12,8 @@ const MAX_HOSTNAME: usize = 253;
 const MAX_LABEL: usize = 63;
 const MAX_KEYS: usize = 32;
 const MAX_KEY: usize = 8 * 1024;
+/// All keys together: what a host has of all its VMs is sent at once when its session begins.
+const MAX_ALL_KEYS: usize = 64 * 1024;
 const MAX_USER_DATA: usize = 64 * 1024;
 const MAX_NETWORK_CONFIG: usize = 16 * 1024;
 
@@ -22,6 +24,11 @@ pub(super) fn check(check: &mut Checker, c: v1::CloudInit) -> CloudInit {
     let keys = c.ssh_authorized_keys;
     if keys.len() > MAX_KEYS {
         let problem = format!("has {} entries; at most {MAX_KEYS} are allowed", keys.len());
+        check.fail("spec.cloud_init.ssh_authorized_keys", problem);
+    }
+    let all: usize = keys.iter().map(String::len).sum();
+    if all > MAX_ALL_KEYS {
+        let problem = format!("has {all} bytes in all; at most {MAX_ALL_KEYS} are allowed");
         check.fail("spec.cloud_init.ssh_authorized_keys", problem);
     }
     for (i, key) in keys.iter().enumerate().take(MAX_KEYS) {

@@ -135,6 +135,20 @@ fn m1_what_was_given_up_is_never_handed_over() {
 
 /// M2: no other way to a host uses a number that a target may have.
 #[test]
+fn m3_a_source_that_does_not_know_of_it_any_more_keeps_the_vm() {
+    let mut world = World::with_hosts(2);
+    let vm = world.migrating(1);
+    let source = world.host_of(vm).unwrap();
+    world.target_says(vm, ObservedState::Incoming);
+    world.source_says(vm, ObservedState::HandedOver, 2, "");
+    // Its agent has lost its record, and may have let the guest go on.
+    world.report(vm, ObservedState::Running);
+    assert_eq!(world.record(vm).migration, None);
+    world.target_of(other(source), vm, 2, ObservedState::Received);
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(source), 1));
+}
+
+#[test]
 fn m2_a_reserved_incarnation_is_given_to_nothing_else() {
     let mut world = World::with_hosts(3);
     let vm = world.migrating(1);

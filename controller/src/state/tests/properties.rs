@@ -155,8 +155,8 @@ impl Step {
                 let entry = world.state.vm(vm(n))?;
                 let state = STATES[usize::from(*state)];
                 let alive = matches!(state, ObservedState::Preparing | ObservedState::Failed)
-                    || matches!(state, ObservedState::HandedOver)
                     || state.executes()
+                    || matches!(state, ObservedState::HandedOver | ObservedState::Received)
                     || (state == ObservedState::PoweredOff && *old_restarts);
                 if alive && entry.ended_for_good() {
                     return None; // an agent does not take back that an incarnation is over
