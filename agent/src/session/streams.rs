@@ -11,7 +11,7 @@ use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::{Semaphore, mpsc},
-    time,
+    time::{self, Instant},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Channel};
@@ -49,6 +49,9 @@ const QUEUE: usize = 16;
 const CHUNK: usize = 32 * 1024;
 /// How long an upload may bring nothing. Longer than the controller waits for its client.
 const UPLOAD_IDLE: Duration = Duration::from_secs(90);
+/// Over this time an upload must bring so many bytes, or it only holds up others.
+const UPLOAD_WINDOW: Duration = Duration::from_secs(60);
+const UPLOAD_LEAST: u64 = 256 * 1024;
 /// How long the leader may take to accept a stream that it asked for itself.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -239,6 +242,7 @@ impl Streams {
         let take = async move |mut feed: Feed| {
             feed.expect(size);
             let mut left = size;
+            let mut rate = (Instant::now(), 0_u64);
             while left > 0 {
                 let next = time::timeout(UPLOAD_IDLE, incoming.message()).await;
                 let broke = |why: &str| problem(FileProblemKind::Io, format!("the upload broke off: {why}"));
@@ -246,11 +250,21 @@ impl Streams {
                 let message = message.map_err(|e| broke(e.message()))?;
                 let data = message.ok_or_else(|| broke("its client has gone"))?.data;
                 let length = data.len() as u64;
+                if length == 0 {
+                    return Err(broke("a message without data came"));
+                }
                 if length > left {
                     return Err(broke("more came than was said"));
                 }
                 left -= length;
                 feed.take(data.into()).await?;
+                rate.1 += length;
+                if rate.0.elapsed() >= UPLOAD_WINDOW {
+                    if rate.1 < UPLOAD_LEAST {
+                        return Err(broke("fewer than 256 KiB came in a minute"));
+                    }
+                    rate = (Instant::now(), 0);
+                }
             }
             Ok(())
         };

@@ -12,7 +12,11 @@ use std::{
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::{sync::watch, task::JoinHandle, time};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+    time,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 use uncloud_proto::{ids::HostId, v1::FileProblemKind};
@@ -35,25 +39,32 @@ pub(super) const BUFFER: usize = 256 * 1024;
 /// How often to look whether another host has brought a file.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
+/// A name that no fetch has used before: of one that was dropped, the last step may still be under way on a thread of its own, and
+/// must not give the next one's half a file its name.
 pub(super) fn temporary(target: &Path, host: HostId) -> PathBuf {
     let name = target.file_name().and_then(|n| n.to_str()).expect("its name is that of a role");
-    target.with_file_name(format!(".{name}.{host}.tmp"))
+    target.with_file_name(format!(".{name}.{host}.{:016x}.tmp", rand::random::<u64>()))
 }
 
-/// Removes what a fetch may have left, and the image's directory if nothing else is in it.
+/// Removes what a fetch of this host may have left, and the image's directory if nothing else is in it.
 pub(super) fn clean_up(target: &Path, host: HostId) {
-    let _ = fs::remove_file(temporary(target, host));
+    let name = target.file_name().and_then(|n| n.to_str()).expect("its name is that of a role");
+    remove_temporary(target, &format!(".{name}.{host}."));
     // Fails if there is something in it, and then it stays.
     let _ = fs::remove_dir(target.parent().expect("a target lies in its image's directory"));
 }
 
 /// Removes what hosts have left that were killed while they brought this file. Only who has the claim may.
 fn remove_leftovers(target: &Path) {
-    let dir = target.parent().expect("a target lies in its image's directory");
     let name = target.file_name().and_then(|n| n.to_str()).expect("its name is that of a role");
+    remove_temporary(target, &format!(".{name}."));
+}
+
+fn remove_temporary(target: &Path, prefix: &str) {
+    let dir = target.parent().expect("a target lies in its image's directory");
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let left = entry.file_name().into_string().unwrap_or_default();
-        if left.starts_with(&format!(".{name}.")) && left.ends_with(".tmp") {
+        if left.starts_with(prefix) && left.ends_with(".tmp") {
             info!(file = %entry.path().display(), "removing what is left of a fetch");
             let _ = fs::remove_file(entry.path());
         }
@@ -100,6 +111,9 @@ fn judge(fetch: &Fetch, header: &[u8], size: u64, most: u64) -> Result<(Option<F
     if size == 0 {
         return Err(bad("it is empty".to_owned()));
     }
+    if size > most {
+        return Err(bad(format::file_too_large(size, most)));
+    }
     if fetch.role != Role::Disk {
         return Ok((None, 0));
     }
@@ -118,11 +132,21 @@ fn judge(fetch: &Fetch, header: &[u8], size: u64, most: u64) -> Result<(Option<F
     Ok((Some(facts.format), facts.virtual_size))
 }
 
+/// What the bringing of a file waits for once nobody else brings it.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Turn<'a> {
+    /// For nothing.
+    Now,
+    /// For one of these.
+    Of(&'a Semaphore),
+}
+
 /// Brings one file. Must be followed by [`clean_up`], also when it is dropped.
 pub(super) async fn bring<F>(
     env: &Env,
     fetch: &Fetch,
     progress: &watch::Sender<Progress>,
+    turn: Turn<'_>,
     from: F,
 ) -> Result<Facts, Error>
 where
@@ -149,12 +173,18 @@ where
             Err(None) => time::sleep(LOOK_EVERY).await,
         }
     };
-    let brought = bring_claimed(env, fetch, progress, from).await;
+    let brought = bring_claimed(env, fetch, progress, turn, from).await;
     blocking(move || drop(claim)).await;
     brought
 }
 
-async fn bring_claimed<F>(env: &Env, fetch: &Fetch, progress: &watch::Sender<Progress>, from: F) -> Result<Facts, Error>
+async fn bring_claimed<F>(
+    env: &Env,
+    fetch: &Fetch,
+    progress: &watch::Sender<Progress>,
+    turn: Turn<'_>,
+    from: F,
+) -> Result<Facts, Error>
 where
     F: AsyncFnOnce(Feed) -> Result<(), source::Error>,
 {
@@ -170,6 +200,15 @@ where
     if let Some(facts) = there.await? {
         return Ok(facts);
     }
+    if fetch.size_bytes > env.most {
+        let problem = format::file_too_large(fetch.size_bytes, env.most);
+        return Err(Error::BadImage { image: fetch.image.clone(), problem });
+    }
+    // Not before: who waits for another host must not keep others from their turn.
+    let _turn = match turn {
+        Turn::Now => None,
+        Turn::Of(turns) => Some(turns.acquire().await.expect("it is never closed")),
+    };
     let temporary = temporary(&fetch.target, env.host);
     let (feed, writer) = writing::start(temporary.clone(), progress.clone());
     let sent = from(feed).await;
@@ -257,6 +296,9 @@ fn read_file(
     let wrong = |words: String| problem(FileProblemKind::Invalid, words);
     if fetch.size_bytes > 0 && size != fetch.size_bytes {
         return Err(wrong(format!("{} has {size} bytes, not {}", fetch.source, fetch.size_bytes)));
+    }
+    if size > env.most {
+        return Err(wrong(format!("{}: {}", fetch.source, format::file_too_large(size, env.most))));
     }
     let mut left = size;
     while left > 0 && !cancel.is_cancelled() {

@@ -81,6 +81,11 @@ pub fn too_large(virtual_size: u64, most: u64) -> String {
     format!("its guest would see a disk of {virtual_size} bytes; at most {most} are allowed (--max-image-gib)")
 }
 
+/// Why a file is refused that is larger than this host takes, in words.
+pub fn file_too_large(size: u64, most: u64) -> String {
+    format!("it has {size} bytes; at most {most} are allowed (--max-image-gib)")
+}
+
 /// Checks a file whose format is known already.
 ///
 /// # Errors

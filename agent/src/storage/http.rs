@@ -34,6 +34,11 @@ const RESTARTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(500);
 /// Redirections that are followed.
 const REDIRECTS: usize = 5;
+/// However slow a server may be within the bounds above: at this many bytes in a second a file must come, and a while longer.
+const SLOWEST: u64 = 1 << 20;
+const GRACE: Duration = Duration::from_secs(600);
+/// A file whose size is not known beforehand must come in this time.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// Over this time a server must send at least [`LEAST`], or it is taken for one that drips to hold us up.
 const WINDOW: Duration = Duration::from_secs(60);
 const LEAST: u64 = 256 * 1024;
@@ -103,6 +108,38 @@ enum Stop {
 
 fn last(kind: FileProblemKind, words: impl Into<String>) -> Stop {
     Stop::Final(problem(kind, words))
+}
+
+/// How much has come lately, over all connections: a server that breaks off and is asked again is no faster for that.
+struct Rate {
+    since: Instant,
+    bytes: u64,
+}
+
+impl Rate {
+    fn new(now: Instant) -> Self {
+        Self { since: now, bytes: 0 }
+    }
+
+    /// Whether it drips.
+    fn is_too_slow(&mut self, now: Instant) -> bool {
+        if now - self.since < WINDOW {
+            return false;
+        }
+        let slow = self.bytes < LEAST;
+        *self = Self::new(now);
+        slow
+    }
+}
+
+/// How long a fetch may take in all. `total` is what the server says, which it is not trusted with.
+fn longest(size: Option<u64>, total: Option<u64>) -> Duration {
+    let at_slowest = |bytes: u64| Duration::from_secs(bytes / SLOWEST) + GRACE;
+    match (size, total) {
+        (Some(size), _) => at_slowest(size),
+        (None, Some(total)) => at_slowest(total).min(LONGEST),
+        (None, None) => LONGEST,
+    }
 }
 
 /// What has come so far.
@@ -184,9 +221,11 @@ impl Http {
         let url = self.parse(&wanted.url)?;
         let mut progress = Progress::default();
         let (mut failures, mut restarts) = (0, 0);
+        let begun = Instant::now();
+        let mut rate = Rate::new(begun);
         loop {
             let before = progress.at;
-            let words = match self.attempt(&url, wanted, &mut progress, sink).await {
+            let words = match self.attempt(&url, wanted, &mut progress, (begun, &mut rate), sink).await {
                 Ok(()) => return Ok(()),
                 Err(Stop::Final(error)) => return Err(error),
                 Err(Stop::Anew(words)) => {
@@ -196,7 +235,7 @@ impl Http {
                     words
                 }
                 Err(Stop::Again(words)) => {
-                    if progress.at > before {
+                    if progress.at - before >= LEAST {
                         failures = 0;
                     }
                     words
@@ -220,6 +259,7 @@ impl Http {
         url: &Url,
         wanted: &Wanted,
         progress: &mut Progress,
+        (begun, rate): (Instant, &mut Rate),
         sink: &mut (impl Sink + Send),
     ) -> Result<(), Stop> {
         if progress.at > 0 && progress.validator.is_none() {
@@ -230,7 +270,6 @@ impl Http {
         let resume = progress.validator.as_deref().filter(|_| progress.at > 0).map(|v| (progress.at, v));
         let mut response = self.ask(url, resume).await?;
         self.begin(url, wanted, progress, &response, sink)?;
-        let mut window = (Instant::now(), 0_u64);
         loop {
             let chunk = match time::timeout(self.patience.silence, response.chunk()).await {
                 Ok(Ok(Some(chunk))) => chunk,
@@ -240,19 +279,22 @@ impl Http {
             };
             let length = chunk.len() as u64;
             // H1
-            let most = wanted.size.or(progress.total).unwrap_or(wanted.most);
+            let most = wanted.size.or(progress.total).unwrap_or(wanted.most).min(wanted.most);
             if progress.at + length > most {
                 let words = format!("{url} sends more than {most} bytes, and was cut off");
                 return Err(last(FileProblemKind::Invalid, words));
             }
             sink.take(chunk).await.map_err(Stop::Final)?;
             progress.at += length;
-            window.1 += length;
-            if window.0.elapsed() >= WINDOW {
-                if window.1 < LEAST {
-                    return Err(Stop::Again(format!("{url} sends fewer than {LEAST} bytes in {} s", WINDOW.as_secs())));
-                }
-                window = (Instant::now(), 0);
+            rate.bytes += length;
+            let now = Instant::now();
+            let longest = longest(wanted.size, progress.total);
+            if now - begun > longest {
+                let words = format!("{url} is too slow: {} bytes had come after {longest:?}", progress.at);
+                return Err(last(FileProblemKind::Io, words));
+            }
+            if rate.is_too_slow(now) {
+                return Err(Stop::Again(format!("{url} sends fewer than {LEAST} bytes in {} s", WINDOW.as_secs())));
             }
         }
         match wanted.size.or(progress.total) {
@@ -368,6 +410,26 @@ mod tests {
         assert_eq!(validator(&headers(&[(ETAG, "\"a\""), (LAST_MODIFIED, "x")])), Some("\"a\"".into()));
         assert_eq!(validator(&headers(&[(ETAG, "W/\"a\""), (LAST_MODIFIED, "x")])), Some("x".into()));
         assert_eq!(validator(&headers(&[(ETAG, "W/\"a\"")])), None);
+    }
+
+    #[test]
+    fn who_drips_is_found_out_over_all_connections() {
+        let begun = Instant::now();
+        let mut rate = Rate::new(begun);
+        rate.bytes = LEAST - 1;
+        assert!(!rate.is_too_slow(begun + WINDOW / 2));
+        assert!(rate.is_too_slow(begun + WINDOW));
+        rate.bytes = LEAST;
+        assert!(!rate.is_too_slow(begun + 2 * WINDOW));
+        assert_eq!(rate.bytes, 0);
+    }
+
+    #[test]
+    fn a_fetch_has_an_end() {
+        assert_eq!(longest(Some(1 << 30), Some(1)), Duration::from_secs(1024 + 600));
+        assert_eq!(longest(None, Some(1 << 30)), Duration::from_secs(1024 + 600));
+        assert_eq!(longest(None, Some(u64::MAX)), LONGEST);
+        assert_eq!(longest(None, None), LONGEST);
     }
 
     #[test]

@@ -13,13 +13,13 @@
 //! Whatever fails or is given up leaves nothing: no temporary file, no lock, no empty directory.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt::Write as _,
     fs::{self, File, Permissions},
     io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -36,7 +36,7 @@ use uncloud_proto::{
 
 use super::{
     Error, blocking,
-    bring::{bring, clean_up, read_source},
+    bring::{Turn, bring, clean_up, read_source},
     copies,
     http::Http,
     plan::Fetch,
@@ -46,8 +46,14 @@ use super::{
 };
 use crate::vm::desired::{Format, Role};
 
-/// So many files are on their way at once. More would only share the same disk.
+/// So many files are copied at once from paths. More would only share the same disk.
 const COPIES_AT_ONCE: usize = 2;
+/// So many files come at once from web servers, which may be slow without this host having anything to do.
+const DOWNLOADS_AT_ONCE: usize = 4;
+/// So many files come at once from clients.
+const UPLOADS_AT_ONCE: usize = 4;
+/// So many images are remembered that have been removed: those whose fetch could still be about to begin.
+const REMOVED: usize = 1024;
 /// How long a file goes on coming that nobody waits for. A leader that has just been elected needs some seconds to ask again.
 const UNWANTED: Duration = Duration::from_secs(60);
 
@@ -114,17 +120,28 @@ pub struct Progress {
 
 #[derive(Debug)]
 struct Running {
-    progress: watch::Receiver<Progress>,
+    /// Neither keeps the task's end from those who wait, nor counts as one of them.
+    progress: Weak<watch::Sender<Progress>>,
     cancel: CancellationToken,
     image: ImageId,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    running: BTreeMap<PathBuf, Running>,
+    /// Images are never made again under the same id. The oldest first.
+    removed: VecDeque<ImageId>,
 }
 
 /// The images of this host's pools. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Images {
     env: Arc<Env>,
-    running: Arc<Mutex<BTreeMap<PathBuf, Running>>>,
+    known: Arc<Mutex<Known>>,
     copies: Arc<Semaphore>,
+    downloads: Arc<Semaphore>,
+    uploads: Arc<Semaphore>,
+    unwanted_for: Duration,
 }
 
 pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -136,7 +153,14 @@ impl Images {
     /// With what this host has.
     #[must_use]
     pub fn new(env: Env) -> Self {
-        Self { env: Arc::new(env), running: Arc::default(), copies: Arc::new(Semaphore::new(COPIES_AT_ONCE)) }
+        Self {
+            env: Arc::new(env),
+            known: Arc::default(),
+            copies: Arc::new(Semaphore::new(COPIES_AT_ONCE)),
+            downloads: Arc::new(Semaphore::new(DOWNLOADS_AT_ONCE)),
+            uploads: Arc::new(Semaphore::new(UPLOADS_AT_ONCE)),
+            unwanted_for: UNWANTED,
+        }
     }
 
     /// Of a host without pools: it brings nothing.
@@ -159,8 +183,8 @@ impl Images {
         &self.env
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<PathBuf, Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes sure that a file is in its pool. `said` hears how far it is, now and then. Who comes while it is on its way waits for it.
@@ -169,7 +193,7 @@ impl Images {
     ///
     /// It could not be had, or is not what it should be. Nothing is left of it then.
     pub async fn fetch(&self, fetch: Fetch, mut said: impl FnMut(&Progress)) -> Result<Facts, source::Error> {
-        let mut progress = self.join(&fetch);
+        let mut progress = self.join(&fetch)?;
         loop {
             {
                 let now = progress.borrow_and_update();
@@ -185,42 +209,27 @@ impl Images {
     }
 
     /// Joins the task that brings this file, or begins one.
-    fn join(&self, fetch: &Fetch) -> watch::Receiver<Progress> {
-        let mut running = self.lock();
-        if let Some(running) = running.get(&fetch.target) {
-            return running.progress.clone();
+    fn join(&self, fetch: &Fetch) -> Result<watch::Receiver<Progress>, source::Error> {
+        let mut known = self.lock();
+        if let Some(sender) = known.running.get(&fetch.target).and_then(|r| r.progress.upgrade()) {
+            return Ok(sender.subscribe());
         }
-        let (sender, progress, cancel) = self.register(&mut running, fetch);
+        let (sender, progress, cancel) = register(&mut known, fetch)?;
         let (images, fetch) = (self.clone(), fetch.clone());
         tokio::spawn(async move {
             let env = Arc::clone(&images.env);
-            let wanted = sender.clone();
             let from = async |feed: Feed| read_source(&env, &fetch, feed, &cancel).await;
-            let work = async {
-                let _permit = images.copies.acquire().await.expect("it is never closed");
-                bring(&env, &fetch, &sender, from).await
-            };
+            let turns = if source::is_address(&fetch.source) { &images.downloads } else { &images.copies };
+            let work = bring(&env, &fetch, &sender, Turn::Of(turns), from);
             let ended = tokio::select! {
                 biased;
                 () = cancel.cancelled() => Err(given_up(&fetch)),
-                () = unwanted(&wanted) => Err(given_up(&fetch)),
+                () = unwanted(&sender, images.unwanted_for) => Err(given_up(&fetch)),
                 ended = work => ended,
             };
             images.end(&fetch, &sender, ended).await;
         });
-        progress
-    }
-
-    fn register(
-        &self,
-        running: &mut BTreeMap<PathBuf, Running>,
-        fetch: &Fetch,
-    ) -> (watch::Sender<Progress>, watch::Receiver<Progress>, CancellationToken) {
-        let (sender, progress) = watch::channel(Progress { total: fetch.size_bytes, ..Progress::default() });
-        let cancel = CancellationToken::new();
-        let entry = Running { progress: progress.clone(), cancel: cancel.clone(), image: fetch.image_id };
-        running.insert(fetch.target.clone(), entry);
-        (sender, progress, cancel)
+        Ok(progress)
     }
 
     /// Cleans up, and only then says how it ended: who has heard it may begin anew.
@@ -232,7 +241,7 @@ impl Images {
             Ok(facts) => info!(image = fetch.image, pool = fetch.pool, bytes = facts.size_bytes, "image file is there"),
             Err(error) => warn!(image = fetch.image, pool = fetch.pool, "no image file: {error}"),
         }
-        self.lock().remove(&fetch.target);
+        self.lock().running.remove(&fetch.target);
         sender.send_modify(|p| p.ended = Some(ended));
     }
 
@@ -245,17 +254,21 @@ impl Images {
     where
         F: AsyncFnOnce(Feed) -> Result<(), source::Error>,
     {
+        let Ok(_turn) = self.uploads.try_acquire() else {
+            let words = format!("this host takes {UPLOADS_AT_ONCE} uploads already; try again when one has ended");
+            return Err(problem(FileProblemKind::Io, words));
+        };
         let (sender, progress, cancel) = {
-            let mut running = self.lock();
-            if running.contains_key(&fetch.target) {
+            let mut known = self.lock();
+            if known.running.contains_key(&fetch.target) {
                 return Err(problem(FileProblemKind::Io, "this file is on its way already"));
             }
-            self.register(&mut running, &fetch)
+            register(&mut known, &fetch)?
         };
         let ended = tokio::select! {
             biased;
             () = cancel.cancelled() => Err(given_up(&fetch)),
-            ended = bring(&self.env, &fetch, &sender, from) => ended,
+            ended = bring(&self.env, &fetch, &sender, Turn::Now, from) => ended,
         };
         self.end(&fetch, &sender, ended).await;
         let ended = progress.borrow().ended.clone();
@@ -305,31 +318,57 @@ impl Images {
     /// Why a copy stays, in words.
     pub async fn remove(&self, image: ImageId) -> Result<(), String> {
         let under_way: Vec<watch::Receiver<Progress>> = {
-            let running = self.lock();
-            let of_image = running.values().filter(|r| r.image == image);
-            of_image.inspect(|r| r.cancel.cancel()).map(|r| r.progress.clone()).collect()
+            let mut known = self.lock();
+            // A fetch that was asked for before, and begins only now, would bring back what is being removed.
+            if !known.removed.contains(&image) {
+                known.removed.push_back(image);
+            }
+            if known.removed.len() > REMOVED {
+                known.removed.pop_front();
+            }
+            let of_image = known.running.values().filter(|r| r.image == image);
+            let senders = of_image.inspect(|r| r.cancel.cancel()).filter_map(|r| r.progress.upgrade());
+            senders.map(|sender| sender.subscribe()).collect()
         };
         for mut progress in under_way {
             // What goes on until it is cleaned up.
             let _ = progress.wait_for(|p| p.ended.is_some()).await;
         }
         let (pools, user) = (self.env.pools.clone(), self.env.user);
-        blocking(move || {
+        let removed = blocking(move || {
             for pool in pools.values() {
                 pools::check(pool, user).map_err(|e| format!("pool {} cannot be used: {e}", pool.name))?;
                 copies::remove(&pool.path, image)?;
             }
             Ok(())
         })
-        .await
+        .await;
+        if removed.is_err() {
+            // A VM may still have a disk on top of it, and needs to find it.
+            self.lock().removed.retain(|id| *id != image);
+        }
+        removed
     }
 }
 
-/// When nobody has wanted it for a while.
-async fn unwanted(sender: &watch::Sender<Progress>) {
+type Registered = (Arc<watch::Sender<Progress>>, watch::Receiver<Progress>, CancellationToken);
+
+fn register(known: &mut Known, fetch: &Fetch) -> Result<Registered, source::Error> {
+    if known.removed.contains(&fetch.image_id) {
+        return Err(problem(FileProblemKind::Io, format!("image {} has been removed", fetch.image)));
+    }
+    let (sender, progress) = watch::channel(Progress { total: fetch.size_bytes, ..Progress::default() });
+    let (sender, cancel) = (Arc::new(sender), CancellationToken::new());
+    let entry = Running { progress: Arc::downgrade(&sender), cancel: cancel.clone(), image: fetch.image_id };
+    known.running.insert(fetch.target.clone(), entry);
+    Ok((sender, progress, cancel))
+}
+
+/// When nobody has wanted it for so long.
+async fn unwanted(sender: &watch::Sender<Progress>, so_long: Duration) {
     loop {
         sender.closed().await;
-        time::sleep(UNWANTED).await;
+        time::sleep(so_long).await;
         if sender.is_closed() {
             return;
         }
@@ -337,10 +376,9 @@ async fn unwanted(sender: &watch::Sender<Progress>) {
 }
 
 fn given_up(fetch: &Fetch) -> Error {
-    Error::BadImage {
-        image: fetch.image.clone(),
-        problem: "its fetch was given up, because nobody wants it".to_owned(),
-    }
+    // It says nothing about the image: who comes next may have it.
+    let source = problem(FileProblemKind::Io, "its fetch was given up, because nobody wants it");
+    Error::Source { image: fetch.image.clone(), pool: fetch.pool.clone(), source }
 }
 
 /// A file of an image that is to come into `pool`. What is not known about it may be empty.
@@ -385,7 +423,11 @@ pub fn to_fetch(id: &str, name: &str, file: &v1::ImageFile, pool: &Pool) -> Resu
 pub(super) fn make_dirs(dir: &Path) -> Result<(), Error> {
     for dir in [dir.parent().expect("it lies below a pool"), dir] {
         match fs::create_dir(dir) {
-            Ok(()) => fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(io_error("open up", dir))?,
+            Ok(()) => {
+                fs::set_permissions(dir, Permissions::from_mode(0o755)).map_err(io_error("open up", dir))?;
+                // Or a power cut takes the directory with all that was synced inside.
+                sync_dir(dir.parent().expect("it lies below a pool"))?;
+            }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
             Err(e) => return Err(io_error("make", dir)(e)),
         }

@@ -89,7 +89,7 @@ async fn an_image_is_copied_once_and_stays_when_its_source_goes() {
     assert_eq!(fs::metadata(&request.target).unwrap().permissions().mode() & 0o777, 0o644);
     fs::remove_file(place.dir.path().join("source")).unwrap();
     assert!(place.fetch(request).await.is_ok());
-    assert!(place.images.lock().is_empty());
+    assert!(place.images.lock().running.is_empty());
 }
 
 #[tokio::test]
@@ -158,8 +158,7 @@ async fn corrupt_and_huge_images_are_refused_and_leave_nothing() {
     let any = |content: &[u8]| Fetch { format: None, sha256: String::new(), ..place.request(content) };
     let good = make("64M");
     assert_eq!(place.fetch(any(&good)).await.unwrap().format, Some(Format::Qcow2));
-    place.images.remove(image()).await.unwrap();
-    assert_eq!(place.files(), [""; 0]);
+    fs::remove_dir_all(place.dir.path().join("pool/images")).unwrap();
 
     let bomb = make("2T");
     let error = place.fetch(any(&bomb)).await.unwrap_err();
@@ -189,8 +188,11 @@ async fn a_removal_stops_what_is_on_its_way() {
         place.images.remove(image()).await
     };
     let (received, removed) = tokio::join!(receiving, removing);
-    assert!(received.is_err());
+    assert_eq!(received.unwrap_err().kind, FileProblemKind::Io, "it says nothing about the image");
     removed.unwrap();
+    // What was asked for before the removal, and comes late.
+    let error = place.fetch(place.request(b"")).await.unwrap_err();
+    assert!(error.contains("image debian has been removed"), "{error}");
     assert_eq!(place.files(), [""; 0]);
 }
 
@@ -205,4 +207,73 @@ async fn an_upload_that_ends_early_leaves_nothing() {
     let whole = async |mut feed: Feed| feed.take(Bytes::from_static(&[7; 1000])).await;
     assert!(place.images.receive(request, whole).await.is_ok());
     assert_eq!(place.files(), ["disk"]);
+}
+
+#[tokio::test]
+async fn what_is_larger_than_allowed_is_refused_before_it_is_written() {
+    let place = Place::new(&[7; 1000]);
+    let images = Images::new(Env { most: 999, ..Place::env(place.dir.path(), 1) });
+    for role in [Role::Disk, Role::Kernel, Role::Initrd] {
+        let known = Fetch { role, ..place.request(&[7; 1000]) };
+        let unknown = Fetch { size_bytes: 0, ..known.clone() };
+        for fetch in [known.clone(), unknown.clone()] {
+            let error = images.fetch(fetch, |_| {}).await.unwrap_err();
+            assert_eq!(error.kind, FileProblemKind::Invalid);
+            assert!(error.message.contains("1000 bytes; at most 999 are allowed (--max-image-gib)"), "{error}");
+        }
+        let never = async |_: Feed| -> Result<(), source::Error> { panic!("nothing is taken") };
+        let error = images.receive(known, never).await.unwrap_err();
+        assert!(error.message.contains("at most 999"), "{error}");
+        // Whose size was not said.
+        let some = async |mut feed: Feed| feed.take(Bytes::from_static(&[7; 1000])).await;
+        let error = images.receive(unknown, some).await.unwrap_err();
+        assert!(error.message.contains("at most 999"), "{error}");
+    }
+    assert_eq!(place.files(), [""; 0]);
+}
+
+#[tokio::test]
+async fn what_nobody_wants_any_more_is_given_up() {
+    let place = Place::new(b"some");
+    let images = Images { unwanted_for: Duration::from_millis(20), ..place.images.clone() };
+    let request = place.request(b"some");
+    // Another host has the claim, so it does not end by itself.
+    let dir = request.target.parent().unwrap();
+    make_dirs(dir).unwrap();
+    let claim = Claim::take(dir, "disk").unwrap().unwrap();
+    let begun = time::timeout(Duration::from_millis(50), images.fetch(request.clone(), |_| {})).await;
+    assert!(begun.is_err(), "it waits");
+    let gone = async {
+        while !images.lock().running.is_empty() {
+            time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    time::timeout(Duration::from_secs(10), gone).await.expect("it is given up");
+    drop(claim);
+    assert!(images.fetch(request, |_| {}).await.is_ok(), "who comes later has it");
+}
+
+#[tokio::test]
+async fn who_waits_for_another_host_keeps_nobody_from_his_turn() {
+    let place = Place::new(b"some");
+    let request = place.request(b"some");
+    let of = |i: u128| {
+        let image_id = ImageId::from_uuid(Uuid::from_u128(i));
+        let target = place.dir.path().join("pool/images").join(image_id.to_string()).join("disk");
+        Fetch { image_id, target, ..request.clone() }
+    };
+    let waiting: Vec<_> = (100..100 + COPIES_AT_ONCE as u128).map(of).collect();
+    let mut claims = Vec::new();
+    for fetch in &waiting {
+        let dir = fetch.target.parent().unwrap();
+        make_dirs(dir).unwrap();
+        claims.push(Claim::take(dir, "disk").unwrap().unwrap());
+        let (images, fetch) = (place.images.clone(), fetch.clone());
+        tokio::spawn(async move { images.fetch(fetch, |_| {}).await });
+    }
+    while place.images.lock().running.len() < waiting.len() {
+        tokio::task::yield_now().await;
+    }
+    let other = time::timeout(Duration::from_secs(10), place.fetch(of(1))).await;
+    assert!(other.expect("it does not wait for them").is_ok());
 }

@@ -5,10 +5,11 @@ use std::{
     fs::File,
     io::{Read, Seek},
     sync::Arc,
+    time::Duration,
 };
 
 use sha2::{Digest, Sha256};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time};
 use uncloud_proto::v1::{FileFacts, FileProblemKind, ImageFileRole, ImageFormat};
 
 use super::{
@@ -21,6 +22,10 @@ use crate::vm::desired::Format;
 
 /// So many files are read at once, and so many more may wait.
 const AT_ONCE: usize = 2;
+/// So many web servers are asked at once. Apart from the files, because they may be slow.
+const SERVERS_AT_ONCE: usize = 8;
+/// How long a web server may take for the beginning of a file, in all.
+const PEEK: Duration = Duration::from_secs(60);
 const MOST_WAITING: usize = 64;
 
 /// Looks at files for the leader.
@@ -30,6 +35,8 @@ pub struct Inspector {
     http: Result<Http, String>,
     most: u64,
     reading: Arc<Semaphore>,
+    asking: Arc<Semaphore>,
+    patience: Duration,
     waiting: Arc<Semaphore>,
 }
 
@@ -38,7 +45,15 @@ impl Inspector {
     #[must_use]
     pub fn new(roots: Arc<Roots>) -> Self {
         let (reading, waiting) = (Arc::new(Semaphore::new(AT_ONCE)), Arc::new(Semaphore::new(MOST_WAITING)));
-        Self { roots, http: Err("this host fetches nothing from the network".into()), most: u64::MAX, reading, waiting }
+        Self {
+            roots,
+            http: Err("this host fetches nothing from the network".into()),
+            most: u64::MAX,
+            reading,
+            asking: Arc::new(Semaphore::new(SERVERS_AT_ONCE)),
+            patience: PEEK,
+            waiting,
+        }
     }
 
     /// With what this host has to bring images with.
@@ -57,10 +72,15 @@ impl Inspector {
         let Ok(_waiting) = self.waiting.try_acquire() else {
             return Err(problem(FileProblemKind::Io, "this host is busy reading other files; try again"));
         };
-        let permit = Arc::clone(&self.reading).acquire_owned().await.expect("it is never closed");
         let facts = if source::is_address(&source) {
-            self.peek(&source, role).await?
+            let peek = async {
+                let _asking = self.asking.acquire().await.expect("it is never closed");
+                self.peek(&source, role).await
+            };
+            let slow = |_| problem(FileProblemKind::Io, format!("{source}: nothing came of it in {:?}", self.patience));
+            time::timeout(self.patience, peek).await.map_err(slow)??
         } else {
+            let permit = Arc::clone(&self.reading).acquire_owned().await.expect("it is never closed");
             let roots = Arc::clone(&self.roots);
             blocking(move || {
                 let facts = look(&roots, &source, role);
@@ -138,6 +158,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::storage::http::{Allowed, Patience};
 
     #[tokio::test]
     async fn facts_are_about_the_whole_file() {
@@ -156,5 +177,34 @@ mod tests {
             let error = inspector.inspect(path.to_str().unwrap().into(), role).await.unwrap_err();
             assert_eq!(error.kind, FileProblemKind::Invalid);
         }
+    }
+
+    #[tokio::test]
+    async fn web_servers_that_say_nothing_keep_no_file_from_being_read_and_are_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk.raw");
+        fs::write(&path, "some").unwrap();
+        // Takes connections, as the kernel does, and never says anything.
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}/", silent.local_addr().unwrap());
+        let hour = Duration::from_secs(3600);
+        let http = Http::new(Allowed(vec![url.clone()]), Patience { connect: hour, silence: hour }).unwrap();
+        let roots = Arc::new(Roots::new(&[dir.path().to_owned()], &[]));
+        let inspector = Inspector { http: Ok(http), ..Inspector::new(roots) };
+        let asking: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                let (inspector, url) = (inspector.clone(), url.clone());
+                tokio::spawn(async move { inspector.inspect(url, ImageFileRole::Kernel).await })
+            })
+            .collect();
+        for _ in 0..AT_ONCE {
+            silent.accept().await.unwrap();
+        }
+        let read = inspector.inspect(path.to_str().unwrap().into(), ImageFileRole::Kernel);
+        assert!(time::timeout(Duration::from_secs(10), read).await.expect("it does not wait for them").is_ok());
+        asking.iter().for_each(tokio::task::JoinHandle::abort);
+        let hasty = Inspector { patience: Duration::from_millis(50), ..inspector };
+        let error = hasty.inspect(url, ImageFileRole::Kernel).await.unwrap_err();
+        assert!(error.kind == FileProblemKind::Io && error.message.contains("nothing came of it"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 use std::{pin::Pin, sync::Arc, time::Duration};
 
 use prost::Message as _;
+use tokio::time;
 use tokio_stream::Stream;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -32,6 +33,9 @@ use crate::{
 
 /// How long a host may take over the files of an image: it reads every byte for the sha256.
 const INSPECTION_TIMEOUT: Duration = Duration::from_mins(10);
+
+/// How long one host may take over a file on a web server, of which it looks at the beginning. Longer than its own patience.
+const WEB_PATIENCE: Duration = Duration::from_secs(90);
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -122,15 +126,16 @@ async fn inspect(leader: &Leader, i: usize, file: NewFile) -> Result<ImageFile, 
             silent += 1;
             continue;
         };
-        match answer.await {
-            Ok(file_inspection::Result::Facts(facts)) => return accept(leader, i, file, host, facts),
-            Ok(file_inspection::Result::Problem(found)) => {
+        let patience = if is_address(&file.source) { WEB_PATIENCE } else { INSPECTION_TIMEOUT };
+        match time::timeout(patience, answer).await {
+            Ok(Ok(file_inspection::Result::Facts(facts))) => return accept(leader, i, file, host, facts),
+            Ok(Ok(file_inspection::Result::Problem(found))) => {
                 if problem.as_ref().is_none_or(|(_, p)| telling(found.kind()) > telling(p.kind())) {
                     problem = Some((host, found));
                 }
             }
-            // Its session has ended.
-            Err(_) => silent += 1,
+            // Its session has ended, or it hangs.
+            Ok(Err(_)) | Err(_) => silent += 1,
         }
     }
     Err(match problem {

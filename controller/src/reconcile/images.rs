@@ -35,6 +35,8 @@ use crate::{
 const PERIOD: Duration = Duration::from_millis(500);
 /// So many images are on their way at once. The rest waits; hosts copy two at a time anyhow.
 const AT_ONCE: usize = 16;
+/// So many images are being removed at once. Apart from the others, which may take hours.
+const REMOVALS_AT_ONCE: usize = 16;
 /// A host that says nothing about a fetch for so long hangs. It should say something every second.
 const SILENCE: Duration = Duration::from_secs(30);
 /// How long a host may take to remove its copies.
@@ -87,7 +89,7 @@ pub(super) async fn run(leader: &Arc<Leader>) {
         leader.images.retain(|id| open.contains_key(&id));
         for (id, state) in open {
             let wait = not_before.get(&id).is_some_and(|at| *at > Instant::now());
-            if jobs.contains_key(&id) || jobs.len() >= AT_ONCE || wait {
+            if jobs.contains_key(&id) || wait || !has_room(jobs.values().map(|job| job.state), state) {
                 continue;
             }
             let leader = Arc::clone(leader);
@@ -99,6 +101,15 @@ pub(super) async fn run(leader: &Arc<Leader>) {
             };
             jobs.insert(id, Job { state, handle });
         }
+    }
+}
+
+/// Whether beside these jobs there is room for one of an image in this state.
+fn has_room(jobs: impl Iterator<Item = ImageState>, state: ImageState) -> bool {
+    let (removals, others): (Vec<_>, Vec<_>) = jobs.partition(|job| *job == ImageState::Deleting);
+    match state {
+        ImageState::Deleting => removals.len() < REMOVALS_AT_ONCE,
+        ImageState::Fetching | ImageState::Uploading | ImageState::Ready | ImageState::Failed => others.len() < AT_ONCE,
     }
 }
 
@@ -271,6 +282,18 @@ fn name(leader: &Leader, host: HostId) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_that_do_not_come_keep_none_from_being_removed() {
+        let jobs = |fetching, deleting| {
+            let fetching = std::iter::repeat_n(ImageState::Fetching, fetching);
+            fetching.chain(std::iter::repeat_n(ImageState::Deleting, deleting))
+        };
+        assert!(has_room(jobs(AT_ONCE, 0), ImageState::Deleting));
+        assert!(!has_room(jobs(AT_ONCE, 0), ImageState::Fetching));
+        assert!(has_room(jobs(0, REMOVALS_AT_ONCE), ImageState::Fetching));
+        assert!(!has_room(jobs(0, REMOVALS_AT_ONCE), ImageState::Deleting));
+    }
 
     #[test]
     fn what_a_host_says_must_fit_what_is_known() {
