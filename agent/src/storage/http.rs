@@ -35,7 +35,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Redirections that are followed.
 const REDIRECTS: usize = 5;
 /// However slow a server may be within the bounds above: at this many bytes in a second a file must come, and a while longer.
-const SLOWEST: u64 = 1 << 20;
+const SLOWEST: u64 = 1 << 17;
 const GRACE: Duration = Duration::from_secs(600);
 /// A file whose size is not known beforehand must come in this time.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
