@@ -426,8 +426,8 @@ mod tests {
 
     #[test]
     fn a_fetch_has_an_end() {
-        assert_eq!(longest(Some(1 << 30), Some(1)), Duration::from_secs(1024 + 600));
-        assert_eq!(longest(None, Some(1 << 30)), Duration::from_secs(1024 + 600));
+        assert_eq!(longest(Some(1 << 30), Some(1)), Duration::from_secs(8192 + 600));
+        assert_eq!(longest(None, Some(1 << 30)), Duration::from_secs(8192 + 600));
         assert_eq!(longest(None, Some(u64::MAX)), LONGEST);
         assert_eq!(longest(None, None), LONGEST);
     }
