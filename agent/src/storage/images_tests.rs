@@ -135,6 +135,7 @@ async fn of_two_hosts_that_share_a_pool_one_brings_the_file() {
     fs::write(temporary(&request.target, other.env.host), "half").unwrap();
     let waiting = place.fetch(request.clone());
     let dies = async {
+        // Long enough to have gone wrong, if it did not wait; that it goes on afterwards depends on no time.
         time::sleep(Duration::from_millis(50)).await;
         assert!(!request.target.exists(), "it waits");
         drop(claim);

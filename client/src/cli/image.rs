@@ -189,6 +189,7 @@ async fn follow(
                     Verdict::Hopeless => return Err(Error::Failed(last.clone())),
                 }
             }
+            // The watch has ended before the image has: its controller does not lead any more. The next one is asked.
             time::sleep(Duration::from_millis(200)).await;
         }
     };
