@@ -107,6 +107,7 @@ fn vm() -> VmRecord {
         restarts: 1,
         restart_force: true,
         stop_force: false,
+        paused: false,
         disks_exist: true,
         disk_home: Some(DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() }),
         disk_generation: 1,
@@ -159,6 +160,7 @@ fn status() -> VmStatusRecord {
         addresses: vec!["10.0.2.15".into()],
         last_exit: Some(LastExit { code: -1, signal: 9, reason: "killed".into(), at: AT }),
         next_attempt: Some(WallTime(AT.0 + 10_000)),
+        paused: false,
         migration: Some(MigrationProgress {
             incarnation: Incarnation(9),
             transferred_bytes: 91 << 20,

@@ -417,6 +417,7 @@ impl<H: Hypervisor> Session<H> {
                         restarts_done: 0,
                         addresses: Vec::new(),
                         migration: None,
+                        paused: false,
                     };
                     self.manager.host().outbox.put(vm, report);
                 }

@@ -55,6 +55,9 @@ pub struct Desired {
     /// For Incoming: what the source knows, too.
     #[serde(default)]
     pub migration_secret: String,
+    /// For Run: what its user wants of the guest.
+    #[serde(default)]
+    pub pause: Pause,
 }
 
 /// What to do with a VM.
@@ -71,6 +74,17 @@ pub enum Disposition {
     Forget,
     /// It may come from another host: a process that waits for it.
     Incoming,
+}
+
+/// Whether the guest of a VM that runs should execute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pause {
+    /// It should.
+    #[default]
+    GoOn,
+    /// It should stand still.
+    StandStill,
 }
 
 /// How a restart is done.
@@ -424,6 +438,7 @@ impl Desired {
             disk_generation: m.disk_generation,
             migrate_to,
             migration_secret,
+            pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
         })
     }
 }

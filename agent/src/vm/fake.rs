@@ -17,8 +17,8 @@ use uncloud_proto::{
 use super::migration::{Guest, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
-        Class, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, RestartMode, RestartPolicy,
-        Spec, StopMode,
+        Class, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, Pause, RestartMode,
+        RestartPolicy, Spec, StopMode,
     },
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
 };
@@ -55,6 +55,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         disk_generation: 0,
         migrate_to: None,
         migration_secret: String::new(),
+        pause: Pause::GoOn,
     }
 }
 
@@ -209,6 +210,7 @@ impl Hypervisor for FakeHypervisor {
             Step::Continue => (standing.transfer, standing.guest) = (Transfer::Completed, Guest::Sent),
             Step::Cancel => (standing.transfer, standing.guest) = (Transfer::Cancelled, Guest::Executes),
             Step::Resume => standing.guest = Guest::Executes,
+            Step::Pause => standing.guest = Guest::Still,
         }
         Ok(())
     }

@@ -50,6 +50,9 @@ pub struct VmRecord {
     /// The newest stop is to kill at once.
     #[serde(default)]
     pub stop_force: bool,
+    /// Its user wants the guest to stand still. Ends with a resume, a stop or a restart.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub paused: bool,
     /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
     #[serde(default)]
     pub disks_exist: bool,
@@ -398,6 +401,9 @@ pub struct VmStatusRecord {
     /// When a failed start is tried again, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt: Option<WallTime>,
+    /// The guest stands still, as its user wants. The phase is Running then.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub paused: bool,
     /// How far the migration is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationProgress>,
@@ -438,4 +444,10 @@ pub enum Phase {
     Unreachable,
     Deleting,
     Migrating,
+    Paused,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_false(value: &bool) -> bool {
+    !value
 }

@@ -97,6 +97,7 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         restarts: 0,
         restart_force: false,
         stop_force: false,
+        paused: false,
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,

@@ -144,6 +144,7 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
             bytes_per_second: m.bytes_per_second,
         }),
         migration_secret: String::new(),
+        paused: record.paused,
     }
 }
 

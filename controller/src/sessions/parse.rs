@@ -165,6 +165,7 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             next_attempt: vm.next_attempt.as_ref().map(WallTime::from_proto),
             addresses: addresses(&vm.addresses),
             restarts_done: vm.restarts_done,
+            paused: vm.paused,
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
         checked.push(Reported { sequence: vm.sequence, seen });

@@ -131,6 +131,10 @@ pub enum PowerChange {
     Stop,
     /// It should stop: it is killed.
     ForceStop,
+    /// The guest should stand still.
+    Pause,
+    /// It should go on.
+    Resume,
 }
 
 impl PowerChange {
@@ -138,7 +142,7 @@ impl PowerChange {
     #[must_use]
     pub const fn desired(self) -> Desired {
         match self {
-            Self::Start => Desired::Running,
+            Self::Start | Self::Pause | Self::Resume => Desired::Running,
             Self::Stop | Self::ForceStop => Desired::Stopped,
         }
     }
@@ -257,6 +261,8 @@ pub struct VmObservation {
     pub restarts_done: u64,
     /// How a migration goes, by this side of it.
     pub migration: Option<MigrationObservation>,
+    /// The guest stands still, as it should.
+    pub paused: bool,
 }
 
 /// What a host reported about a migration.

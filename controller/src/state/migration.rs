@@ -114,6 +114,9 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
         let target = draft.host_name(migration.target);
         return refuse(format!("VM `{name}` is being migrated to host `{target}` already; wait, or cancel that first"));
     }
+    if record.paused {
+        return refuse(format!("VM `{name}` is paused; resume it first"));
+    }
     let phase = entry.current_status().map(|s| s.phase);
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));

@@ -152,6 +152,7 @@ pub(super) fn give_host(
     if let Some(status) = &entry.status {
         let reason = record.placement.why.clone();
         let status = VmStatusRecord {
+            paused: false,
             phase: Phase::Scheduled,
             reason,
             incarnation,
@@ -413,6 +414,7 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         addresses: Vec::new(),
         last_exit: None,
         next_attempt: None,
+        paused: false,
         migration: None,
         last_migration: None,
         extra: Extra::new(),

@@ -77,6 +77,7 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
         created: timestamp(record.created),
         revision: revision.0,
         pending_restart: record.pending.iter().flat_map(|p| p.fields()).map(str::to_owned).collect(),
+        paused: record.paused,
         next_spec: record.pending.as_ref().map(|_| self::spec(&record.next_spec())),
     }
 }
@@ -214,5 +215,6 @@ pub(crate) const fn phase(phase: Phase) -> v1::VmPhase {
         Phase::Unreachable => v1::VmPhase::Unreachable,
         Phase::Deleting => v1::VmPhase::Deleting,
         Phase::Migrating => v1::VmPhase::Migrating,
+        Phase::Paused => v1::VmPhase::Paused,
     }
 }

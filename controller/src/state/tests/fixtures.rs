@@ -308,6 +308,7 @@ impl World {
             next_attempt: None,
             addresses: Vec::new(),
             restarts_done: self.record(vm).restarts,
+            paused: false,
             migration: None,
         }
     }
