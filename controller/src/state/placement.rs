@@ -28,7 +28,7 @@ use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
-        vm::{Failover, OnDiskLoss, Placement},
+        vm::{CpuModel, Failover, OnDiskLoss, Placement},
     },
     scheduler::{self, Arrival, Choice, Home, Request, Unplaceable},
 };
@@ -84,6 +84,7 @@ pub fn request(vm: &VmRecord) -> Request {
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
         prefer: None,
+        cpu: next.cpu,
         arrival: Arrival::Start,
     }
 }
@@ -345,6 +346,8 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         group: None,
         home,
         prefer: None,
+        // No guest is started. What every host has.
+        cpu: CpuModel::V2,
         arrival: Arrival::Start,
     }
 }
