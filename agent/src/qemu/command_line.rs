@@ -7,6 +7,7 @@
 
 use std::{
     ffi::OsString,
+    os::fd::RawFd,
     path::{Path, PathBuf},
 };
 
@@ -108,11 +109,22 @@ pub struct DiskFile {
     pub path: PathBuf,
 }
 
-/// A NIC in QEMU's own user network.
+/// A NIC.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UserNic {
+pub struct Nic {
     /// Its MAC address, as `42:…`.
     pub mac: String,
+    /// What it is connected to. The guest does not see it, so it may differ between the two sides of a migration.
+    pub backend: NetBackend,
+}
+
+/// What a NIC is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetBackend {
+    /// QEMU's own user network.
+    User,
+    /// A tap, by the number that its descriptor has in QEMU.
+    Tap(RawFd),
 }
 
 /// What the screen is shown with.
@@ -161,7 +173,7 @@ pub struct MachineSpec {
     /// What cloud-init reads: a raw image, read-only, behind the disks.
     pub seed: Option<PathBuf>,
     /// The NICs, likewise.
-    pub nics: Vec<UserNic>,
+    pub nics: Vec<Nic>,
     /// The screen.
     pub screen: Screen,
     /// The channel to a guest agent.
@@ -382,8 +394,12 @@ impl Argv {
         self.option("-device", format!("virtio-blk-pci,id=vd{index},drive={node},serial={}{boot}", escaped(&serial)));
     }
 
-    fn nic(&mut self, index: usize, nic: &UserNic) {
-        self.option("-netdev", format!("user,id=net{index}"));
+    fn nic(&mut self, index: usize, nic: &Nic) {
+        let netdev = match nic.backend {
+            NetBackend::User => format!("user,id=net{index}"),
+            NetBackend::Tap(fd) => format!("tap,id=net{index},fd={fd}"),
+        };
+        self.option("-netdev", netdev);
         // Without its boot ROM: nothing boots from the network, and not every host has the file.
         self.option(
             "-device",
@@ -418,7 +434,10 @@ mod tests {
                 DiskFile { name: "root".into(), path: "/pool/disks/vm/root.1.qcow2".into() },
                 DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
             ],
-            nics: vec![UserNic { mac: "42:00:00:00:00:01".into() }, UserNic { mac: "42:00:00:00:00:02".into() }],
+            nics: vec![
+                Nic { mac: "42:00:00:00:00:01".into(), backend: NetBackend::User },
+                Nic { mac: "42:00:00:00:00:02".into(), backend: NetBackend::Tap(12) },
+            ],
             screen: Screen::Vga,
             agent: AgentChannel::VirtioSerial,
             begin: Begin::Boot,
