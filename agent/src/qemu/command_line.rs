@@ -60,6 +60,14 @@ impl Machine {
             Self::Pc => "pc-i440fx-7.2",
         }
     }
+
+    /// QEMU's name of what the guest powers down by.
+    const fn power_management(self) -> &'static str {
+        match self {
+            Self::Q35 => "ICH9-LPC",
+            Self::Pc => "PIIX4_PM",
+        }
+    }
 }
 
 /// What executes the guest. Chosen by the host's probe, never by QEMU's own fallback.
@@ -292,6 +300,10 @@ impl Argv {
         self.option("-cpu", cpu(spec.cpu));
         self.option("-smp", spec.vcpus.to_string());
         self.option("-m", format!("{}M", spec.memory_mib));
+        // A guest that sleeps stands still and keeps its room, and nobody can tell why.
+        for sleep in ["disable_s3", "disable_s4"] {
+            self.option("-global", format!("{}.{sleep}=1", spec.machine.power_management()));
+        }
         self.option("-rtc", "base=utc");
         self.option("-display", "none");
         self.option("-vga", "none");
