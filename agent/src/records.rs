@@ -55,6 +55,9 @@ pub struct Record {
     /// its guest goes on. Written before QEMU is told anything of it.
     #[serde(default)]
     pub moving: Option<Incarnation>,
+    /// The QEMU that executes has been told to let its guest stand still, and it is not known yet that it goes on again.
+    #[serde(default)]
+    pub stands_still: bool,
 }
 
 /// A launch.
@@ -144,6 +147,7 @@ impl Record {
             settled_at: WallTime::default(),
             last_exit: None,
             moving: None,
+            stands_still: false,
         }
     }
 }

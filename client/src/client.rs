@@ -149,6 +149,10 @@ calls! {
     stop_vm(StopVmRequest) -> StopVmResponse, vms, Repeatable;
     /// Restarts a VM. Not tried again when the answer was lost: that could restart it twice.
     restart_vm(RestartVmRequest) -> RestartVmResponse, vms, Once;
+    /// Lets a running guest stand still.
+    pause_vm(PauseVmRequest) -> PauseVmResponse, vms, Repeatable;
+    /// Lets a paused guest go on.
+    resume_vm(ResumeVmRequest) -> ResumeVmResponse, vms, Repeatable;
     /// Moves a running VM to another host. Not tried again when the answer was lost: it would be refused.
     migrate_vm(MigrateVmRequest) -> MigrateVmResponse, vms, Once;
     /// Gives up a migration. Not tried again when the answer was lost: it would be refused.

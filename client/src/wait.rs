@@ -9,6 +9,8 @@ pub enum Goal {
     Running,
     /// It runs, and has been started anew after this moment.
     RunningSince(Option<prost_types::Timestamp>),
+    /// It is paused.
+    Paused,
     /// It does not run.
     Stopped,
     /// It is gone.
@@ -34,6 +36,12 @@ pub fn judge(goal: &Goal, vm: &Vm) -> Verdict {
     match goal {
         Goal::Running => judge_running(vm, |_| true),
         Goal::RunningSince(before) => judge_running(vm, |status| later(status.since.as_ref(), before.as_ref())),
+        Goal::Paused if vm.deleting => hopeless("it is being deleted"),
+        Goal::Paused if !vm.paused => hopeless("somebody resumed, stopped or restarted it"),
+        Goal::Paused => match phase(vm) {
+            VmPhase::Paused => Verdict::Reached,
+            _ => Verdict::Wait,
+        },
         Goal::Stopped if vm.deleting => hopeless("it is being deleted"),
         Goal::Stopped if vm.desired() == PowerState::Running => hopeless("somebody started it"),
         Goal::Stopped => match phase(vm) {
@@ -51,6 +59,9 @@ pub fn judge(goal: &Goal, vm: &Vm) -> Verdict {
 fn judge_running(vm: &Vm, new_enough: impl Fn(&VmStatus) -> bool) -> Verdict {
     if vm.deleting {
         return hopeless("it is being deleted");
+    }
+    if vm.paused {
+        return hopeless("it is paused");
     }
     let Some(status) = &vm.status else { return Verdict::Wait };
     if vm.desired() == PowerState::Stopped {
@@ -143,6 +154,19 @@ mod tests {
         deleted.deleting = true;
         assert!(matches!(judge(&Goal::Running, &deleted), Verdict::Hopeless(_)));
         assert_eq!(judge(&Goal::Gone, &deleted), Verdict::Wait);
+    }
+
+    #[test]
+    fn a_pause_is_over_when_the_guest_stands_still() {
+        let mut paused = vm(PowerState::Running, VmPhase::Running, 2);
+        paused.paused = true;
+        assert_eq!(judge(&Goal::Paused, &paused), Verdict::Wait);
+        assert!(matches!(judge(&Goal::Running, &paused), Verdict::Hopeless(_)));
+        paused.status.as_mut().unwrap().phase = VmPhase::Paused.into();
+        assert_eq!(judge(&Goal::Paused, &paused), Verdict::Reached);
+        paused.paused = false;
+        assert!(matches!(judge(&Goal::Paused, &paused), Verdict::Hopeless(_)), "somebody was faster");
+        assert_eq!(judge(&Goal::Running, &paused), Verdict::Wait);
     }
 
     #[test]

@@ -157,6 +157,7 @@ async fn fields_of_a_newer_program_survive_a_rewrite() {
         next_attempt: None,
         addresses: Vec::new(),
         restarts_done: 0,
+        paused: false,
         migration: None,
     };
     let host = host_facts(1).id;

@@ -94,6 +94,9 @@ pub async fn step(
         Step::Cancel => {
             instance.execute("migrate_cancel", None).await?;
         }
+        Step::Pause => {
+            instance.execute("stop", None).await?;
+        }
         Step::Resume => {
             instance.cont().await?;
             // Nobody needs it any more. What is left is overwritten by the next, and goes with the VM's directory.

@@ -107,6 +107,7 @@ impl Entry {
                 expected_downtime_ms: m.progress.expected_downtime_ms,
                 failure: m.failure.clone(),
             }),
+            paused: r.paused,
         }
     }
 }
@@ -185,6 +186,7 @@ mod tests {
             restarts_done: 0,
             addresses: Vec::new(),
             migration: None,
+            paused: false,
         }
     }
 

@@ -55,6 +55,9 @@ pub struct Desired {
     /// For Incoming: what the source knows, too.
     #[serde(default)]
     pub migration_secret: String,
+    /// For Run: what its user wants of the guest.
+    #[serde(default)]
+    pub pause: Pause,
 }
 
 /// What to do with a VM.
@@ -71,6 +74,17 @@ pub enum Disposition {
     Forget,
     /// It may come from another host: a process that waits for it.
     Incoming,
+}
+
+/// Whether the guest of a VM that runs should execute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pause {
+    /// It should.
+    #[default]
+    GoOn,
+    /// It should stand still.
+    StandStill,
 }
 
 /// How a restart is done.
@@ -142,6 +156,9 @@ pub struct Spec {
     /// What boots the machine.
     #[serde(default)]
     pub firmware: Firmware,
+    /// The CPU that the guest sees.
+    #[serde(default)]
+    pub cpu: CpuModel,
     /// What the guest's cloud-init is told.
     #[serde(default)]
     pub cloud_init: Option<CloudInit>,
@@ -178,6 +195,18 @@ pub enum Firmware {
     Bios,
     /// OVMF, with variables of its own.
     Uefi,
+}
+
+/// The CPU that a guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum CpuModel {
+    #[default]
+    V2,
+    V3,
+    V4,
+    Host,
 }
 
 /// What the guest's cloud-init is told.
@@ -424,6 +453,7 @@ impl Desired {
             disk_generation: m.disk_generation,
             migrate_to,
             migration_secret,
+            pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
         })
     }
 }
@@ -468,6 +498,14 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
     if v1::Firmware::try_from(s.firmware).is_err() {
         return Err(unusable("spec.firmware", "is not one that this agent knows"));
     }
+    let cpu = match v1::CpuModel::try_from(s.cpu) {
+        // A controller that knows no models says nothing.
+        Ok(v1::CpuModel::Unspecified | v1::CpuModel::X8664V2) => CpuModel::V2,
+        Ok(v1::CpuModel::X8664V3) => CpuModel::V3,
+        Ok(v1::CpuModel::X8664V4) => CpuModel::V4,
+        Ok(v1::CpuModel::Host) => CpuModel::Host,
+        Err(_) => return Err(unusable("spec.cpu", "is not one that this agent knows")),
+    };
     if !(1..=3600).contains(&s.stop_grace_seconds) {
         return Err(unusable("spec.stop_grace_seconds", format!("is {}, not 1 to 3600", s.stop_grace_seconds)));
     }
@@ -510,6 +548,7 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
             v1::Firmware::Unspecified | v1::Firmware::Bios => Firmware::Bios,
             v1::Firmware::Uefi => Firmware::Uefi,
         },
+        cpu,
         cloud_init: s.cloud_init.as_ref().map(parse_cloud_init).transpose()?,
     })
 }
@@ -676,6 +715,7 @@ mod tests {
         assert_eq!(change(&|s| s.memory_mib = u64::MAX), "spec.memory_mib");
         assert_eq!(change(&|s| s.restart = 99), "spec.restart");
         assert_eq!(change(&|s| s.firmware = 99), "spec.firmware");
+        assert_eq!(change(&|s| s.cpu = 99), "spec.cpu");
         let large = v1::CloudInit { user_data: "x".repeat(600_000), ..Default::default() };
         assert_eq!(change(&|s| s.cloud_init = Some(large.clone())), "spec.cloud_init");
         let kernel =

@@ -36,6 +36,8 @@ pub enum Step {
     Cancel,
     /// A guest that stands still goes on.
     Resume,
+    /// A guest stands still.
+    Pause,
 }
 
 /// What a guest does.

@@ -284,7 +284,7 @@ impl<H: Hypervisor> Runner<H> {
                         events.push(look(instance).await);
                     }
                 }
-                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {
+                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause => {
                     if let Some(instance) = &self.instance {
                         let desired = &self.state.record().desired;
                         events.extend(take_step(&*self.host.hypervisor, self.vm, instance, desired, *effect).await);
@@ -331,7 +331,8 @@ impl<H: Hypervisor> Runner<H> {
                 }
             }
             Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit => {}
-            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {}
+            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel => {}
+            Effect::Resume | Effect::Pause => {}
         }
     }
 
@@ -363,6 +364,7 @@ async fn command(instance: &impl Instance, effect: Effect) {
         | Effect::Continue
         | Effect::Cancel
         | Effect::Resume
+        | Effect::Pause
         | Effect::DeleteDisks => Ok(()),
     };
     // What does not obey is killed when its grace is over.
@@ -396,6 +398,7 @@ async fn take_step<H: Hypervisor>(
         Effect::Continue => Step::Continue,
         Effect::Cancel => Step::Cancel,
         Effect::Resume => Step::Resume,
+        Effect::Pause => Step::Pause,
         Effect::Persist
         | Effect::Look
         | Effect::Prepare
@@ -408,7 +411,7 @@ async fn take_step<H: Hypervisor>(
         | Effect::Kill
         | Effect::DeleteDisks => return None,
     };
-    info!(incarnation = %instance.incarnation(), "migration: {effect:?}");
+    info!(incarnation = %instance.incarnation(), "telling QEMU: {effect:?}");
     let taken = hypervisor.step(vm, instance, step).await;
     taken.err().map(|reason| {
         warn!("QEMU does not obey {effect:?}: {reason}");

@@ -116,6 +116,14 @@ impl VmService for Fake {
         Ok(Response::new(v1::RestartVmResponse { vm: self.vm(Asked::Restart).await? }))
     }
 
+    async fn pause_vm(&self, _: Request<v1::PauseVmRequest>) -> Result<Response<v1::PauseVmResponse>, Status> {
+        not_here()
+    }
+
+    async fn resume_vm(&self, _: Request<v1::ResumeVmRequest>) -> Result<Response<v1::ResumeVmResponse>, Status> {
+        not_here()
+    }
+
     async fn migrate_vm(&self, _: Request<v1::MigrateVmRequest>) -> Result<Response<v1::MigrateVmResponse>, Status> {
         not_here()
     }

@@ -189,7 +189,8 @@ fn summary(state: &State, entry: &VmEntry, capacity: &str) -> String {
         | Phase::Stopped
         | Phase::Failed
         | Phase::Deleting
-        | Phase::Migrating => format!("{phase:?} on {host}{reason} (placed there: {why})"),
+        | Phase::Migrating
+        | Phase::Paused => format!("{phase:?} on {host}{reason} (placed there: {why})"),
     }
 }
 
@@ -277,6 +278,20 @@ impl VmService for Vms {
         let v1::RestartVmRequest { vm, owner, force } = request.into_inner();
         let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::RestartVm { vm, force }).await?;
         Ok(Response::new(v1::RestartVmResponse { vm }))
+    }
+
+    async fn pause_vm(&self, request: Request<v1::PauseVmRequest>) -> Result<Response<v1::PauseVmResponse>, Status> {
+        let v1::PauseVmRequest { vm, owner } = request.into_inner();
+        let desired = PowerChange::Pause;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::SetDesired { vm, desired }).await?;
+        Ok(Response::new(v1::PauseVmResponse { vm }))
+    }
+
+    async fn resume_vm(&self, request: Request<v1::ResumeVmRequest>) -> Result<Response<v1::ResumeVmResponse>, Status> {
+        let v1::ResumeVmRequest { vm, owner } = request.into_inner();
+        let desired = PowerChange::Resume;
+        let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::SetDesired { vm, desired }).await?;
+        Ok(Response::new(v1::ResumeVmResponse { vm }))
     }
 
     async fn migrate_vm(

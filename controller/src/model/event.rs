@@ -66,6 +66,8 @@ pub enum EventType {
     StopRequested,
     StartRequested,
     RestartRequested,
+    PauseRequested,
+    ResumeRequested,
     DeleteRequested,
     Updated,
     Stopped,

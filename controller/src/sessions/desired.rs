@@ -144,6 +144,7 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
             bytes_per_second: m.bytes_per_second,
         }),
         migration_secret: String::new(),
+        paused: record.paused,
     }
 }
 
@@ -209,6 +210,7 @@ mod tests {
             pools: Vec::new(),
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
             migration_address: String::new(),
+            cpu: Default::default(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };
@@ -235,6 +237,7 @@ mod tests {
                 display: Display::None,
                 guest_agent: GuestAgent::Disabled,
                 firmware: Default::default(),
+                cpu: Default::default(),
                 cloud_init: None,
                 extra: Default::default(),
             },

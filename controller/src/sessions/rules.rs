@@ -217,6 +217,7 @@ mod tests {
             next_attempt: None,
             addresses: Vec::new(),
             restarts_done: 0,
+            paused: false,
             migration: None,
         };
         Reported { sequence, seen }

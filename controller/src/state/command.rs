@@ -17,10 +17,10 @@ use uuid::Uuid;
 
 use crate::model::{
     Desired, HostMode, ImageRecord, Key, Record, VmRecord,
-    host::{Accelerator, Pool},
+    host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
-    vm::{Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
+    vm::{CpuModel, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
 };
 
 /// What the state must know about this moment.
@@ -131,6 +131,10 @@ pub enum PowerChange {
     Stop,
     /// It should stop: it is killed.
     ForceStop,
+    /// The guest should stand still.
+    Pause,
+    /// It should go on.
+    Resume,
 }
 
 impl PowerChange {
@@ -138,7 +142,7 @@ impl PowerChange {
     #[must_use]
     pub const fn desired(self) -> Desired {
         match self {
-            Self::Start => Desired::Running,
+            Self::Start | Self::Pause | Self::Resume => Desired::Running,
             Self::Stop | Self::ForceStop => Desired::Stopped,
         }
     }
@@ -197,6 +201,8 @@ pub struct VmUpdate {
     pub display: Option<Display>,
     /// Whether it has a channel to a guest agent.
     pub guest_agent: Option<GuestAgent>,
+    /// The CPU that the guest sees.
+    pub cpu: Option<CpuModel>,
 }
 
 /// Where a spec names an image.
@@ -227,6 +233,8 @@ pub struct HostFacts {
     pub accelerator: Accelerator,
     /// Where VMs that migrate to it may be sent. Empty: none can come.
     pub migration_address: String,
+    /// The CPU that its guests can have.
+    pub cpu: Cpu,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.
@@ -257,6 +265,8 @@ pub struct VmObservation {
     pub restarts_done: u64,
     /// How a migration goes, by this side of it.
     pub migration: Option<MigrationObservation>,
+    /// The guest stands still, as it should.
+    pub paused: bool,
 }
 
 /// What a host reported about a migration.

@@ -47,6 +47,7 @@ impl VmEntry {
                 Some(s) => {
                     let phase = match (&self.record.migration, s.phase) {
                         (Some(_), Phase::Running) => Phase::Migrating,
+                        (None, Phase::Running) if s.paused => Phase::Paused,
                         (_, phase) => phase,
                     };
                     EffectiveStatus { phase, reason: &s.reason, since: s.since }

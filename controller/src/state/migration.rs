@@ -60,10 +60,13 @@ pub(super) fn begin(
             from.name
         ));
     }
-    let arrival = scheduler::Arrival::Migration { from: source, accelerator: from.accelerator.kind, busy };
+    let fingerprint = from.cpu.fingerprint.clone();
+    let arrival = scheduler::Arrival::Migration { from: source, accelerator: from.accelerator.kind, fingerprint, busy };
     // Room for what it has, and for what it has from its next incarnation on.
     let Resources { vcpus, memory_mib } = absorb::needs(&entry.record).resources;
-    let request = Request { arrival, vcpus, memory_mib, ..placement::request(&entry.record) };
+    // The CPU that the guest sees now.
+    let request =
+        Request { arrival, vcpus, memory_mib, cpu: entry.record.spec.cpu, ..placement::request(&entry.record) };
     let (target, why) = match to {
         Some(host) => {
             let limits = draft.limits();
@@ -113,6 +116,9 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
     if let Some(migration) = &record.migration {
         let target = draft.host_name(migration.target);
         return refuse(format!("VM `{name}` is being migrated to host `{target}` already; wait, or cancel that first"));
+    }
+    if record.paused {
+        return refuse(format!("VM `{name}` is paused; resume it first"));
     }
     let phase = entry.current_status().map(|s| s.phase);
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {

@@ -28,7 +28,7 @@ use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
-        vm::{Failover, OnDiskLoss, Placement},
+        vm::{CpuModel, Failover, OnDiskLoss, Placement},
     },
     scheduler::{self, Arrival, Choice, Home, Request, Unplaceable},
 };
@@ -84,6 +84,7 @@ pub fn request(vm: &VmRecord) -> Request {
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
         prefer: None,
+        cpu: next.cpu,
         arrival: Arrival::Start,
     }
 }
@@ -152,6 +153,7 @@ pub(super) fn give_host(
     if let Some(status) = &entry.status {
         let reason = record.placement.why.clone();
         let status = VmStatusRecord {
+            paused: false,
             phase: Phase::Scheduled,
             reason,
             incarnation,
@@ -344,6 +346,8 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         group: None,
         home,
         prefer: None,
+        // No guest is started. What every host has.
+        cpu: CpuModel::V2,
         arrival: Arrival::Start,
     }
 }
@@ -413,6 +417,7 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         addresses: Vec::new(),
         last_exit: None,
         next_attempt: None,
+        paused: false,
         migration: None,
         last_migration: None,
         extra: Extra::new(),

@@ -93,7 +93,7 @@ fn powered_off(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, o
     }
     match entry.record.desired {
         Desired::Running => {
-            let record = VmRecord { desired: Desired::Stopped, ..(*entry.record).clone() };
+            let record = VmRecord { desired: Desired::Stopped, paused: false, ..(*entry.record).clone() };
             draft.vm_event(&record, EventType::PoweredOff, format!("the guest switched itself off {on}; it stays off"));
             let record = draft.put_vm(record)?;
             observe(draft, &VmEntry { record, ..entry.clone() }, report, Phase::Stopped)
@@ -133,6 +133,7 @@ fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase
         last_exit: report.last_exit.clone().or_else(|| before.last_exit.clone()),
         next_attempt: report.next_attempt,
         addresses: report.addresses.clone(),
+        paused: report.paused && phase == Phase::Running,
         migration: progress(entry, report),
         ..before
     };

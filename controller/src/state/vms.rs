@@ -61,6 +61,7 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         restarts: 0,
         restart_force: false,
         stop_force: false,
+        paused: false,
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
@@ -184,6 +185,8 @@ pub(super) fn set_desired(draft: &mut Draft<'_>, vm: VmId, change: PowerChange) 
         PowerChange::Start => start(draft, &entry)?,
         PowerChange::Stop => stop(draft, &entry, false)?,
         PowerChange::ForceStop => stop(draft, &entry, true)?,
+        PowerChange::Pause => pause(draft, &entry)?,
+        PowerChange::Resume => resume(draft, &entry)?,
     }
     Ok(Answer::Vm(draft.vm(vm)?.record))
 }
@@ -196,6 +199,9 @@ pub(super) fn being_deleted(record: &VmRecord) -> Refusal {
 /// incarnation stays so.
 fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
     let mut record = (*entry.record).clone();
+    if record.paused {
+        return Err(Refusal::Precondition(format!("VM `{}` is paused; resume it instead", record.name)));
+    }
     let was = record.desired;
     if was == Desired::Running {
         // Somebody who starts a VM that has failed wants it tried again now.
@@ -247,12 +253,50 @@ fn stop(draft: &mut Draft<'_>, entry: &VmEntry, force: bool) -> Result<(), Refus
     let mut record = (*entry.record).clone();
     record.desired = Desired::Stopped;
     record.stop_force = force;
+    record.paused = false;
     if record.placement.host.is_none() {
         record.placement.why = "stopped; it is given a host when it is started".into();
         record.placement.since = draft.cx.now;
     }
     let message = if force { "a user asked for it, by force" } else { "a user asked for it" };
     draft.vm_event(&record, EventType::StopRequested, message.into());
+    draft.put_vm(record)?;
+    Ok(())
+}
+
+/// The guest stands still from now on. It keeps its host and its room there.
+fn pause(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let before = &entry.record;
+    if before.paused {
+        return Ok(());
+    }
+    let refuse = |why: &str| Err(Refusal::Precondition(format!("VM `{}` {why}", before.name)));
+    if before.migration.is_some() {
+        return refuse("is being migrated; pause it when that is over, or cancel that first");
+    }
+    let running = entry.current_status().is_some_and(|s| s.phase == Phase::Running);
+    if before.desired != Desired::Running || !running {
+        return refuse("does not run, so there is nothing to pause");
+    }
+    let mut record = (**before).clone();
+    record.paused = true;
+    draft.vm_event(&record, EventType::PauseRequested, "a user asked for it".into());
+    draft.put_vm(record)?;
+    Ok(())
+}
+
+fn resume(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
+    let mut record = (*entry.record).clone();
+    if !record.paused {
+        return match record.desired {
+            Desired::Running => Ok(()),
+            Desired::Stopped | Desired::Deleted => {
+                Err(Refusal::Precondition(format!("VM `{}` is stopped; start it instead", record.name)))
+            }
+        };
+    }
+    record.paused = false;
+    draft.vm_event(&record, EventType::ResumeRequested, "a user asked for it".into());
     draft.put_vm(record)?;
     Ok(())
 }
@@ -275,6 +319,7 @@ pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<An
     let mut record = (*entry.record).clone();
     record.restarts += 1;
     record.restart_force = force;
+    record.paused = false;
     let message = if force { "a user asked for a reset" } else { "a user asked for it" };
     draft.vm_event(&record, EventType::RestartRequested, message.into());
     Ok(Answer::Vm(draft.put_vm(record)?))
@@ -288,6 +333,7 @@ pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId) -> Result<Answer, Refusal>
     let entry = migration::give_up(draft, &entry, "a user deleted the VM")?;
     let mut record = (*entry.record).clone();
     record.desired = Desired::Deleted;
+    record.paused = false;
     draft.vm_event(&record, EventType::DeleteRequested, "a user asked for it".into());
     if record.placement.host.is_none() {
         let answer = Arc::new(record.clone());

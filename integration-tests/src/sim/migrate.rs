@@ -76,6 +76,10 @@ impl Host {
         }
         let until = qemu.moving.hung_until;
         if core.now < until {
+            // A `stop` that takes effect late is not modelled: no agent hears of it.
+            if step == Step::Pause {
+                return Some(VmEvent::StepFailed("QEMU does not answer".into()));
+            }
             let wire = What::Wire(vm, uid, Wire::Step(step));
             core.at(until, self.kernel(), self.boot, wire);
             return Some(VmEvent::StepFailed("QEMU does not answer".into()));
@@ -146,6 +150,12 @@ impl Host {
                 Guest::Sent | Guest::Still => self.goes_on(core, vm),
                 Guest::Executes | Guest::Off | Guest::Panicked => {}
             },
+            Step::Pause => {
+                if moving.guest == Guest::Executes {
+                    core.stats.paused += 1;
+                    self.stands_still(core, vm, Guest::Still);
+                }
+            }
         }
     }
 

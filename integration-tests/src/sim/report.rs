@@ -19,6 +19,8 @@ pub struct Stats {
     pub failovers: u64,
     /// Migrations that a QEMU began.
     pub migrations_begun: u64,
+    /// Guests that were paused.
+    pub paused: u64,
     /// Migrations that ended with the VM on its target.
     pub migrations_done: u64,
     /// Leaders.
@@ -57,6 +59,7 @@ impl Stats {
         self.created += other.created;
         self.failovers += other.failovers;
         self.migrations_begun += other.migrations_begun;
+        self.paused += other.paused;
         self.migrations_done += other.migrations_done;
         self.elections += other.elections;
         self.commits += other.commits;
@@ -78,7 +81,11 @@ impl fmt::Display for Stats {
         writeln!(f, "events:            {}", self.events)?;
         writeln!(f, "VMs created:       {}", self.created)?;
         writeln!(f, "failovers:         {}", self.failovers)?;
-        writeln!(f, "migrations:        {} sent, {} done", self.migrations_begun, self.migrations_done)?;
+        writeln!(
+            f,
+            "migrations:        {} sent, {} done; pauses: {}",
+            self.migrations_begun, self.migrations_done, self.paused
+        )?;
         writeln!(f, "killed by a lease: {}", self.fenced)?;
         writeln!(f, "verdicts on hosts: {}, the brake engaged {} times", self.verdicts, self.brakes)?;
         writeln!(f, "leaders elected:   {}", self.elections)?;

@@ -159,7 +159,10 @@ impl Host {
             }
             match (effect, runner.instance) {
                 (Effect::Look, Some(uid)) => events.push(self.standing(core, vm, uid)),
-                (Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume, Some(uid)) => {
+                (
+                    Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause,
+                    Some(uid),
+                ) => {
                     if let Some(step) = step(*effect, &runner.state.record().desired) {
                         events.extend(self.step(core, vm, uid, step));
                     }
@@ -177,7 +180,13 @@ impl Host {
         let delay = core.between(1, 60);
         match effect {
             Effect::Persist | Effect::Reset => {}
-            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {}
+            Effect::Look
+            | Effect::Listen
+            | Effect::Send
+            | Effect::Continue
+            | Effect::Cancel
+            | Effect::Resume
+            | Effect::Pause => {}
             Effect::CancelPrepare => runner.work = None,
             Effect::Prepare => {
                 runner.work = Some(work);
@@ -249,6 +258,7 @@ fn step(effect: Effect, desired: &Desired) -> Option<Step> {
         Effect::Continue => Some(Step::Continue),
         Effect::Cancel => Some(Step::Cancel),
         Effect::Resume => Some(Step::Resume),
+        Effect::Pause => Some(Step::Pause),
         _ => None,
     }
 }

@@ -89,6 +89,7 @@ pub(crate) struct User {
     /// No more calls, but for deletes that must be tried again.
     pub(crate) idle: bool,
     cordoned: BTreeSet<HostId>,
+    paused: BTreeSet<VmId>,
     /// Deletes that the API has not taken yet.
     to_delete: BTreeSet<VmId>,
     names: u64,
@@ -112,11 +113,18 @@ impl User {
     /// How many calls wait for an answer, or have to be made again.
     #[must_use]
     pub(crate) fn busy(&self) -> bool {
-        !self.waiting.is_empty() || !self.to_delete.is_empty() || !self.cordoned.is_empty()
+        !self.waiting.is_empty() || !self.to_delete.is_empty() || !self.cordoned.is_empty() || !self.paused.is_empty()
     }
 
     /// The next thing.
-    pub(crate) fn next(&mut self, core: &mut Core, hosts: &[HostId], cordoned: &[HostId], failover: Failovers) {
+    pub(crate) fn next(
+        &mut self,
+        core: &mut Core,
+        hosts: &[HostId],
+        cordoned: &[HostId],
+        paused: &[VmId],
+        failover: Failovers,
+    ) {
         // Now and then the user has other things to do.
         let delay = if core.rng.permille(30) { core.between(5000, 30_000) } else { core.between(300, 2500) };
         core.after(delay, Whom::User, 0, What::UserNext);
@@ -129,6 +137,10 @@ impl User {
                 self.mode(core, host, HostMode::Active);
             }
             self.cordoned.clear();
+            for &vm in paused {
+                self.pause(core, vm, PowerChange::Resume);
+            }
+            self.paused.clear();
             if failover == Failovers::Off {
                 self.failover(core, FailoverChange::On);
             }
@@ -177,8 +189,20 @@ impl User {
                 core.log(format_args!("user: cancel the migration of {vm}"));
                 self.call(core, Doing::Migrate, Command::CancelMigration { vm }, 0);
             }
+            28 => {
+                let change = if self.paused.insert(vm) { PowerChange::Pause } else { PowerChange::Resume };
+                if change == PowerChange::Resume {
+                    self.paused.remove(&vm);
+                }
+                self.pause(core, vm, change);
+            }
             _ => {}
         }
+    }
+
+    fn pause(&mut self, core: &mut Core, vm: VmId, desired: PowerChange) {
+        core.log(format_args!("user: {desired:?} {vm}"));
+        self.call(core, Doing::Update, Command::SetDesired { vm, desired }, 0);
     }
 
     fn failover(&mut self, core: &mut Core, change: FailoverChange) {
@@ -341,6 +365,7 @@ fn spec(core: &mut Core) -> VmSpec {
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
         firmware: Default::default(),
+        cpu: Default::default(),
         cloud_init: None,
         extra: serde_json::Map::new(),
     }

@@ -219,8 +219,9 @@ impl World {
                 What::UserNext => {
                     let hosts: Vec<HostId> = self.hosts.iter().map(|h| h.id).collect();
                     let cordoned: Vec<HostId> = self.etcd.records().filter_map(|(_, r)| cordoned(r)).collect();
+                    let paused: Vec<VmId> = self.etcd.records().filter_map(|(_, r)| paused(r)).collect();
                     let failover = failover(&self.etcd);
-                    self.user.next(core, &hosts, &cordoned, failover);
+                    self.user.next(core, &hosts, &cordoned, &paused, failover);
                 }
                 What::Answer(op, answered) => self.user.answered(core, op, *answered),
                 What::UserTimeout(op) => self.user.timeout(core, op),
@@ -369,6 +370,13 @@ fn failover(etcd: &Etcd) -> Failovers {
     match etcd.get(&Key::Cluster) {
         Some(Record::Cluster(cluster)) if cluster.failover_off.is_some() => Failovers::Off,
         Some(_) | None => Failovers::On,
+    }
+}
+
+fn paused(record: &Record) -> Option<VmId> {
+    match record {
+        Record::Vm(vm) if vm.paused => Some(vm.id),
+        _ => None,
     }
 }
 

@@ -215,7 +215,7 @@ impl VmState {
 
 impl Execution {
     /// Asks QEMU how it stands, when that is due.
-    fn look(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+    pub(super) fn look(&mut self, at: Moment, effects: &mut Vec<Effect>) {
         if self.look_at <= at.now && !matches!(self.push, Push::Killed { .. }) {
             self.look_at = at.now.after(PROGRESS_PERIOD);
             effects.push(Effect::Look);

@@ -325,6 +325,7 @@ enum Happens {
 #[derive(Clone, Copy, Debug)]
 enum Said {
     Run,
+    Paused,
     RunTo,
     Incoming,
     Stop,
@@ -332,8 +333,14 @@ enum Said {
 }
 
 fn any_happening() -> impl Strategy<Value = Happens> {
-    let said =
-        prop_oneof![Just(Said::Run), Just(Said::RunTo), Just(Said::Incoming), Just(Said::Stop), Just(Said::Forget)];
+    let said = prop_oneof![
+        Just(Said::Run),
+        Just(Said::Paused),
+        Just(Said::RunTo),
+        Just(Said::Incoming),
+        Just(Said::Stop),
+        Just(Said::Forget)
+    ];
     prop_oneof![
         4 => (0u64..2, said).prop_map(|(bump, said)| Happens::Word(bump, said)),
         6 => Just(Happens::Look),
@@ -425,6 +432,13 @@ impl World {
                     }
                 }
             }
+            Effect::Pause => {
+                // To stand still does no harm, so the word may be one that an earlier agent heard.
+                prop_assert!(word.is_none_or(|w| w.pause == Pause::StandStill));
+                if let Some(qemu) = self.qemu.as_mut().filter(|q| q.standing.guest == Guest::Executes) {
+                    qemu.standing.guest = Guest::Still;
+                }
+            }
             Effect::Persist | Effect::CancelPrepare | Effect::Adopt | Effect::Reset | Effect::DeleteDisks => {}
         }
         Ok(())
@@ -436,6 +450,7 @@ impl World {
                 let incarnation = self.state.record().desired.incarnation.0.max(1) + bump;
                 let word_ = match said {
                     Said::Run => run(incarnation, None),
+                    Said::Paused => Desired { pause: Pause::StandStill, ..run(incarnation, None) },
                     Said::RunTo => {
                         self.sent_for = self.sent_for.max(incarnation) + 1;
                         run(incarnation, Some(self.sent_for))

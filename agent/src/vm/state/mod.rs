@@ -28,6 +28,9 @@
 mod migrate;
 #[cfg(test)]
 mod migrate_tests;
+mod pause;
+#[cfg(test)]
+mod pause_tests;
 mod report;
 mod settle;
 #[cfg(test)]
@@ -43,7 +46,7 @@ use uncloud_proto::{
 pub use self::report::{MigrationReport, Report, ReportState};
 use super::{
     backoff,
-    desired::{Desired, DisksExpected, Disposition, RestartMode, RestartPolicy, StopMode},
+    desired::{Desired, DisksExpected, Disposition, Pause, RestartMode, RestartPolicy, StopMode},
     hypervisor::{Exit, ExitKind},
     migration::Standing,
 };
@@ -193,6 +196,8 @@ pub enum Effect {
     Cancel,
     /// Let a guest go on that stands still.
     Resume,
+    /// Let a guest stand still.
+    Pause,
     /// Tell QEMU to end.
     Quit,
     /// SIGKILL.
@@ -207,7 +212,7 @@ impl Effect {
     pub const fn needs_record(self) -> bool {
         match self {
             Self::Prepare | Self::Launch { .. } | Self::DeleteDisks => true,
-            Self::Listen | Self::Send | Self::Continue | Self::Cancel | Self::Resume => true,
+            Self::Listen | Self::Send | Self::Continue | Self::Cancel | Self::Resume | Self::Pause => true,
             Self::Look => false,
             Self::Persist | Self::CancelPrepare | Self::Adopt => false,
             Self::PowerDown | Self::Reset | Self::Quit | Self::Kill => false,
@@ -375,8 +380,8 @@ impl VmState {
                     Push::None => None,
                     Push::Asked { kill_at: at } | Push::Killed { again_at: at } => Some(at),
                 };
-                let migrates = x.role == Role::Incoming || self.record.moving.is_some();
-                let look = migrates.then_some(x.look_at);
+                let open = x.role == Role::Incoming || self.record.moving.is_some() || self.pause_is_open();
+                let look = open.then_some(x.look_at);
                 return [push, look].into_iter().flatten().filter(|at| *at > now).min();
             }
             None if self.work != Work::None => None,
@@ -594,6 +599,7 @@ impl VmState {
     fn gone(&mut self, was: Launched, ending: Option<Ending>, exit: &Exit, at: Moment) {
         self.record.launched = None;
         self.record.moving = None;
+        self.record.stands_still = false;
         let lost = !at.lease.valid || at.lease.generation != was.lease_generation || exit.kind == ExitKind::Fenced;
         let desired = &self.record.desired;
         self.record.last_exit = Some(LastExit::new(exit, describe(ending, exit, lost)));
@@ -687,6 +693,7 @@ impl Desired {
             disk_generation: 0,
             migrate_to: None,
             migration_secret: String::new(),
+            pause: Pause::GoOn,
         }
     }
 }

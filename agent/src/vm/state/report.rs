@@ -33,6 +33,8 @@ pub struct Report {
     pub addresses: Vec<String>,
     /// How the migration goes that it is part of.
     pub migration: Option<MigrationReport>,
+    /// The guest stands still, as its user wants.
+    pub paused: bool,
 }
 
 /// How a migration goes, by one of its sides.
@@ -95,6 +97,7 @@ impl VmState {
             restarts_done: self.record.restarts_done,
             addresses: self.execution.as_ref().map(|x| x.addresses.clone()).unwrap_or_default(),
             migration: None,
+            paused: self.is_paused(),
         };
         if let Some(x) = &self.execution {
             if x.role == Role::Incoming {

@@ -44,6 +44,7 @@ impl VmState {
             Migrating::Yes => return,
             Migrating::No => {}
         }
+        self.settle_pause(at, effects);
         let Some(x) = &mut self.execution else { return };
         let desired = &self.record.desired;
         match (desired.disposition, desired.stop_mode) {

@@ -498,7 +498,7 @@ impl Driver {
                 Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit | Effect::Kill => {}
                 // Of migrations, none of which is begun here: `migrate_tests.rs`.
                 Effect::Look => {}
-                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume => {
+                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause => {
                     prop_assert!(false, "nothing migrates, and yet {effect:?}");
                 }
             }

@@ -53,6 +53,7 @@ enum Phase {
     Unreachable,
     Deleting,
     Migrating,
+    Paused,
 }
 
 impl From<Phase> for VmPhase {
@@ -69,6 +70,7 @@ impl From<Phase> for VmPhase {
             Phase::Unreachable => Self::Unreachable,
             Phase::Deleting => Self::Deleting,
             Phase::Migrating => Self::Migrating,
+            Phase::Paused => Self::Paused,
         }
     }
 }

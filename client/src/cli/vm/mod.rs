@@ -36,6 +36,10 @@ pub(crate) enum Command {
     Stop(power::Stop),
     /// Restarts a running VM.
     Restart(power::Restart),
+    /// Lets a running guest stand still: it keeps its memory and does not execute.
+    Pause(power::Pause),
+    /// Lets a paused guest go on.
+    Resume(power::Resume),
     /// Changes what a VM is made of; some of it from its next start on.
     Update(Box<update::Arguments>),
     /// Moves a running VM to another host while it runs, or gives that up.
@@ -75,6 +79,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Start(arguments) => power::start(context, arguments).await,
         Command::Stop(arguments) => power::stop(context, arguments).await,
         Command::Restart(arguments) => power::restart(context, arguments).await,
+        Command::Pause(arguments) => power::pause(context, arguments).await,
+        Command::Resume(arguments) => power::resume(context, arguments).await,
         Command::Migrate(arguments) => migrate::run(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,

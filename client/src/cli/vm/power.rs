@@ -1,4 +1,4 @@
-//! `uncloud vm start|stop|restart|delete`.
+//! `uncloud vm start|stop|restart|pause|resume|delete`.
 
 use clap::Args;
 use uncloud_proto::v1;
@@ -40,6 +40,22 @@ pub(crate) struct Restart {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Pause {
+    /// Name, UUID or unique prefix of one.
+    vm: String,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resume {
+    /// Name, UUID or unique prefix of one.
+    vm: String,
+    #[command(flatten)]
+    wait: WaitArguments,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Delete {
     /// Name, UUID or unique prefix of one.
     vm: String,
@@ -68,6 +84,20 @@ pub(crate) async fn restart(context: &Context, a: Restart) -> Result<(), Error> 
     // A reset shows in no phase: the machine runs all the time.
     let goal = if a.force { Goal::Running } else { Goal::RunningSince(before) };
     answer.vm = waited(context, answer.vm, &goal, a.wait).await?;
+    context.print(&answer, |a| super::row(context, a.vm.as_ref()))
+}
+
+pub(crate) async fn pause(context: &Context, a: Pause) -> Result<(), Error> {
+    let request = v1::PauseVmRequest { vm: a.vm, owner: context.owner.clone() };
+    let mut answer = context.client.pause_vm(request).await?;
+    answer.vm = waited(context, answer.vm, &Goal::Paused, a.wait).await?;
+    context.print(&answer, |a| super::row(context, a.vm.as_ref()))
+}
+
+pub(crate) async fn resume(context: &Context, a: Resume) -> Result<(), Error> {
+    let request = v1::ResumeVmRequest { vm: a.vm, owner: context.owner.clone() };
+    let mut answer = context.client.resume_vm(request).await?;
+    answer.vm = waited(context, answer.vm, &Goal::Running, a.wait).await?;
     context.print(&answer, |a| super::row(context, a.vm.as_ref()))
 }
 

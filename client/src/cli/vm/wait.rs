@@ -94,7 +94,7 @@ impl Waiting<'_> {
     fn gone(&self) -> Result<Option<v1::Vm>, Error> {
         match self.goal {
             Goal::Gone => Ok(None),
-            Goal::Running | Goal::RunningSince(_) | Goal::Stopped | Goal::Migrated(_) => {
+            Goal::Running | Goal::RunningSince(_) | Goal::Paused | Goal::Stopped | Goal::Migrated(_) => {
                 Err(Error::Failed(format!("{} was deleted", output::clean(&self.last.name))))
             }
         }

@@ -8,8 +8,8 @@ use crate::{
         Desired, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
-            CloudInit, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss,
-            RestartPolicy, VmSpec,
+            CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
+            OnDiskLoss, RestartPolicy, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -77,6 +77,7 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
         created: timestamp(record.created),
         revision: revision.0,
         pending_restart: record.pending.iter().flat_map(|p| p.fields()).map(str::to_owned).collect(),
+        paused: record.paused,
         next_spec: record.pending.as_ref().map(|_| self::spec(&record.next_spec())),
     }
 }
@@ -131,6 +132,13 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
         firmware: match spec.firmware {
             Firmware::Bios => v1::Firmware::Bios,
             Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cpu: match spec.cpu {
+            CpuModel::V2 => v1::CpuModel::X8664V2,
+            CpuModel::V3 => v1::CpuModel::X8664V3,
+            CpuModel::V4 => v1::CpuModel::X8664V4,
+            CpuModel::Host => v1::CpuModel::Host,
         }
         .into(),
         cloud_init: spec.cloud_init.as_ref().map(cloud_init),
@@ -214,5 +222,6 @@ pub(crate) const fn phase(phase: Phase) -> v1::VmPhase {
         Phase::Unreachable => v1::VmPhase::Unreachable,
         Phase::Deleting => v1::VmPhase::Deleting,
         Phase::Migrating => v1::VmPhase::Migrating,
+        Phase::Paused => v1::VmPhase::Paused,
     }
 }

@@ -3,7 +3,7 @@
 use super::fixtures::*;
 use crate::{
     model::{Desired, EventType, Key, Phase, image::ImageKind, vm::KernelBoot},
-    state::command::{Answer, Command, ImageUse, NewVm, ObservedState, PowerChange, Refusal, RequestId},
+    state::command::{Answer, Command, ImageUse, NewVm, ObservedState, PowerChange, Refusal, RequestId, VmObservation},
 };
 
 fn create(vm: NewVm) -> Command {
@@ -356,4 +356,37 @@ fn names_ids_and_unique_prefixes_resolve() {
     assert_eq!(world.state.resolve_host("host-1"), Ok(host_id(1)));
     assert_eq!(world.state.resolve_host("0000"), Ok(host_id(1)));
     assert!(matches!(world.state.resolve_image("nope"), Err(Refusal::NoImage { .. })));
+}
+
+#[test]
+fn a_pause_is_what_a_user_wants_until_it_ends() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, spec());
+    world.set(vm, PowerChange::Pause);
+    assert!(world.record(vm).paused && world.phase(vm) == Phase::Running, "its host has not said so");
+    assert_eq!(world.last_events(), [EventType::PauseRequested]);
+    let still = VmObservation { paused: true, ..world.observation(vm, ObservedState::Running) };
+    let host = world.host_of(vm).unwrap();
+    world.ok(Command::Report { host, reports: vec![still] });
+    assert_eq!(world.phase(vm), Phase::Paused);
+    world.set(vm, PowerChange::Pause);
+    assert!(world.last.mutations.is_empty(), "the same call again does nothing");
+    assert!(matches!(world.refused(Command::SetDesired { vm, desired: PowerChange::Start }), Refusal::Precondition(_)));
+    let migrate = Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 };
+    assert!(world.refused(migrate).to_string().contains("is paused"));
+    world.set(vm, PowerChange::Resume);
+    assert_eq!((world.record(vm).paused, world.last_events()), (false, vec![EventType::ResumeRequested]));
+    world.set(vm, PowerChange::Resume);
+    assert!(world.last.mutations.is_empty());
+
+    // Each of these ends it.
+    for end in [Command::RestartVm { vm, force: false }, Command::SetDesired { vm, desired: PowerChange::Stop }] {
+        world.set(vm, PowerChange::Pause);
+        world.ok(end);
+        assert!(!world.record(vm).paused);
+    }
+    // What does not run cannot be paused, nor resumed.
+    for desired in [PowerChange::Pause, PowerChange::Resume] {
+        assert!(matches!(world.refused(Command::SetDesired { vm, desired }), Refusal::Precondition(_)));
+    }
 }
