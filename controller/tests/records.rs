@@ -163,6 +163,7 @@ fn status() -> VmStatusRecord {
         last_exit: Some(LastExit { code: -1, signal: 9, reason: "killed".into(), at: AT }),
         next_attempt: Some(WallTime(AT.0 + 10_000)),
         paused: false,
+        restarts_done: 2,
         migration: Some(MigrationProgress {
             incarnation: Incarnation(9),
             transferred_bytes: 91 << 20,

@@ -438,6 +438,9 @@ pub struct VmStatusRecord {
     /// When a failed start is tried again, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt: Option<WallTime>,
+    /// The newest restart that the host has carried out.
+    #[serde(default)]
+    pub restarts_done: u64,
     /// The guest stands still, as its user wants. The phase is Running then.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,

@@ -124,6 +124,10 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));
     };
+    // What its host has not carried out yet, the target would take for done.
+    if entry.current_status().is_none_or(|s| s.restarts_done < record.restarts) {
+        return refuse(format!("VM `{name}` is being restarted; try again when that is done"));
+    }
     if draft.host(source)?.liveness != Liveness::Up {
         return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
     }

@@ -122,7 +122,7 @@ pub(super) fn find_host(
     }
     record.disks_exist = false;
     record.disk_home = None;
-    record.disk_generation += 1;
+    record.disk_generation = record.disk_generation.saturating_add(1);
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 
@@ -176,7 +176,7 @@ fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: O
         && !before.spec.disks.is_empty()
         && draft.peek_host(old).is_none_or(|old| !shared_on(&old, before))
     {
-        record.disk_generation += 1;
+        record.disk_generation = record.disk_generation.saturating_add(1);
     }
 }
 
@@ -418,6 +418,7 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         last_exit: None,
         next_attempt: None,
         paused: false,
+        restarts_done: 0,
         migration: None,
         last_migration: None,
         extra: Extra::new(),

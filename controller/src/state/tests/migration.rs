@@ -341,3 +341,18 @@ fn a_migration_that_does_not_get_on_is_given_up_unless_its_source_is_not_heard()
     assert_eq!(world.record(vm).migration, None);
     assert!(hopeless(&world, 143).is_empty(), "plan again: nothing to do");
 }
+
+/// The target takes restarts for done, so one that is under way would be lost.
+#[test]
+fn a_vm_that_is_being_restarted_does_not_leave() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, with_disk("shared"));
+    let host = world.host_of(vm).unwrap();
+    world.ok(Command::RestartVm { vm, force: false });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    let before = VmObservation { restarts_done: 0, ..world.observation(vm, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![before] });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, None));
+}
