@@ -101,6 +101,11 @@ impl Monitor {
         bail!("{command}: no answer")
     }
 
+    /// Forgets the events so far.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     /// The first event so far, or within the limit, that `test` holds for.
     ///
     /// # Errors

@@ -89,7 +89,8 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let result = match (self.result, self.reason.as_str()) {
             (MigrationResult::Done, _) => "done".to_owned(),
-            (_, reason) => format!("given up: {reason}"),
+            // QEMU's own words may be several lines.
+            (_, reason) => format!("given up: {}", reason.replace('\n', " / ")),
         };
         let place = if self.stayed { "source" } else { "target" };
         let guest = if self.anew { "started anew from its disk" } else { "went on" };
