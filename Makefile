@@ -2,7 +2,8 @@
 #
 #   make demo    a whole cluster on this machine that loses a host and brings its VMs back
 #   make test    every test, with real etcd and real QEMU guests
-#   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind
+#   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind,
+#                `migration-faults` for what can go wrong in a migration
 #   make lint    formatting, clippy, the protocol files
 #   make sim     the simulation over many seeds: SEEDS=10000 FROM=1
 #   make mutants breaks each safety rule in turn, and says whether a test notices

@@ -201,6 +201,18 @@ impl Drop for Root {
     }
 }
 
+/// Gives a host its namespace, if hosts have them, and the address where VMs arrive there.
+fn place(
+    network: Option<&mut Network>,
+    at: usize,
+    options: &HostOptions,
+) -> anyhow::Result<(Option<String>, HostOptions)> {
+    let Some(network) = network else { return Ok((None, options.clone())) };
+    let netns = network.add_host()?;
+    let migration_address = network.address_of(u32::try_from(at)? + 1);
+    Ok((Some(netns), HostOptions { migration_address, ..options.clone() }))
+}
+
 impl Cluster {
     async fn start(options: Options) -> anyhow::Result<Self> {
         let slot = Slot::take(options.share).await?;
@@ -235,8 +247,8 @@ impl Cluster {
 
         let mut hosts = Vec::new();
         for (i, host) in options.hosts.iter().enumerate() {
-            let name = format!("host-{}", i + 1);
-            hosts.push(start_agent(&path, &name, &addresses.join(","), network.as_mut(), host)?);
+            let (netns, host) = place(network.as_mut(), i, host)?;
+            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &addresses.join(","), netns, &host)?);
         }
         let mut cluster = Self {
             controller,
@@ -299,8 +311,8 @@ impl Cluster {
     /// It does not come up.
     pub async fn add_host(&mut self, options: &HostOptions) -> anyhow::Result<()> {
         let name = format!("host-{}", self.hosts.len() + 1);
-        let controllers = self.addresses.join(",");
-        self.hosts.push(start_agent(&self.root.path, &name, &controllers, self.network.as_mut(), options)?);
+        let (netns, options) = place(self.network.as_mut(), self.hosts.len(), options)?;
+        self.hosts.push(Agent::start(&self.root.path, &name, &self.addresses.join(","), netns, &options)?);
         self.wait_hosts().await
     }
 
@@ -374,6 +386,18 @@ impl Cluster {
         let names: Vec<String> = self.hosts.iter().map(|h| h.name().to_owned()).collect();
         let found = self.hosts.iter_mut().find(|h| h.name() == name);
         found.with_context(|| format!("no host `{name}`; there are {names:?}"))
+    }
+
+    /// The address of a host in the network of the namespaces; `None` for that of the controllers.
+    ///
+    /// # Errors
+    ///
+    /// There is no such host, or the cluster was made without namespaces.
+    pub fn address_of(&self, host: Option<&str>) -> anyhow::Result<String> {
+        let network = self.network.as_ref().context("this cluster was made without namespaces")?;
+        let Some(name) = host else { return Ok(network.address()) };
+        let at = self.hosts.iter().position(|h| h.name() == name).with_context(|| format!("no host `{name}`"))?;
+        Ok(network.address_of(u32::try_from(at)? + 1))
     }
 
     /// The host that a VM was given.
@@ -457,19 +481,4 @@ impl Cluster {
         self.root.dir.take().map(TempDir::close).transpose()?;
         Ok(())
     }
-}
-
-/// Starts the agent of a host, in a namespace of its own if there is a network.
-fn start_agent(
-    root: &Path,
-    name: &str,
-    controllers: &str,
-    network: Option<&mut Network>,
-    options: &HostOptions,
-) -> anyhow::Result<Agent> {
-    let Some(network) = network else { return Agent::start(root, name, controllers, None, options) };
-    let netns = network.add_host()?;
-    // There the loopback is the host's own.
-    let options = HostOptions { migration_address: network.newest_host(), ..options.clone() };
-    Agent::start(root, name, controllers, Some(netns), &options)
 }

@@ -19,6 +19,7 @@ pub mod etcd;
 pub mod guest;
 pub mod listing;
 pub mod logs;
+pub mod migration;
 pub mod netns;
 pub mod netsim;
 pub mod paths;

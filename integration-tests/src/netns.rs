@@ -109,10 +109,10 @@ impl Network {
         format!("{}.1", self.subnet)
     }
 
-    /// The address of the host that was added last.
+    /// The address of a host, counted from 1 in the order in which they were added.
     #[must_use]
-    pub fn newest_host(&self) -> String {
-        format!("{}.{}", self.subnet, self.hosts + 1)
+    pub fn address_of(&self, host: u32) -> String {
+        format!("{}.{}", self.subnet, host + 1)
     }
 
     /// Adds a host; gives the name of its namespace.
@@ -123,7 +123,7 @@ impl Network {
     pub fn add_host(&mut self) -> anyhow::Result<String> {
         self.hosts += 1;
         let (name, port) = (self.namespace(self.hosts), format!("{}p{}", self.id, self.hosts));
-        let address = format!("{}/24", self.newest_host());
+        let address = format!("{}/24", self.address_of(self.hosts));
         run(&["ip", "netns", "add", &name])?;
         run(&["ip", "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &name])?;
         run(&["ip", "link", "set", &port, "master", &self.id, "up"])?;
@@ -161,11 +161,24 @@ impl Drop for Network {
 ///
 /// What nft says.
 pub fn cut(namespace: &str, cut: Cut) -> anyhow::Result<()> {
-    let chain = |hook: &str, interface: &str| {
-        format!("chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{interface} != \"lo\" drop\n}}\n")
+    drop_what(namespace, cut, "iifname != \"lo\"", "oifname != \"lo\"")
+}
+
+/// Cuts a namespace off from one address; it reaches all others.
+///
+/// # Errors
+///
+/// What nft says.
+pub fn cut_from(namespace: &str, address: &str, cut: Cut) -> anyhow::Result<()> {
+    drop_what(namespace, cut, &format!("ip saddr {address}"), &format!("ip daddr {address}"))
+}
+
+fn drop_what(namespace: &str, cut: Cut, incoming: &str, outgoing: &str) -> anyhow::Result<()> {
+    let chain = |hook: &str, which: &str| {
+        format!("chain {hook}_cut {{\ntype filter hook {hook} priority 0\n{which} drop\n}}\n")
     };
-    let incoming = chain("input", "iifname");
-    let outgoing = chain("output", "oifname");
+    let incoming = chain("input", incoming);
+    let outgoing = chain("output", outgoing);
     let chains = match cut {
         Cut::Both => incoming + &outgoing,
         Cut::Outgoing => outgoing,

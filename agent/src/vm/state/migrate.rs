@@ -202,7 +202,12 @@ impl VmState {
         } else {
             x.last_since = None;
         }
+        // A source's QEMU says that all was sent a moment before it says that the guest was, and has no event for that.
+        let nearly_sent = x.role == Role::Executes
+            && self.record.moving.is_some()
+            && (standing.transfer, standing.guest) == (Transfer::Completed, Guest::Still);
         x.look_at = at.now.after(match (standing.transfer, standing.guest) {
+            _ if nearly_sent => SOON,
             (Transfer::Ready | Transfer::Last | Transfer::Cancelling, _) => STILL_PERIOD,
             (_, Guest::Executes | Guest::Awaited | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked) => {
                 PROGRESS_PERIOD
