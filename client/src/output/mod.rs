@@ -17,7 +17,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 pub(crate) use self::vm::cloud_init;
 pub use self::{
     cluster::{event_line, events, status},
-    host::{host_line, hosts, show_host, what_if},
+    host::{drain, drain_line, host_line, hosts, show_host, what_if},
     image::{image_line, images, show_image},
     text::{clean, clean_lines},
     vm::{Columns, explain, nic, phase_word, show_vm, vm_line, vms},

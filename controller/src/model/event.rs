@@ -87,6 +87,7 @@ pub enum EventType {
     HostDead,
     HostCordoned,
     HostUncordoned,
+    HostDraining,
     HostRemoved,
     HostChanged,
     UnknownVm,

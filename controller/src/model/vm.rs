@@ -54,6 +54,10 @@ pub struct VmRecord {
     /// Its user wants the guest to stand still. Ends with a resume, a stop or a restart.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
+    /// The incarnation that is being stopped so that the VM starts on another host (`state/drain.rs`). It says nothing about
+    /// any other.
+    #[serde(default, skip_serializing_if = "Incarnation::is_none")]
+    pub moving_out: Incarnation,
     /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
     #[serde(default)]
     pub disks_exist: bool,
@@ -80,6 +84,12 @@ impl VmRecord {
             pending.apply(&mut spec);
         }
         spec
+    }
+
+    /// Whether its present incarnation should run, and is being stopped so that the next one starts on another host.
+    #[must_use]
+    pub fn is_moving_out(&self) -> bool {
+        self.desired == Desired::Running && !self.moving_out.is_none() && self.moving_out == self.placement.incarnation
     }
 
     /// What was pending becomes what the VM is made of.

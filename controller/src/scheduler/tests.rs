@@ -39,6 +39,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         pools: vec![Pool { name: "default".into(), shared_id: Some(POOL), capacity_bytes: 1, problem: String::new() }],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
+        drain_how: Default::default(),
         mode_reason: String::new(),
         liveness: Liveness::Up,
         liveness_since: WallTime(0),

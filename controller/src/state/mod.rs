@@ -16,6 +16,7 @@ mod absorb;
 pub mod command;
 mod decide;
 mod draft;
+mod drain;
 mod effective;
 mod hosts;
 mod images;
@@ -46,6 +47,7 @@ use crate::{
 };
 
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
+pub use drain::Prospect;
 pub use effective::EffectiveStatus;
 pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};

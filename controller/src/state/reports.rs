@@ -71,7 +71,11 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         // Over for good under this incarnation.
         ObservedState::Stopped | ObservedState::Fenced => match desired {
             Desired::Running => {
-                draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                if entry.record.is_moving_out() && report.state == ObservedState::Stopped {
+                    draft.vm_event(&entry.record, EventType::Stopped, format!("has stopped {on}, to start elsewhere"));
+                } else {
+                    draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                }
                 let entry = keep_exit(&entry, report);
                 replace_fenced(draft, &entry)
             }
