@@ -248,6 +248,15 @@ impl Client {
         Ok(all)
     }
 
+    /// Has a host emptied, or shows how that goes. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn drain_host(&self, request: v1::DrainHostRequest) -> Result<Streaming<v1::DrainHostResponse>, Status> {
+        self.call(Safety::Repeatable, request, |c, r| async move { hosts(c).drain_host(r).await }).await
+    }
+
     /// Opens the serial log. Only the opening is tried again.
     ///
     /// # Errors

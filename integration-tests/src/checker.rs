@@ -105,6 +105,7 @@ impl Checker {
             others: HashMap::new(),
             reported: HashSet::new(),
             logs: BTreeMap::new(),
+            cut_lines: HashMap::new(),
         };
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -279,7 +280,6 @@ struct Log {
     host: String,
     file: File,
     offset: u64,
-    partial: Vec<u8>,
 }
 
 /// The part that runs in the thread.
@@ -292,6 +292,8 @@ struct Watcher {
     reported: HashSet<(u32, u32)>,
     /// By device and inode, so that a log which was made anew is a new one.
     logs: BTreeMap<(u64, u64), Log>,
+    /// By VM: what it has said of a line. A guest may be moved in the middle of one, and ends it on the other host.
+    cut_lines: HashMap<String, Vec<u8>>,
 }
 
 impl Watcher {
@@ -390,7 +392,7 @@ impl Watcher {
                 if !self.logs.contains_key(&key)
                     && let Ok(file) = File::open(&path)
                 {
-                    let log = Log { vm: name_of(&vm), host: name_of(&host), file, offset: 0, partial: Vec::new() };
+                    let log = Log { vm: name_of(&vm), host: name_of(&host), file, offset: 0 };
                     self.logs.insert(key, log);
                 }
             }
@@ -402,14 +404,14 @@ impl Watcher {
         logs.sort_by_key(|(written, _)| *written);
         let mut lines = Vec::new();
         for (_, log) in logs {
-            log.read(&mut lines);
+            log.read(&mut lines, &mut self.cut_lines);
         }
         lines
     }
 }
 
 impl Log {
-    fn read(&mut self, lines: &mut Vec<Line>) {
+    fn read(&mut self, lines: &mut Vec<Line>, cut_lines: &mut HashMap<String, Vec<u8>>) {
         let length = self.file.metadata().map_or(0, |m| m.len());
         if length < self.offset {
             // It was trimmed.
@@ -421,10 +423,11 @@ impl Log {
         let mut bytes = Vec::new();
         let Ok(n) = (&mut self.file).take(length - self.offset).read_to_end(&mut bytes) else { return };
         self.offset += n as u64;
-        self.partial.extend_from_slice(&bytes);
+        let partial = cut_lines.entry(self.vm.clone()).or_default();
+        partial.extend_from_slice(&bytes);
         let at = Instant::now();
-        while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
-            let line: Vec<u8> = self.partial.drain(..=end).collect();
+        while let Some(end) = partial.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = partial.drain(..=end).collect();
             // A guest that was killed in the middle of a line is followed by the next one on the same line.
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             let text =
@@ -535,5 +538,22 @@ mod tests {
         checker.wait_line(VM, "SPLITBRAIN", Instant::now() - SOON, SOON).await.unwrap();
         let problem = checker.finish().unwrap_err().to_string();
         assert!(problem.contains("does not go on") && problem.contains("SPLITBRAIN"), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_begun_on_one_host_and_ended_on_another_is_one() {
+        let root = tempfile::tempdir().unwrap();
+        let mut checker = Checker::start(root.path());
+        for (host, text) in
+            [("host-1", "MICRO 00000000 aaaaaaaa\r\nHB 000000"), ("host-2", "01 aaaaaaaa\r\nHB 00000002 aaaaaaaa\r\n")]
+        {
+            let run = root.path().join(host).join("state/vms").join(VM).join("run");
+            fs::create_dir_all(&run).unwrap();
+            fs::write(run.join("serial.log"), text).unwrap();
+            checker.wait_line(VM, "MICRO", Instant::now() - SOON, SOON).await.unwrap();
+        }
+        checker.wait_line(VM, "HB 00000002", Instant::now() - SOON, SOON).await.unwrap();
+        assert_eq!(checker.beats(VM).iter().map(|b| b.said.n).collect::<Vec<_>>(), [0, 1, 2]);
+        checker.finish().unwrap();
     }
 }

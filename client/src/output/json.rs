@@ -28,6 +28,7 @@ named!(
     CreateVmResponse,
     DeleteImageResponse,
     DeleteVmResponse,
+    DrainHostResponse,
     ExplainVmResponse,
     GetHostResponse,
     GetImageResponse,

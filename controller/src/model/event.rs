@@ -94,6 +94,7 @@ pub enum EventType {
     HostDead,
     HostCordoned,
     HostUncordoned,
+    HostDraining,
     HostRemoved,
     HostChanged,
     UnknownVm,

@@ -1,6 +1,6 @@
 //! VMs as they are stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
@@ -54,6 +54,10 @@ pub struct VmRecord {
     /// Its user wants the guest to stand still. Ends with a resume, a stop or a restart.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
+    /// The incarnation that is being stopped so that the VM starts on another host (`state/drain.rs`). It says nothing about
+    /// any other.
+    #[serde(default, skip_serializing_if = "Incarnation::is_none")]
+    pub moving_out: Incarnation,
     /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
     #[serde(default)]
     pub disks_exist: bool,
@@ -130,6 +134,12 @@ impl VmRecord {
             pending.apply(&mut spec);
         }
         spec
+    }
+
+    /// Whether its present incarnation should run, and is being stopped so that the next one starts on another host.
+    #[must_use]
+    pub fn is_moving_out(&self) -> bool {
+        self.desired == Desired::Running && !self.moving_out.is_none() && self.moving_out == self.placement.incarnation
     }
 
     /// What was pending becomes what the VM is made of.
@@ -294,6 +304,18 @@ pub struct VmSpec {
     pub extra: Extra,
 }
 
+impl VmSpec {
+    /// The bridges that its host must have.
+    #[must_use]
+    pub fn bridges(&self) -> BTreeSet<String> {
+        let bridge = |nic: &Nic| match &nic.kind {
+            NicKind::User => None,
+            NicKind::Bridge { bridge } => Some(bridge.clone()),
+        };
+        self.nics.iter().filter_map(bridge).collect()
+    }
+}
+
 /// What says nothing is not written.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -418,19 +440,24 @@ pub struct Disk {
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Nic {
-    /// How it is connected.
-    #[serde(rename = "type")]
+    /// How it is connected: `type`, and what belongs to that.
+    #[serde(flatten)]
     pub kind: NicKind,
     /// Its MAC address.
     pub mac: String,
 }
 
 /// How a network interface is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum NicKind {
     /// QEMU's user-mode network.
     User,
+    /// A port of a bridge of the host.
+    Bridge {
+        /// The bridge's name.
+        bridge: String,
+    },
 }
 
 /// What happens when QEMU dies or the guest panics.

@@ -2,7 +2,7 @@
 //!
 //! | the VM's record | reported | what the host is told |
 //! |---|---|---|
-//! | names this host | or not | RUN, STOP or DELETE, as its user wants it; RUN with where to send it, if it migrates |
+//! | names this host | or not | RUN, STOP or DELETE, as its user wants it; RUN with where to send it, if it migrates; STOP if it is to start elsewhere |
 //! | has a migration to this host | or not | INCOMING, with the incarnation that it gets here |
 //! | names another host or none | yes | FORGET. If it executes, renewals are withheld until it is gone (P1) |
 //! | is not there | and executes | nothing: it is left alone, and people are told |
@@ -124,6 +124,7 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
 fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
     let record = &entry.record;
     let disposition = match record.desired {
+        Desired::Running if record.is_moving_out() => v1::Disposition::Stop,
         // R1: not before its disks are put back.
         Desired::Running if record.revert.is_some() => v1::Disposition::Stop,
         Desired::Running => v1::Disposition::Run,
@@ -237,6 +238,7 @@ mod tests {
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
             migration_address: String::new(),
             cpu: Default::default(),
+            bridges: BTreeSet::new(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };

@@ -16,7 +16,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use crate::model::{
-    Desired, HostMode, ImageRecord, Key, Record, VmRecord,
+    Desired, DrainHow, HostMode, ImageRecord, Key, Record, VmRecord,
     host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
@@ -74,6 +74,10 @@ pub enum Command {
     GiveUpMigration { vm: VmId, migration: Incarnation, why: String },
     /// A user cordons or uncordons a host.
     SetHostMode { host: HostId, mode: HostMode, reason: String },
+    /// A user has a host emptied. [`Command::SetHostMode`] ends that.
+    DrainHost { host: HostId, how: DrainHow, reason: String },
+    /// The next step of emptying a host. Refused if the host is not being drained any more.
+    DrainVm { vm: VmId, from: HostId, step: DrainStep },
     /// A user removes a host that is down and empty.
     RemoveHost { host: HostId },
     /// A user registers an image that a host has checked.
@@ -105,6 +109,18 @@ pub enum Command {
     SetFailover { change: FailoverChange },
     /// Something about the cluster that people should know: brake, settings, leader.
     Note { event: crate::model::EventType, message: String },
+}
+
+/// How a VM leaves a host that is being drained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DrainStep {
+    /// It migrates, with this secret.
+    Migrate {
+        /// As in [`Command::MigrateVm`].
+        secret: String,
+    },
+    /// It is stopped, and starts elsewhere when it has.
+    Stop,
 }
 
 /// How the first fetch of an image, or its upload, ended.
@@ -245,6 +261,8 @@ pub struct HostFacts {
     pub migration_address: String,
     /// The CPU that its guests can have.
     pub cpu: Cpu,
+    /// Its bridges that VMs may be connected to.
+    pub bridges: BTreeSet<String>,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.

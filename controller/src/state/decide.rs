@@ -9,9 +9,9 @@ use super::{
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
-    hosts, images, migration, placement, reports, snapshots, update, vms,
+    drain, hosts, images, migration, placement, reports, snapshots, update, vms,
 };
-use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
+use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
 /// How many VMs one command places or moves. A move writes a record, a status and up to two events; 25 of them and the
 /// host's record stay under the 128 operations that etcd takes in one transaction.
@@ -58,7 +58,13 @@ impl State {
             Command::GiveUpMigration { vm, migration, why } => {
                 migration::cannot_go_on(&mut draft, *vm, *migration, why)?
             }
-            Command::SetHostMode { host, mode, reason } => hosts::set_mode(&mut draft, *host, *mode, reason)?,
+            Command::SetHostMode { host, mode, reason } => {
+                hosts::set_mode(&mut draft, *host, *mode, DrainHow::LiveOnly, reason)?
+            }
+            Command::DrainHost { host, how, reason } => {
+                hosts::set_mode(&mut draft, *host, HostMode::Draining, *how, reason)?
+            }
+            Command::DrainVm { vm, from, step } => drain::step(&mut draft, *vm, *from, step)?,
             Command::RemoveHost { host } => hosts::remove(&mut draft, *host)?,
             Command::CreateImage { request, image } => {
                 if let Some(replayed) = self.replay(request.as_ref(), cx)? {

@@ -17,6 +17,7 @@ pub mod command;
 mod decide;
 mod disks;
 mod draft;
+mod drain;
 mod effective;
 mod hosts;
 mod images;
@@ -48,6 +49,7 @@ use crate::{
 };
 
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
+pub use drain::Prospect;
 pub use effective::EffectiveStatus;
 pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};

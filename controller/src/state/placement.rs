@@ -14,7 +14,10 @@
 //!
 //! Everything else leaves the VM where it is.
 
-use std::{cmp::Reverse, collections::BTreeMap};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use uncloud_proto::{
     clock::WallTime,
@@ -77,6 +80,7 @@ pub fn request(vm: &VmRecord) -> Request {
         vcpus: next.vcpus,
         memory_mib: next.memory_mib,
         pools: pools(vm),
+        bridges: next.bridges(),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
@@ -360,7 +364,7 @@ fn move_deletion(draft: &mut Draft<'_>, entry: &VmEntry, old: &HostRecord, from:
     }
 }
 
-/// Removing disks takes neither CPU nor memory, and no label forbids it.
+/// Removing disks takes neither CPU nor memory nor a network, and no label forbids it.
 pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
     Request {
         vm: vm.id,
@@ -368,6 +372,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         memory_mib: 0,
         // Nothing is made any more.
         pools: pools(vm).into_keys().map(|pool| (pool, 0)).collect(),
+        bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,
         home,

@@ -76,6 +76,10 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         ObservedState::PoweredOff | ObservedState::Stopped if entry.record.revert.is_some() => {
             observe(draft, &entry, report, Phase::Stopped)
         }
+        // R3: what is to start elsewhere has something done to its disks first.
+        ObservedState::Stopped if entry.record.is_moving_out() && entry.record.has_disk_orders() => {
+            observe(draft, &entry, report, Phase::Stopped)
+        }
         ObservedState::Fenced if entry.record.revert.is_some() && desired != Desired::Deleted => {
             draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
             let entry = keep_exit(&entry, report);
@@ -85,7 +89,11 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         // Over for good under this incarnation.
         ObservedState::Stopped | ObservedState::Fenced => match desired {
             Desired::Running => {
-                draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                if entry.record.is_moving_out() && report.state == ObservedState::Stopped {
+                    draft.vm_event(&entry.record, EventType::Stopped, format!("has stopped {on}, to start elsewhere"));
+                } else {
+                    draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                }
                 let entry = keep_exit(&entry, report);
                 replace_fenced(draft, &entry)
             }

@@ -2,6 +2,7 @@
 //! with one that is rebuilt from the records.
 
 mod disks;
+mod drain;
 mod failover;
 mod fixtures;
 mod hosts;

@@ -62,6 +62,7 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         restart_force: false,
         stop_force: false,
         paused: false,
+        moving_out: Incarnation::NONE,
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,

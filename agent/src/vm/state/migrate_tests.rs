@@ -200,6 +200,23 @@ fn m3_what_was_sent_goes_on_only_at_the_leaders_word() {
     assert_eq!(state.record().moving, None);
 }
 
+/// The guest stands still meanwhile.
+#[test]
+fn a_source_that_has_nearly_sent_everything_is_asked_again_at_once() {
+    let mut state = launched(run(1, None));
+    state.on(Event::Started(Incarnation(1), 1), at(0));
+    state.on(word(run(1, Some(2))), at(10));
+    state.on(stands(Guest::Executes, Transfer::Active), at(11));
+    assert_eq!(state.on(Event::MigrationMoved, at(22)), [Effect::Look]);
+    assert_eq!(state.on(stands(Guest::Still, Transfer::Completed), at(23)), []);
+    assert_eq!(state.report().state, ReportState::Running, "not yet");
+    let due = state.deadline(at(23).now).expect("it is asked again");
+    assert!(due.since(at(23).now) <= Duration::from_millis(20), "{due:?}");
+    assert_eq!(state.on(Event::Wake, at(43)), [Effect::Look]);
+    state.on(stands(Guest::Sent, Transfer::Completed), at(44));
+    assert_eq!(state.report().state, ReportState::HandedOver);
+}
+
 /// M3: a record is not the leader's word.
 #[test]
 fn m3_a_restarted_agent_leaves_what_was_sent_alone() {

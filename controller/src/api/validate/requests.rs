@@ -8,7 +8,7 @@ use uncloud_proto::{
 };
 
 use super::{Checker, DEFAULT_OWNER, Violations, vm::check_disk_size};
-use crate::state::command::FailoverChange;
+use crate::{model::DrainHow, state::command::FailoverChange};
 
 /// Entries of a page, if the request does not say.
 const DEFAULT_PAGE: u32 = 100;
@@ -77,6 +77,47 @@ pub(crate) fn cordon_host(request: v1::CordonHostRequest) -> Result<(String, Str
     let host = check.reference("host", request.host);
     check.text("reason", &request.reason, MAX_REASON);
     check.finish((host, request.reason))
+}
+
+/// A host that is to be emptied, or whose drain is to be shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DrainHost {
+    /// UUID, beginning of one, or name.
+    pub(crate) host: String,
+    /// What is to be done.
+    pub(crate) what: Drain,
+}
+
+/// What a call of `DrainHost` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// The host is to be emptied in this way.
+    Begin {
+        /// What may be done.
+        how: DrainHow,
+        /// Why.
+        reason: String,
+    },
+    /// Nothing; it is shown.
+    Watch,
+}
+
+/// A drain.
+pub(crate) fn drain_host(request: v1::DrainHostRequest) -> Result<DrainHost, Violations> {
+    let v1::DrainHostRequest { host, reason, stop_and_move, watch_only } = request;
+    let mut check = Checker::default();
+    let host = check.reference("host", host);
+    check.text("reason", &reason, MAX_REASON);
+    if watch_only {
+        for (field, is_set) in [("reason", !reason.is_empty()), ("stop_and_move", stop_and_move)] {
+            if is_set {
+                check.fail(field, "does not go with watch_only, which changes nothing");
+            }
+        }
+        return check.finish(DrainHost { host, what: Drain::Watch });
+    }
+    let how = if stop_and_move { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
+    check.finish(DrainHost { host, what: Drain::Begin { how, reason } })
 }
 
 /// How long failover may be off, in seconds. Longer, and it is forgotten.
@@ -368,6 +409,18 @@ mod tests {
         assert_eq!(vm_ref("web".into(), String::new()).unwrap().owner, "default");
         let long = v1::CordonHostRequest { host: "a".into(), reason: "x".repeat(256) };
         assert_eq!(fields(cordon_host(long)), ["reason"]);
+    }
+
+    #[test]
+    fn a_drain_that_is_only_shown_changes_nothing() {
+        let request = v1::DrainHostRequest { host: "h".into(), reason: "fan".into(), ..Default::default() };
+        let begin = Drain::Begin { how: DrainHow::LiveOnly, reason: "fan".into() };
+        assert_eq!(drain_host(request.clone()).unwrap().what, begin);
+        let both = v1::DrainHostRequest { watch_only: true, stop_and_move: true, ..request };
+        assert_eq!(fields(drain_host(both)), ["reason", "stop_and_move"]);
+        let show = v1::DrainHostRequest { host: "h".into(), watch_only: true, ..Default::default() };
+        assert_eq!(drain_host(show).unwrap().what, Drain::Watch);
+        assert_eq!(fields(drain_host(v1::DrainHostRequest::default())), ["host"]);
     }
 
     #[test]

@@ -9,12 +9,12 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{
-        Desired, HostMode,
+        Desired, DrainHow, HostMode,
         vm::{Failover, OnDiskLoss, SnapshotState, VmSpec},
     },
     state::{
         VmEntry,
-        command::{Command, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
+        command::{Command, DrainStep, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
         lease_lapsed,
     },
 };
@@ -33,6 +33,8 @@ enum Step {
     Update { vm: u128, failover: u8, memory: u8, recreate: bool },
     Delete { vm: u128 },
     Mode { host: u128, cordoned: bool },
+    Drain { host: u128, stop: bool },
+    DrainVm { vm: u128, stop: bool },
     Remove { host: u128 },
     Register { host: u128 },
     Lapse { host: u128, both: bool, limit: usize },
@@ -60,6 +62,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(vm, failover, memory, recreate)| Step::Update { vm, failover, memory, recreate }),
         1 => vm.clone().prop_map(|vm| Step::Delete { vm }),
         1 => (host.clone(), any::<bool>()).prop_map(|(host, cordoned)| Step::Mode { host, cordoned }),
+        1 => (host.clone(), any::<bool>()).prop_map(|(host, stop)| Step::Drain { host, stop }),
+        4 => (vm.clone(), any::<bool>()).prop_map(|(vm, stop)| Step::DrainVm { vm, stop }),
         1 => host.clone().prop_map(|host| Step::Remove { host }),
         3 => host.clone().prop_map(|host| Step::Register { host }),
         2 => (host.clone(), any::<bool>(), 0..4_usize)
@@ -139,6 +143,15 @@ impl Step {
             Self::Mode { host: n, cordoned } => {
                 let mode = if *cordoned { HostMode::Cordoned } else { HostMode::Active };
                 Command::SetHostMode { host: host(n), mode, reason: String::new() }
+            }
+            Self::Drain { host: n, stop } => {
+                let how = if *stop { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
+                Command::DrainHost { host: host(n), how, reason: String::new() }
+            }
+            Self::DrainVm { vm: n, stop } => {
+                let from = world.state.vm(vm(n))?.record.placement.host?;
+                let step = if *stop { DrainStep::Stop } else { DrainStep::Migrate { secret: "0".repeat(64) } };
+                Command::DrainVm { vm: vm(n), from, step }
             }
             Self::Remove { host: n } => Command::RemoveHost { host: host(n) },
             Self::Register { host: n } => {
