@@ -113,6 +113,9 @@ fn vm() -> VmRecord {
         disks_exist: true,
         disk_home: Some(DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() }),
         disk_generation: 1,
+        snapshots: Vec::new(),
+        revert: None,
+        reverts: 0,
         created: AT,
         extra: Extra::new(),
     }

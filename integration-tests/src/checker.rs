@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom},
+    ops::RangeInclusive,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -80,6 +81,8 @@ struct Seen {
     instances: Vec<Instance>,
     lines: Vec<Line>,
     problems: Vec<String>,
+    /// Counters that a VM may go back to, because its disks were put back.
+    returns: Vec<(String, RangeInclusive<u64>)>,
     longest_gap: Duration,
 }
 
@@ -199,6 +202,11 @@ impl Checker {
         .await
     }
 
+    /// The VM's disks are about to be put back: once, its counter may go back to one of these.
+    pub fn expect_return(&self, vm: &str, to: RangeInclusive<u64>) {
+        lock(&self.seen, |s| s.returns.push((vm.to_owned(), to)));
+    }
+
     /// Ends the watch and judges what was seen.
     ///
     /// # Errors
@@ -209,13 +217,21 @@ impl Checker {
         let seen = guard(&self.seen);
         let mut problems = seen.problems.clone();
         let mut counters: BTreeMap<&str, Continuity> = BTreeMap::new();
+        let mut returns = seen.returns.clone();
         for line in &seen.lines {
             if guest::is_alarm(&line.text) {
                 problems.push(format!("guest {} on {}: {}", line.vm, line.host, line.text));
             }
             if let Some(said) = guest::parse(&line.text)
-                && let Err(problem) = counters.entry(&line.vm).or_default().next(said)
+                && let Err(problem) = counters.entry(&line.vm).or_default().next(said.clone())
             {
+                let fits = |(vm, to): &(String, RangeInclusive<u64>)| *vm == line.vm && to.contains(&said.n);
+                if said.kind == guest::Kind::Started
+                    && let Some(at) = returns.iter().position(fits)
+                {
+                    returns.remove(at);
+                    continue;
+                }
                 problems.push(format!("guest {} on {}: {problem}", line.vm, line.host));
             }
         }

@@ -32,6 +32,7 @@ pub mod site;
 pub mod slots;
 pub mod specs;
 pub mod tour;
+pub mod typed;
 pub mod wait;
 
 pub use api::{Api, error_fields};

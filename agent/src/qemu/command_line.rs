@@ -394,7 +394,7 @@ impl Argv {
     }
 
     fn disk(&mut self, index: usize, disk: &DiskFile, bootable: bool) {
-        let node = format!("disk{index}");
+        let node = disk_node(index);
         let blockdev = json!({
             "driver": "qcow2",
             "node-name": node,
@@ -429,6 +429,11 @@ impl Argv {
             format!("virtio-net-pci,id=nic{index},netdev=net{index},mac={},romfile=", escaped(&nic.mac)),
         );
     }
+}
+
+/// QEMU's name of the disk that the guest finds as its `index`th.
+pub(super) fn disk_node(index: usize) -> String {
+    format!("disk{index}")
 }
 
 /// In QEMU's option lists a comma ends the value, two stand for one.

@@ -424,6 +424,7 @@ impl<H: Hypervisor> Session<H> {
                         addresses: Vec::new(),
                         migration: None,
                         paused: false,
+                        disks: Default::default(),
                     };
                     self.manager.host().outbox.put(vm, report);
                 }

@@ -213,6 +213,17 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
     Ok(plan)
 }
 
+/// Where the disks of a VM are, in the guest's order, whatever they are overlays of.
+///
+/// # Errors
+///
+/// A pool is not there.
+pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Vec<DiskPlan>, Problem> {
+    let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
+    let one = |d: &Disk| disk_plan(vm, d, desired.disk_generation, pool(&d.pool, pools)?, None);
+    spec.disks.iter().map(one).collect()
+}
+
 /// A disk's file ends otherwise, so no disk can have this name.
 fn vars_name(generation: u32) -> String {
     format!("uefi-vars.{generation}.fd")

@@ -13,8 +13,12 @@ use uncloud_proto::{
     ids::{ImageId, Incarnation, VmId},
     names, v1,
 };
+use uuid::Uuid;
 
-use super::migration::MigrateTo;
+use super::{
+    disks::{Orders, Revert, SnapshotOrder, Wanted},
+    migration::MigrateTo,
+};
 use crate::lease::LeaseClass;
 
 /// What one VM should be on this host.
@@ -58,6 +62,9 @@ pub struct Desired {
     /// For Run: what its user wants of the guest.
     #[serde(default)]
     pub pause: Pause,
+    /// What is to be done to its disks.
+    #[serde(default)]
+    pub orders: Orders,
 }
 
 /// What to do with a VM.
@@ -406,6 +413,8 @@ fn unusable(field: impl Into<String>, problem: impl Into<String>) -> Unusable {
 const MAX_COMMAND_LINE: usize = 2048;
 /// Most disks, and most network interfaces.
 const MAX_DISKS: usize = 16;
+/// Snapshots of one VM that are to be taken or removed.
+const MAX_SNAPSHOTS: usize = 32;
 const MAX_NICS: usize = 8;
 /// Most bytes of all that cloud-init is told. The disk that carries it has a fixed size ([`crate::qemu::seed`]).
 const MAX_CLOUD_INIT: usize = 512 * 1024;
@@ -468,6 +477,7 @@ impl Desired {
             migrate_to,
             migration_secret,
             pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
+            orders: parse_orders(disposition, m)?,
         })
     }
 }
@@ -591,6 +601,29 @@ fn parse_migrate_to(own: Incarnation, m: &v1::MigrateTo) -> Result<MigrateTo, Un
     }
     let secret = secret("migrate_to.secret", &m.secret)?;
     Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second })
+}
+
+fn parse_orders(disposition: Disposition, m: &v1::DesiredVm) -> Result<Orders, Unusable> {
+    if m.snapshots.len() > MAX_SNAPSHOTS {
+        return Err(unusable("snapshots", format!("has more than {MAX_SNAPSHOTS} entries")));
+    }
+    let id = |field: String, text: &str| Uuid::try_parse(text).map_err(|e| unusable(field, format!("{e}")));
+    let order = |(i, s): (usize, &v1::SnapshotOrder)| {
+        let wanted = if s.remove { Wanted::Gone } else { Wanted::There };
+        Ok(SnapshotOrder { id: id(format!("snapshots[{i}].id"), &s.id)?, wanted })
+    };
+    let snapshots = m.snapshots.iter().enumerate().map(order).collect::<Result<Vec<_>, Unusable>>()?;
+    let revert = match (&m.revert, disposition) {
+        (None, _) | (Some(_), Disposition::Forget) => None,
+        (Some(r), Disposition::Stop) => {
+            Some(Revert { snapshot: id("revert.snapshot_id".to_owned(), &r.snapshot_id)?, number: r.number })
+        }
+        // P5: what the guest has written since would be lost.
+        (Some(_), Disposition::Run | Disposition::Incoming | Disposition::Delete) => {
+            return Err(unusable("revert", "comes for a VM that is not to be stopped"));
+        }
+    };
+    Ok(Orders { snapshots, revert })
 }
 
 /// It ends up in a file that QEMU reads line by line.
@@ -749,6 +782,23 @@ mod tests {
         assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
         assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");
         assert_eq!(field_of(&v1::DesiredVm { spec: None, ..good() }), "spec");
+    }
+
+    /// P5: what runs is never put back.
+    #[test]
+    fn disks_are_put_back_only_of_what_is_to_be_stopped() {
+        let id = "00000000-0000-4000-8000-000000000005";
+        let with = |disposition: v1::Disposition| v1::DesiredVm {
+            disposition: disposition.into(),
+            revert: Some(v1::RevertOrder { snapshot_id: id.into(), number: 3 }),
+            ..good()
+        };
+        assert_eq!(field_of(&with(v1::Disposition::Run)), "revert");
+        let stop = Desired::from_proto(Incarnation(1), &with(v1::Disposition::Stop)).unwrap();
+        assert_eq!(stop.orders.revert, Some(Revert { snapshot: id.parse().unwrap(), number: 3 }));
+        let order = |id: &str| v1::SnapshotOrder { id: id.into(), remove: false };
+        assert_eq!(field_of(&v1::DesiredVm { snapshots: vec![order("../x")], ..good() }), "snapshots[0].id");
+        assert_eq!(field_of(&v1::DesiredVm { snapshots: vec![order(id); 33], ..good() }), "snapshots");
     }
 
     #[test]

@@ -16,7 +16,8 @@ use uncloud_proto::{
 
 use super::{
     desired::{CpuModel, Desired, Display, Disposition, GuestAgent, Machine},
-    hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+    disks::Done,
+    hypervisor::{Adoption, Exit, ExitKind, Hold, Hypervisor, Instance, InstanceEvent, LaunchError},
     migration::{Standing, Step},
 };
 use crate::{
@@ -26,6 +27,7 @@ use crate::{
             self, AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
             NetBackend, Nic, Screen,
         },
+        disks,
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
         seed,
@@ -124,6 +126,28 @@ impl Hypervisor for Qemu {
     async fn step(&self, vm: VmId, instance: &process::Instance, step: Step) -> Result<(), String> {
         let vm_dir = self.dirs.dir(vm);
         migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
+    }
+
+    async fn tend_disks(&self, instance: &process::Instance, desired: &Desired) -> Result<Done, String> {
+        let disks = desired.spec.iter().flat_map(|s| &s.disks);
+        let sizes: Vec<_> = disks.map(|d| (d.name.as_str(), d.size_bytes)).collect();
+        disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
+        disks::snapshots(instance, sizes.len(), &desired.orders).await.map_err(|e| e.to_string())?;
+        Ok(desired.orders.done())
+    }
+
+    async fn tend_idle(&self, vm: VmId, desired: &Desired) -> Result<Done, String> {
+        self.storage.tend(vm, desired).await.map_err(|e| e.reason())
+    }
+
+    async fn go_on(&self, instance: &process::Instance, desired: &Desired) -> Result<Hold, String> {
+        if !disks::is_stalled(instance).await.map_err(|e| e.to_string())? {
+            return Ok(Hold::Over);
+        }
+        if let Some(pool) = self.storage.full_pool(desired).await {
+            return Ok(Hold::Full(pool));
+        }
+        disks::go_on(instance).await.map(|()| Hold::Over).map_err(|e| e.to_string())
     }
 
     async fn delete_disks(&self, vm: VmId, desired: &Desired) -> Result<(), String> {
@@ -265,6 +289,8 @@ impl Instance for process::Instance {
                 InstanceEvent::GuestAddresses(addresses.iter().map(ToString::to_string).collect())
             }
             process::InstanceEvent::MigrationMoved => InstanceEvent::MigrationMoved,
+            process::InstanceEvent::Stalled => InstanceEvent::Stalled,
+            process::InstanceEvent::DiskFailed(words) => InstanceEvent::DiskFailed(words),
             process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
         }
     }

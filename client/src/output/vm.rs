@@ -66,6 +66,17 @@ pub fn vms(vms: &[v1::Vm], columns: Columns, now: WallTime) -> String {
     table(&header, &rows)
 }
 
+/// A table of a VM's snapshots.
+#[must_use]
+pub fn snapshots(vm: &v1::Vm, now: WallTime) -> String {
+    let state = |s: &v1::Snapshot| match vm.reverting_to == s.name {
+        true => "Reverting".to_owned(),
+        false => word(s.state().as_str_name(), "SNAPSHOT_STATE_"),
+    };
+    let row = |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), age(s.created.as_ref(), now)];
+    table(&["NAME", "ID", "STATE", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
+}
+
 /// One VM in a line, for watches and progress.
 #[must_use]
 pub fn vm_line(vm: &v1::Vm) -> String {

@@ -65,6 +65,7 @@ async fn show(context: &Context, leader: &Leader, host: HostId, sink: &Sink<v1::
             now: leader.clock.wall(),
             silent: Arc::new(leader.silent_hosts()),
             cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
+            disk_overcommit_percent: leader.settings.disk_overcommit_percent,
         };
         let (stage, message) = leader.mirror.read(|state| {
             let progress = watch.look(state, &cx, now);

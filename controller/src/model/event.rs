@@ -80,6 +80,13 @@ pub enum EventType {
     MigrationStarted,
     Migrated,
     MigrationGivenUp,
+    SnapshotRequested,
+    SnapshotTaken,
+    SnapshotDeleted,
+    RevertRequested,
+    Reverted,
+    Troubled,
+    Recovered,
     // hosts
     HostJoined,
     HostReturned,

@@ -68,6 +68,15 @@ pub struct VmRecord {
     /// Part of the disks' file names. Grows when lost disks are given up and made anew.
     #[serde(default)]
     pub disk_generation: u32,
+    /// Snapshots of its disks, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<Snapshot>,
+    /// Its disks are to be put back. While this stands the VM is not to execute (P5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revert: Option<Revert>,
+    /// How often users have asked for that.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reverts: u64,
     /// When it was created, ms since 1970.
     pub created: WallTime,
     /// Fields of a newer program.
@@ -75,7 +84,48 @@ pub struct VmRecord {
     pub extra: Extra,
 }
 
+/// A snapshot of all disks of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Random (version 4). Its name in the disks' files.
+    pub id: Uuid,
+    /// Unique among the VM's.
+    pub name: String,
+    /// When it was asked for, ms since 1970.
+    pub created: WallTime,
+    /// What it is.
+    pub state: SnapshotState,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// To be taken.
+    Creating,
+    /// A host has said that it is there.
+    Ready,
+    /// To be removed.
+    Deleting,
+}
+
+/// Disks that are to be put back to a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revert {
+    /// The snapshot's id.
+    pub snapshot: Uuid,
+    /// Tells it from those before.
+    pub number: u64,
+}
+
 impl VmRecord {
+    /// Whether a host has been told to do something to the disks and has not said yet that it has. Until then the VM belongs to that
+    /// host as if it executed there.
+    #[must_use]
+    pub fn has_disk_orders(&self) -> bool {
+        self.revert.is_some() || self.snapshots.iter().any(|s| s.state != SnapshotState::Ready)
+    }
+
     /// What its next incarnation is made of.
     #[must_use]
     pub fn next_spec(&self) -> VmSpec {

@@ -214,6 +214,7 @@ impl Driver<'_> {
                 now: self.leader.clock.wall(),
                 silent: Arc::new(self.leader.health().silent(now)),
                 cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
+                disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
             };
             let Some(drain::Step { vm, from, how }) =
                 self.leader.mirror.read(|state| self.drains.next(state, &cx, now))

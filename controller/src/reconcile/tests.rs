@@ -106,6 +106,9 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        snapshots: Vec::new(),
+        revert: None,
+        reverts: 0,
         created: WallTime(0),
         extra: Extra::new(),
     }
@@ -148,7 +151,12 @@ impl World {
     }
 
     fn submit(&mut self, command: &Command) {
-        let cx = Context { now: WallTime(1), silent: Arc::new(self.silent.clone()), cpu_overcommit_percent: 400 };
+        let cx = Context {
+            now: WallTime(1),
+            silent: Arc::new(self.silent.clone()),
+            cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
+        };
         let decision = self.state.decide(command, &cx).unwrap();
         if !decision.change.mutations.is_empty() {
             self.writes += 1;

@@ -25,7 +25,10 @@ use crate::{
         migration::MigrationProgress,
         vm::LastExit,
     },
-    state::command::{HostFacts, MigrationObservation, ObservedState, VmObservation},
+    state::{
+        MAX_SNAPSHOTS,
+        command::{DisksObservation, HostFacts, MigrationObservation, ObservedState, VmObservation},
+    },
 };
 
 /// VMs that one host may have a record of. Ten times as many as anybody ran on one.
@@ -186,11 +189,21 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             addresses: addresses(&vm.addresses),
             restarts_done: vm.restarts_done,
             paused: vm.paused,
+            disks: DisksObservation {
+                made: snapshot_ids(&vm.snapshots_made),
+                removed: snapshot_ids(&vm.snapshots_removed),
+                reverted: vm.reverted,
+            },
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
         checked.push(Reported { sequence: vm.sequence, seen });
     }
     checked
+}
+
+/// Ids of snapshots. Those that make no sense are none of ours.
+fn snapshot_ids(said: &[String]) -> Vec<Uuid> {
+    said.iter().take(MAX_SNAPSHOTS).filter_map(|id| Uuid::try_parse(id).ok()).collect()
 }
 
 /// What a guest says of itself, by its host: whatever is not an address is left out, and so is what is too much.

@@ -226,6 +226,7 @@ mod tests {
             restarts_done: 0,
             paused: false,
             migration: None,
+            disks: Default::default(),
         };
         Reported { sequence, seen }
     }

@@ -32,6 +32,8 @@ pub struct Context {
     pub silent: Arc<BTreeSet<HostId>>,
     /// vCPUs promised per CPU thread, in percent (400 = four).
     pub cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent (200 = two).
+    pub disk_overcommit_percent: u32,
 }
 
 /// A request that must not be carried out twice.
@@ -54,6 +56,14 @@ pub enum Command {
     RestartVm { vm: VmId, force: bool },
     /// A user changes what a VM is made of.
     UpdateVm { vm: VmId, update: Box<VmUpdate> },
+    /// A user makes a disk larger.
+    ResizeDisk { vm: VmId, disk: String, size_bytes: u64 },
+    /// A user wants a snapshot of a VM's disks.
+    CreateSnapshot { vm: VmId, id: Uuid, name: String },
+    /// A user deletes a snapshot.
+    DeleteSnapshot { vm: VmId, name: String },
+    /// A user wants a VM's disks put back to a snapshot.
+    RevertToSnapshot { vm: VmId, name: String },
     /// A user deletes a VM.
     DeleteVm { vm: VmId },
     /// Somebody moves a running VM to another host, or to this one.
@@ -285,6 +295,19 @@ pub struct VmObservation {
     pub migration: Option<MigrationObservation>,
     /// The guest stands still, as it should.
     pub paused: bool,
+    /// What was done to its disks.
+    pub disks: DisksObservation,
+}
+
+/// What a host has done to a VM's disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DisksObservation {
+    /// Snapshots that are there, as they should be.
+    pub made: Vec<Uuid>,
+    /// Snapshots that are gone, as they should be.
+    pub removed: Vec<Uuid>,
+    /// The newest revert that was carried out. 0: none.
+    pub reverted: u64,
 }
 
 /// What a host reported about a migration.

@@ -7,8 +7,9 @@ use uncloud_proto::ids::VmId;
 use super::{
     REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
+    disks,
     draft::Draft,
-    drain, hosts, images, migration, placement, reports, update, vms,
+    drain, hosts, images, migration, placement, reports, snapshots, update, vms,
 };
 use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
@@ -45,6 +46,10 @@ impl State {
             Command::SetDesired { vm, desired } => vms::set_desired(&mut draft, *vm, *desired)?,
             Command::RestartVm { vm, force } => vms::restart(&mut draft, *vm, *force)?,
             Command::UpdateVm { vm, update } => update::update(&mut draft, *vm, update)?,
+            Command::ResizeDisk { vm, disk, size_bytes } => disks::resize(&mut draft, *vm, disk, *size_bytes)?,
+            Command::CreateSnapshot { vm, id, name } => snapshots::create(&mut draft, *vm, *id, name)?,
+            Command::DeleteSnapshot { vm, name } => snapshots::delete(&mut draft, *vm, name)?,
+            Command::RevertToSnapshot { vm, name } => snapshots::revert(&mut draft, *vm, name)?,
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
             Command::MigrateVm { vm, to, secret, bytes_per_second } => {
                 migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second)?

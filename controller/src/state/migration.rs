@@ -134,6 +134,9 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
     if record.paused {
         return refuse(format!("VM `{name}` is paused; resume it first"));
     }
+    if record.revert.is_some() {
+        return refuse(format!("the disks of VM `{name}` are being put back to a snapshot; wait until it runs again"));
+    }
     let phase = entry.current_status().map(|s| s.phase);
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));

@@ -15,6 +15,7 @@
 mod absorb;
 pub mod command;
 mod decide;
+mod disks;
 mod draft;
 mod drain;
 mod effective;
@@ -25,6 +26,7 @@ mod placement;
 mod reports;
 mod resolve;
 mod simulate;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod update;
@@ -52,6 +54,7 @@ pub use effective::EffectiveStatus;
 pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};
 pub use simulate::{Fate, Outcome};
+pub use snapshots::MAX_SNAPSHOTS;
 
 /// How long the answer to a request is kept.
 pub const REQUESTS_KEPT_MS: u64 = 3_600_000;

@@ -66,6 +66,9 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        snapshots: Vec::new(),
+        revert: None,
+        reverts: 0,
         created: now,
         extra: Extra::new(),
     };

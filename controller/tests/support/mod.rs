@@ -186,6 +186,7 @@ pub(crate) fn settings() -> Settings {
             kill_allowance: Duration::from_secs(1),
         },
         cpu_overcommit_percent: 400,
+        disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: vec!["127.0.0.1:1".into()],
     }

@@ -14,20 +14,23 @@
 //   NOSEED <what>: <why>        ... and why it could not be read
 //   BYE                         the power button was pressed, or `poweroff` typed; it powers itself off
 //
-// If the machine has a channel to a guest agent, it answers there like one that knows two commands: the synchronisation and
-// the network's interfaces, which it makes up: 10.0.2.15 and fd00::15 on eth0, and what nobody should be shown.
+// If the machine has a channel to a guest agent, it answers there like one that knows a few commands: the synchronisation, the
+// network's interfaces, which it makes up (10.0.2.15 and fd00::15 on eth0, and what nobody should be shown), and to freeze and thaw
+// its file systems, of which it only says that it was told: FROZEN, THAWED.
 //
 // With `dirty=KIB` it writes into each page of so much memory again and again, `rate=KIB` of it in a second (default: all of it
 // in each second): a guest that is not easy to migrate. Each time it looks whether what it wrote the last time is there:
 //
 //   MEMORYLOST <page> boot <id>  it is not
 //
-// Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine.
+// Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine, `size` has it
+// say how large the disk is (SIZE <bytes>), `fill A B` writes to the disk from MiB A to MiB B (FILLED A B, when that is done).
 //
 // The disk: sector 0 has the text "COUNT <n> boot <id>", written with O_DIRECT | O_DSYNC.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <linux/input.h>
 #include <net/if.h>
 #include <poll.h>
@@ -273,7 +276,10 @@ static void asked(int port, const char *line) {
              "{\"return\": [{\"name\": \"lo\", \"ip-addresses\": [{\"ip-address\": \"127.0.0.1\", \"prefix\": 8}]}, "
              "{\"name\": \"eth0\", \"ip-addresses\": [{\"ip-address\": \"fe80::1\"}, {\"ip-address\": \"10.0.2.15\"}, "
              "{\"ip-address\": \"fd00::15\"}, {\"ip-address\": \"no address\"}]}]}\n");
-  else
+  else if (strstr(line, "guest-fsfreeze-")) {
+    say(strstr(line, "-thaw") ? "THAWED" : "FROZEN");
+    snprintf(answer, sizeof answer, "{\"return\": 1}\n");
+  } else
     snprintf(answer, sizeof answer, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not known\"}}\n");
   if (write(port, answer, strlen(answer)) < 0) say("AGENT: %s", strerror(errno));
 }
@@ -315,9 +321,36 @@ static void power_off(void) {
   reboot(RB_POWER_OFF);
 }
 
+// How large the disk is, as the kernel says.
+static void say_size(void) {
+  unsigned long long bytes = 0;
+  int fd = open("/dev/vda", O_RDONLY | O_CLOEXEC);
+  if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes) != 0) say("SIZE unknown: %s", strerror(errno));
+  else say("SIZE %llu", bytes);
+  if (fd >= 0) close(fd);
+}
+
+// Writes into each 64 KiB of the disk from one MiB to another: a qcow2 file must grow by as much.
+static void fill(unsigned from, unsigned to) {
+  static char text[SECTOR] __attribute__((aligned(SECTOR)));
+  int fd = open("/dev/vda", O_WRONLY | O_DIRECT | O_DSYNC | O_CLOEXEC);
+  memset(text, 'f', SECTOR);
+  for (uint64_t at = (uint64_t)from << 20; fd >= 0 && at < (uint64_t)to << 20; at += 64 << 10) {
+    if (pwrite(fd, text, SECTOR, (off_t)at) != SECTOR) {
+      say("DISKERROR fill: %s", strerror(errno));
+      break;
+    }
+  }
+  if (fd >= 0) close(fd);
+  say("FILLED %u %u", from, to);
+}
+
 static void typed(const char *line) {
   say("ECHO %s", line);
   tcdrain(STDOUT_FILENO);
+  unsigned from, to;
+  if (sscanf(line, "fill %u %u", &from, &to) == 2) fill(from, to);
+  if (strcmp(line, "size") == 0) say_size();
   if (strcmp(line, "poweroff") == 0) power_off();
   if (strcmp(line, "reboot") == 0) reboot(RB_AUTOBOOT);
   if (strcmp(line, "panic") == 0) {

@@ -287,7 +287,12 @@ impl Lead {
 
     fn fill(&mut self, core: &Core, clock: &NodeClock) -> Batch {
         let silent = Arc::new(self.health.silent(clock.tick(core.now)));
-        let cx = Context { now: core.wall_of(self.process.0), silent, cpu_overcommit_percent: 400 };
+        let cx = Context {
+            now: core.wall_of(self.process.0),
+            silent,
+            cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
+        };
         let mut batch = Batch::default();
         while let Some(job) = self.queue.pop_front() {
             match self.state.decide(&job.command, &cx) {

@@ -430,6 +430,12 @@ impl World {
         let sends = word.as_ref().is_some_and(|w| w.migrate_to.is_some());
         match effect {
             Effect::Prepare => events.push(Event::Prepared),
+            Effect::GoOn | Effect::TendIdle { .. } | Effect::CancelTend => prop_assert!(false, "nothing is ordered"),
+            Effect::TendDisks => {
+                // What is being sent is not to change.
+                prop_assert!(!sends && self.qemu.is_some());
+                events.push(Event::DisksTended(Default::default()));
+            }
             Effect::Launch { incarnation, lease_generation } => {
                 // M4
                 prop_assert!(!sends && self.qemu.is_none());

@@ -75,6 +75,8 @@ impl VmState {
                     }
                 }
                 x.press_on(at.now, effects);
+                self.tend_disks(at, effects);
+                self.mind_stall(at, effects);
             }
         }
     }
@@ -108,6 +110,7 @@ impl VmState {
                 // V1: what was fenced stays so until it has a new incarnation.
                 if self.record.settled != Some(Settled::Fenced) {
                     self.record.settled = Some(Settled::Stopped);
+                    self.tend_idle(at, effects);
                 }
             }
             Disposition::Delete => {

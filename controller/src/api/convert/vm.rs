@@ -9,7 +9,7 @@ use crate::{
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
             CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
-            OnDiskLoss, RestartPolicy, VmSpec,
+            OnDiskLoss, RestartPolicy, Snapshot, SnapshotState, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -79,6 +79,26 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
         pending_restart: record.pending.iter().flat_map(|p| p.fields()).map(str::to_owned).collect(),
         paused: record.paused,
         next_spec: record.pending.as_ref().map(|_| self::spec(&record.next_spec())),
+        snapshots: record.snapshots.iter().map(snapshot).collect(),
+        reverting_to: record
+            .revert
+            .and_then(|r| record.snapshots.iter().find(|s| s.id == r.snapshot))
+            .map(|s| s.name.clone())
+            .unwrap_or_default(),
+    }
+}
+
+fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
+    let state = match snapshot.state {
+        SnapshotState::Creating => v1::SnapshotState::Creating,
+        SnapshotState::Ready => v1::SnapshotState::Ready,
+        SnapshotState::Deleting => v1::SnapshotState::Deleting,
+    };
+    v1::Snapshot {
+        id: snapshot.id.to_string(),
+        name: snapshot.name.clone(),
+        created: timestamp(snapshot.created),
+        state: state.into(),
     }
 }
 

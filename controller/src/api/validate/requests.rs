@@ -7,7 +7,7 @@ use uncloud_proto::{
     v1,
 };
 
-use super::{Checker, DEFAULT_OWNER, Violations};
+use super::{Checker, DEFAULT_OWNER, Violations, vm::check_disk_size};
 use crate::{model::DrainHow, state::command::FailoverChange};
 
 /// Entries of a page, if the request does not say.
@@ -159,6 +159,39 @@ pub(crate) struct MigrateVm {
     pub(crate) host: Option<String>,
     /// 0: no limit.
     pub(crate) bytes_per_second: u64,
+}
+
+/// A disk that is to grow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ResizeDisk {
+    /// Of what.
+    pub(crate) vm: VmRef,
+    /// Name of the disk.
+    pub(crate) disk: String,
+    /// Its new size.
+    pub(crate) size_bytes: u64,
+}
+
+/// Checks a request to make a disk larger.
+pub(crate) fn resize_disk(request: v1::ResizeDiskRequest) -> Result<ResizeDisk, Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let disk = check.name("disk", request.disk);
+    let size_bytes = request.size_bytes;
+    if size_bytes == 0 {
+        check.fail("size_bytes", "is required");
+    } else {
+        check_disk_size(&mut check, "size_bytes", size_bytes);
+    }
+    check.finish(ResizeDisk { vm, disk, size_bytes })
+}
+
+/// A VM and the name of one of its snapshots.
+pub(crate) fn snapshot(vm: String, owner: String, snapshot: String) -> Result<(VmRef, String), Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, vm, owner);
+    let name = check.name("snapshot", snapshot);
+    check.finish((vm, name))
 }
 
 /// The least that a migration may be limited to, in bytes per second. With less, no guest gets there within an hour.
@@ -436,5 +469,21 @@ mod tests {
         assert_eq!(fields(console_input(input((64 << 10) + 1))), ["input"]);
         assert_eq!(fields(console_input(open("web", 0))), ["open"]);
         assert_eq!(fields(console_input(v1::ConsoleRequest::default())), ["message"]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_disk_or_a_snapshot_is_named() {
+        let good =
+            v1::ResizeDiskRequest { vm: "web".into(), owner: String::new(), disk: "disk0".into(), size_bytes: 1024 };
+        assert!(resize_disk(good.clone()).is_ok());
+        assert_eq!(fields(resize_disk(v1::ResizeDiskRequest::default())), ["vm", "disk", "size_bytes"]);
+        for size_bytes in [513, u64::MAX - 511] {
+            assert_eq!(fields(resize_disk(v1::ResizeDiskRequest { size_bytes, ..good.clone() })), ["size_bytes"]);
+        }
+        assert_eq!(fields(resize_disk(v1::ResizeDiskRequest { disk: "../x".into(), ..good })), ["disk"]);
+        assert!(snapshot("web".into(), String::new(), "before-upgrade".into()).is_ok());
+        for name in ["", "a/b", "a\u{1b}[31m", &"x".repeat(100)] {
+            assert_eq!(fields(snapshot("web".into(), String::new(), name.into())), ["snapshot"]);
+        }
     }
 }

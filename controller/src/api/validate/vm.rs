@@ -155,6 +155,15 @@ fn check_memory(check: &mut Checker, memory_mib: u64) {
     }
 }
 
+/// The virtual size of a disk. 0 is for the caller to judge.
+pub(super) fn check_disk_size(check: &mut Checker, field: &str, size: u64) {
+    if size > MAX_DISK_BYTES {
+        check.fail(field, format!("is {size}; at most {MAX_DISK_BYTES} (64 TiB) are allowed"));
+    } else if !size.is_multiple_of(SECTOR) {
+        check.fail(field, format!("is {size}, which is not a multiple of {SECTOR}"));
+    }
+}
+
 fn check_grace(check: &mut Checker, seconds: u32) -> u32 {
     let grace = if seconds == 0 { DEFAULT_GRACE_SECONDS } else { seconds };
     check.range("spec.stop_grace_seconds", u64::from(grace), 1, MAX_GRACE_SECONDS, " seconds");
@@ -344,11 +353,8 @@ fn check_disks(check: &mut Checker, disks: Vec<v1::Disk>, images: &mut Vec<(Imag
             check.fail(at("name"), format!("is `{}` like that of another disk; choose another", quoted(&name)));
         }
         let size = disk.size_bytes;
-        if size > MAX_DISK_BYTES {
-            check.fail(at("size_bytes"), format!("is {size}; at most {MAX_DISK_BYTES} (64 TiB) are allowed"));
-        } else if !size.is_multiple_of(SECTOR) {
-            check.fail(at("size_bytes"), format!("is {size}, which is not a multiple of {SECTOR}"));
-        } else if size == 0 && disk.image.is_empty() {
+        check_disk_size(check, &at("size_bytes"), size);
+        if size == 0 && disk.image.is_empty() {
             check.fail(at("size_bytes"), "is required for a disk without an image");
         }
         let image = (!disk.image.is_empty())

@@ -38,6 +38,7 @@ async fn term(data_dir: &Path) -> Term {
     let settings = Settings {
         timings: TIMINGS,
         cpu_overcommit_percent: 400,
+        disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: Vec::new(),
     };
