@@ -8,6 +8,7 @@
 #   make sim     the simulation over many seeds: SEEDS=10000 FROM=1
 #   make mutants breaks each safety rule in turn, and says whether a test notices
 #   make bench   the numbers, as a table and in target/bench.json
+#   make tour    what an operator does with a VM, typed into a real cluster with a Debian guest: docs/tour.md (CHECK=yes: compares)
 #
 # Each of them first installs what is missing (make setup) and says what that is.
 
@@ -37,6 +38,10 @@ $(GUESTS)/micro.img: integration-tests/guests/micro/micro.S integration-tests/gu
 $(GUESTS)/initrd.img: integration-tests/guests/linux/init.c integration-tests/guests/linux/build .ci/setup
 	@integration-tests/guests/linux/build $(GUESTS)
 
+# An ordinary Debian with cloud-init, for the tour. Needs root.
+$(GUESTS)/debian.qcow2: integration-tests/guests/debian/build
+	@integration-tests/guests/debian/build $(GUESTS)
+
 .PHONY: build
 build: setup
 	$(CARGO) build --workspace
@@ -54,6 +59,13 @@ test: setup
 	@$(MAKE) --no-print-directory guests
 	$(CARGO) build --workspace --all-targets
 	$(CARGO) test --workspace
+
+# Needs root, for network namespaces and the guest's file system.
+.PHONY: tour
+tour: setup
+	@$(MAKE) --no-print-directory guests $(GUESTS)/debian.qcow2
+	$(CARGO) build --workspace
+	$(TARGET)/debug/uncloud-tour $(if $(CHECK),--check)
 
 .PHONY: lint
 lint: setup

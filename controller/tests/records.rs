@@ -200,6 +200,7 @@ fn host() -> HostRecord {
         liveness_since: AT,
         migration_address: "10.0.0.1".into(),
         cpu: Cpu { name: "A CPU".into(), features: ["avx2".to_owned()].into(), fingerprint: "00ff".into() },
+        bridges: ["br0".into()].into(),
         agent_version: "0.1.0".into(),
         boot_id: uuid(5),
         created: AT,

@@ -21,7 +21,7 @@ use crate::{
     controller::Controller,
     etcd::{Fsync, TestEtcd},
     logs,
-    netns::Network,
+    netns::{self, Guests, Network},
     paths,
     proc_table::{self, Kind},
     slots::{Share, Slot},
@@ -44,6 +44,8 @@ pub struct Options {
     pub share: Share,
     /// Each host in a network namespace of its own.
     pub namespaces: bool,
+    /// Whether the guests have a network; only with `namespaces`.
+    pub guests: Guests,
     /// With the image of the Linux guest.
     pub linux: bool,
     /// The controller supervises an etcd of its own.
@@ -70,6 +72,7 @@ impl Options {
             controller: Vec::new(),
             share: Share::One,
             namespaces: false,
+            guests: Guests::Alone,
             linux: false,
             embedded_etcd: false,
             fsync: Fsync::Off,
@@ -121,6 +124,14 @@ impl Options {
     pub fn namespaces(mut self) -> Self {
         self.namespaces = true;
         self
+    }
+
+    /// Each host in a network namespace of its own, with a bridge for its VMs; all of these are joined.
+    #[must_use]
+    pub fn bridges(mut self) -> Self {
+        self.guests = Guests::Joined;
+        let bridge = ["--bridge", netns::GUEST_BRIDGE].map(str::to_owned);
+        self.namespaces().each_host(|_, host| host.args.extend(bridge.clone()))
     }
 
     /// The controller supervises an etcd of its own.
@@ -190,18 +201,6 @@ impl Drop for Root {
     }
 }
 
-/// Gives a host its namespace, if hosts have them, and the address where VMs arrive there.
-fn place(
-    network: Option<&mut Network>,
-    at: usize,
-    options: &HostOptions,
-) -> anyhow::Result<(Option<String>, HostOptions)> {
-    let Some(network) = network else { return Ok((None, options.clone())) };
-    let netns = network.add_host()?;
-    let migration_address = network.address_of(u32::try_from(at)? + 1);
-    Ok((Some(netns), HostOptions { migration_address, ..options.clone() }))
-}
-
 impl Cluster {
     async fn start(options: Options) -> anyhow::Result<Self> {
         let slot = Slot::take(options.share).await?;
@@ -218,7 +217,7 @@ impl Cluster {
             Command::new(agent).arg("init-pool").arg(path.join("pool")).args(["--name", specs::SHARED]).output()?;
         ensure!(marker.status.success(), "init-pool: {}", String::from_utf8_lossy(&marker.stderr));
 
-        let mut network = if options.namespaces { Some(Network::new()?) } else { None };
+        let mut network = if options.namespaces { Some(Network::new(options.guests)?) } else { None };
         let etcd = if options.embedded_etcd {
             None
         } else {
@@ -236,8 +235,8 @@ impl Cluster {
 
         let mut hosts = Vec::new();
         for (i, host) in options.hosts.iter().enumerate() {
-            let (netns, host) = place(network.as_mut(), i, host)?;
-            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &addresses.join(","), netns, &host)?);
+            let name = format!("host-{}", i + 1);
+            hosts.push(start_agent(&path, &name, &addresses.join(","), network.as_mut(), host)?);
         }
         let mut cluster = Self {
             controller,
@@ -300,8 +299,8 @@ impl Cluster {
     /// It does not come up.
     pub async fn add_host(&mut self, options: &HostOptions) -> anyhow::Result<()> {
         let name = format!("host-{}", self.hosts.len() + 1);
-        let (netns, options) = place(self.network.as_mut(), self.hosts.len(), options)?;
-        self.hosts.push(Agent::start(&self.root.path, &name, &self.addresses.join(","), netns, &options)?);
+        let controllers = self.addresses.join(",");
+        self.hosts.push(start_agent(&self.root.path, &name, &controllers, self.network.as_mut(), options)?);
         self.wait_hosts().await
     }
 
@@ -336,6 +335,22 @@ impl Cluster {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.root.path
+    }
+
+    /// The namespace from which guests are reached.
+    ///
+    /// # Errors
+    ///
+    /// The cluster was made without a network for guests.
+    pub fn users(&self) -> anyhow::Result<String> {
+        let network = self.network.as_ref().filter(|_| self.options.guests == Guests::Joined);
+        Ok(network.context("this cluster was made without `bridges`")?.users())
+    }
+
+    /// The address at which hosts and users reach this machine, if they have namespaces; the loopback otherwise.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.network.as_ref().map_or("127.0.0.1".to_owned(), Network::address)
     }
 
     /// The directory of the shared pool.
@@ -454,4 +469,19 @@ impl Cluster {
         self.root.dir.take().map(TempDir::close).transpose()?;
         Ok(())
     }
+}
+
+/// Starts the agent of a host, in a namespace of its own if there is a network.
+fn start_agent(
+    root: &Path,
+    name: &str,
+    controllers: &str,
+    network: Option<&mut Network>,
+    options: &HostOptions,
+) -> anyhow::Result<Agent> {
+    let Some(network) = network else { return Agent::start(root, name, controllers, None, options) };
+    let netns = network.add_host()?;
+    // There the loopback is the host's own.
+    let options = HostOptions { migration_address: network.newest_host(), ..options.clone() };
+    Agent::start(root, name, controllers, Some(netns), &options)
 }

@@ -31,6 +31,7 @@ pub mod sim;
 pub mod site;
 pub mod slots;
 pub mod specs;
+pub mod tour;
 pub mod wait;
 
 pub use api::{Api, error_fields};

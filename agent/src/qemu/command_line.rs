@@ -7,6 +7,7 @@
 
 use std::{
     ffi::OsString,
+    os::fd::RawFd,
     path::{Path, PathBuf},
 };
 
@@ -64,6 +65,14 @@ impl Machine {
             Self::Pc => "pc-i440fx-7.2",
         }
     }
+
+    /// QEMU's name of what the guest powers down by.
+    const fn power_management(self) -> &'static str {
+        match self {
+            Self::Q35 => "ICH9-LPC",
+            Self::Pc => "PIIX4_PM",
+        }
+    }
 }
 
 /// What executes the guest. Chosen by the host's probe, never by QEMU's own fallback.
@@ -113,11 +122,22 @@ pub struct DiskFile {
     pub path: PathBuf,
 }
 
-/// A NIC in QEMU's own user network.
+/// A NIC.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UserNic {
+pub struct Nic {
     /// Its MAC address, as `42:…`.
     pub mac: String,
+    /// What it is connected to. The guest does not see it, so it may differ between the two sides of a migration.
+    pub backend: NetBackend,
+}
+
+/// What a NIC is connected to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetBackend {
+    /// QEMU's own user network.
+    User,
+    /// A tap, by the number that its descriptor has in QEMU.
+    Tap(RawFd),
 }
 
 /// What the screen is shown with.
@@ -166,7 +186,7 @@ pub struct MachineSpec {
     /// What cloud-init reads: a raw image, read-only, behind the disks.
     pub seed: Option<PathBuf>,
     /// The NICs, likewise.
-    pub nics: Vec<UserNic>,
+    pub nics: Vec<Nic>,
     /// The screen.
     pub screen: Screen,
     /// The channel to a guest agent.
@@ -291,6 +311,10 @@ impl Argv {
                 AcceleratorChoice::Tcg => format!("{}K", spec.memory_mib * 1024 + TCG_ODD_KIB),
             },
         );
+        // A guest that sleeps stands still and keeps its room, and nobody can tell why.
+        for sleep in ["disable_s3", "disable_s4"] {
+            self.option("-global", format!("{}.{sleep}=1", spec.machine.power_management()));
+        }
         self.option("-rtc", "base=utc");
         self.option("-display", "none");
         self.option("-vga", "none");
@@ -393,8 +417,12 @@ impl Argv {
         self.option("-device", format!("virtio-blk-pci,id=vd{index},drive={node},serial={}{boot}", escaped(&serial)));
     }
 
-    fn nic(&mut self, index: usize, nic: &UserNic) {
-        self.option("-netdev", format!("user,id=net{index}"));
+    fn nic(&mut self, index: usize, nic: &Nic) {
+        let netdev = match nic.backend {
+            NetBackend::User => format!("user,id=net{index}"),
+            NetBackend::Tap(fd) => format!("tap,id=net{index},fd={fd}"),
+        };
+        self.option("-netdev", netdev);
         // Without its boot ROM: nothing boots from the network, and not every host has the file.
         self.option(
             "-device",
@@ -429,7 +457,10 @@ mod tests {
                 DiskFile { name: "root".into(), path: "/pool/disks/vm/root.1.qcow2".into() },
                 DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
             ],
-            nics: vec![UserNic { mac: "42:00:00:00:00:01".into() }, UserNic { mac: "42:00:00:00:00:02".into() }],
+            nics: vec![
+                Nic { mac: "42:00:00:00:00:01".into(), backend: NetBackend::User },
+                Nic { mac: "42:00:00:00:00:02".into(), backend: NetBackend::Tap(12) },
+            ],
             screen: Screen::Vga,
             agent: AgentChannel::VirtioSerial,
             begin: Begin::Boot,

@@ -256,11 +256,25 @@ pub struct Disk {
     pub image: Option<ImageId>,
 }
 
-/// A network interface in QEMU's user network.
+/// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
     /// Its MAC address.
     pub mac: String,
+    /// What it is connected to.
+    #[serde(default)]
+    pub link: Link,
+}
+
+/// What a network interface is connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// QEMU's user network.
+    #[default]
+    User,
+    /// A bridge of this host, by its name.
+    Bridge(String),
 }
 
 /// What happens when a VM ends by itself.
@@ -621,15 +635,22 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
 }
 
 fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {
-    if n.r#type() != v1::NicType::User {
-        return Err(unusable(format!("spec.nics[{i}].type"), "is not one that this agent knows"));
-    }
+    let link = match v1::NicType::try_from(n.r#type) {
+        Ok(v1::NicType::User) => Link::User,
+        Ok(v1::NicType::Bridge) => {
+            names::check_interface(&n.bridge).map_err(|e| unusable(format!("spec.nics[{i}].bridge"), e.to_string()))?;
+            Link::Bridge(n.bridge.clone())
+        }
+        Ok(v1::NicType::Unspecified) | Err(_) => {
+            return Err(unusable(format!("spec.nics[{i}].type"), "is not one that this agent knows"));
+        }
+    };
     let bytes: Vec<&str> = n.mac.split(':').collect();
     let hex = |b: &&str| b.len() == 2 && b.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
     if bytes.len() != 6 || !bytes.iter().all(hex) {
         return Err(unusable(format!("spec.nics[{i}].mac"), "is not of the form 42:00:00:00:00:01 in lower case"));
     }
-    Ok(Nic { mac: n.mac.clone() })
+    Ok(Nic { mac: n.mac.clone(), link })
 }
 
 fn parse_image(m: &v1::Image) -> Result<Image, Unusable> {
@@ -676,7 +697,11 @@ mod tests {
                 memory_mib: 64,
                 machine: "q35".into(),
                 disks: vec![v1::Disk { name: "disk0".into(), pool: "p".into(), size_bytes: 512, image: String::new() }],
-                nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:0a".into() }],
+                nics: vec![v1::Nic {
+                    r#type: v1::NicType::User.into(),
+                    mac: "42:00:00:00:00:0a".into(),
+                    bridge: String::new(),
+                }],
                 restart: v1::RestartPolicy::OnFailure.into(),
                 failover: v1::FailoverPolicy::Fast.into(),
                 stop_grace_seconds: 60,

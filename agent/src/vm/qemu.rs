@@ -1,6 +1,11 @@
 //! The real [`Hypervisor`]: QEMU under a keeper, disks in pools.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time;
 use tracing::warn;
@@ -15,10 +20,11 @@ use super::{
     migration::{Standing, Step},
 };
 use crate::{
+    network,
     qemu::{
         command_line::{
             self, AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
-            Screen, UserNic,
+            NetBackend, Nic, Screen,
         },
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
@@ -79,6 +85,7 @@ impl Hypervisor for Qemu {
             .as_ref()
             .map(|vars| FirmwareFiles { code: self.uefi_code.clone(), vars: vars.path.clone() });
         spec.seed = self.seed(vm, desired).await.map_err(LaunchError::Failed)?;
+        let pass = connect(vm, desired, &mut spec).map_err(LaunchError::Failed)?;
         let launch = Launch {
             vm,
             incarnation: desired.incarnation,
@@ -89,6 +96,7 @@ impl Hypervisor for Qemu {
             user: self.user,
             keeper: self.keeper.clone(),
             argv: command_line::command_line(&self.qemu, &spec),
+            pass,
         };
         // `prepared` holds the turn until QEMU runs.
         process::launch(&launch).await.map_err(|e| match e {
@@ -136,6 +144,20 @@ impl Qemu {
     }
 }
 
+/// Makes the taps of the VM's network interfaces, and says in `machine` which has which. They last as long as the descriptors that
+/// this gives.
+fn connect(vm: VmId, desired: &Desired, machine: &mut MachineSpec) -> Result<Vec<Arc<OwnedFd>>, String> {
+    let Some(spec) = &desired.spec else { return Ok(Vec::new()) };
+    let mut taps = Vec::new();
+    for (plan, nic) in network::plan(vm, desired.incarnation, &spec.nics).iter().zip(&mut machine.nics) {
+        let Some(plan) = plan else { continue };
+        let tap = network::open(plan).map_err(|e| e.reason())?;
+        nic.backend = NetBackend::Tap(tap.as_raw_fd());
+        taps.push(Arc::new(tap));
+    }
+    Ok(taps)
+}
+
 fn machine(
     vm: VmId,
     desired: &Desired,
@@ -169,7 +191,7 @@ fn machine(
         firmware: None,
         seed: None,
         disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
-        nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
+        nics: spec.nics.iter().map(|n| Nic { mac: n.mac.clone(), backend: NetBackend::User }).collect(),
         screen: match spec.display {
             Display::None => Screen::None,
             Display::Standard => Screen::Vga,

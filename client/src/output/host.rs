@@ -70,6 +70,7 @@ pub fn show_host(answer: &v1::GetHostResponse, now: WallTime) -> String {
         ("Accelerator", accelerator(&h)),
         ("CPU", cpu(&h)),
         ("Because", h.accelerator.as_ref().map(|a| a.why.clone()).unwrap_or_default()),
+        ("Bridges", h.bridges.join(", ")),
         ("Agent", h.agent_version.clone()),
         ("Last heartbeat", heartbeat(&h)),
         ("Created", moment_and_age(h.created.as_ref(), now)),

@@ -20,7 +20,7 @@ pub use self::{
     host::{host_line, hosts, show_host, what_if},
     image::{image_line, images, show_image},
     text::{clean, clean_lines},
-    vm::{Columns, explain, phase_word, show_vm, vm_line, vms},
+    vm::{Columns, explain, nic, phase_word, show_vm, vm_line, vms},
 };
 
 /// In which form data is printed.

@@ -187,11 +187,17 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         out.push_str(&format!("\n{}\n", table(&["DISK", "POOL", "SIZE", "IMAGE"], &rows)));
     }
     if !spec.nics.is_empty() {
-        let rows: Vec<Vec<String>> =
-            spec.nics.iter().map(|n| vec![word(n.r#type().as_str_name(), "NIC_TYPE_"), or_dash(&n.mac)]).collect();
+        let rows: Vec<Vec<String>> = spec.nics.iter().map(|n| vec![nic(n), or_dash(&n.mac)]).collect();
         out.push_str(&format!("\n{}\n", table(&["NIC", "MAC"], &rows)));
     }
     out
+}
+
+/// A network interface, as `vm create --nic` takes it.
+#[must_use]
+pub fn nic(nic: &v1::Nic) -> String {
+    let kind = word(nic.r#type().as_str_name(), "NIC_TYPE_");
+    if nic.bridge.is_empty() { kind } else { format!("{kind}={}", super::clean(&nic.bridge)) }
 }
 
 /// Why a VM is where it is.

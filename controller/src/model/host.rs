@@ -44,6 +44,9 @@ pub struct HostRecord {
     /// The CPU that its guests can have.
     #[serde(default, skip_serializing_if = "Cpu::is_unknown")]
     pub cpu: Cpu,
+    /// Its bridges that VMs may be connected to.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub bridges: BTreeSet<String>,
     /// The kernel's boot id: tells one machine from another that uses the same host id.
     pub boot_id: Uuid,
     /// When it first appeared, ms since 1970.

@@ -1,6 +1,6 @@
 //! VMs as they are stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
@@ -244,6 +244,18 @@ pub struct VmSpec {
     pub extra: Extra,
 }
 
+impl VmSpec {
+    /// The bridges that its host must have.
+    #[must_use]
+    pub fn bridges(&self) -> BTreeSet<String> {
+        let bridge = |nic: &Nic| match &nic.kind {
+            NicKind::User => None,
+            NicKind::Bridge { bridge } => Some(bridge.clone()),
+        };
+        self.nics.iter().filter_map(bridge).collect()
+    }
+}
+
 /// What says nothing is not written.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -368,19 +380,24 @@ pub struct Disk {
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Nic {
-    /// How it is connected.
-    #[serde(rename = "type")]
+    /// How it is connected: `type`, and what belongs to that.
+    #[serde(flatten)]
     pub kind: NicKind,
     /// Its MAC address.
     pub mac: String,
 }
 
 /// How a network interface is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum NicKind {
     /// QEMU's user-mode network.
     User,
+    /// A port of a bridge of the host.
+    Bridge {
+        /// The bridge's name.
+        bridge: String,
+    },
 }
 
 /// What happens when QEMU dies or the guest panics.

@@ -52,6 +52,7 @@ fn host(n: u128, memory_mib: u64, liveness: Liveness) -> HostRecord {
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),

@@ -50,6 +50,8 @@ pub enum Rejection {
         /// The value it should have.
         value: String,
     },
+    /// It has no bridge of this name.
+    NoBridge(String),
     /// It has no pool of this name.
     NoPool(String),
     /// Its pool of this name has a problem.
@@ -94,6 +96,7 @@ impl Rejection {
             Self::NoOwnCpu => format!("{has} no KVM, so a guest cannot see the host's own CPU"),
             Self::OtherCpu => format!("{has} another CPU than the host that it runs on, which the guest sees"),
             Self::Label { key, value } => format!("{lacks} label {key}={value}"),
+            Self::NoBridge(bridge) => format!("{lacks} bridge `{bridge}` (the agent's --bridge)"),
             Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
             Self::OtherPool(pool) => format!("{has} another pool `{pool}` than the one with its disks"),
@@ -142,6 +145,9 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
         if host.record.labels.get(key) != Some(value) {
             return Err(Rejection::Label { key: key.clone(), value: value.clone() });
         }
+    }
+    if let Some(bridge) = request.bridges.iter().find(|b| !host.record.bridges.contains(*b)) {
+        return Err(Rejection::NoBridge(bridge.clone()));
     }
     check_storage(id, host, request)?;
     if let Some(group) = &request.group

@@ -48,6 +48,8 @@ pub struct Request {
     pub memory_mib: u64,
     /// The pools that its disks lie in, or will.
     pub pools: BTreeSet<String>,
+    /// The bridges that its network interfaces are ports of.
+    pub bridges: BTreeSet<String>,
     /// Labels that the host must have, each with exactly this value.
     pub host_labels: BTreeMap<String, String>,
     /// Its anti-affinity group: no host takes two VMs of one group.

@@ -44,6 +44,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -65,6 +66,7 @@ fn request(vcpus: u32, memory_mib: u64) -> Request {
         vcpus,
         memory_mib,
         pools: BTreeSet::from(["default".to_owned()]),
+        bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,
         home: Home::Anywhere,
@@ -121,11 +123,16 @@ fn every_filter_refuses_with_its_own_reason() {
     taken.assign(host_id(1), vm_id(9), needs(1, 1, Some("db")));
 
     type Case = (fn(&mut HostRecord), fn(&mut Request), &'static str);
-    let cases: [Case; 11] = [
+    let cases: [Case; 12] = [
         (|h| h.liveness = Liveness::Dead, |_| {}, "is down"),
         (|h| h.liveness = Liveness::FastLapsed, |_| {}, "is down"),
         (|h| h.mode = HostMode::Draining, |_| {}, "is being drained"),
         (|_| {}, |r| drop(r.host_labels.insert("zone".into(), "a".into())), "lacks label zone=a"),
+        (
+            |h| h.bridges = ["br1".into()].into(),
+            |r| r.bridges = ["br0".into(), "br1".into()].into(),
+            "lacks bridge `br0` (the agent's --bridge)",
+        ),
         (|h| h.pools.clear(), |_| {}, "lacks pool `default`"),
         (|h| h.pools[0].problem = "no marker".into(), |_| {}, "has a problem with pool `default`"),
         (

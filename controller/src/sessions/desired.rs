@@ -211,6 +211,7 @@ mod tests {
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
             migration_address: String::new(),
             cpu: Default::default(),
+            bridges: BTreeSet::new(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };

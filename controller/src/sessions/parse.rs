@@ -14,7 +14,7 @@ use uncloud_proto::{
     clock::WallTime,
     cpu::Level,
     ids::{HostId, Incarnation, Term, VmId},
-    v1,
+    names, v1,
 };
 use uuid::Uuid;
 
@@ -32,6 +32,8 @@ use crate::{
 pub(crate) const MAX_VMS: usize = 10_000;
 /// Pools of one host.
 const MAX_POOLS: usize = 64;
+/// How many bridges a host may offer.
+const MAX_BRIDGES: usize = 64;
 const MAX_VCPUS: u64 = 65_536;
 const MAX_MEMORY_MIB: u64 = 1 << 30;
 const MAX_VERSION: usize = 64;
@@ -101,6 +103,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         check.fail("migration_address", format!("is `{found}`; expected an IP address, or nothing"));
     }
     let cpu = cpu(hello.cpu.unwrap_or_default());
+    let bridges = check_bridges(&mut check, hello.bridges);
     if hello.newest_term < 0 {
         check.fail("newest_term", "is negative");
     }
@@ -115,6 +118,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         accelerator: Accelerator { kind, why: clean(&accelerator.why) },
         migration_address: hello.migration_address,
         cpu,
+        bridges,
         agent_version: hello.agent_version,
         boot_id: boot_id.unwrap_or_default(),
     };
@@ -231,6 +235,19 @@ fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option
         expected_downtime_ms: m.expected_downtime_ms,
     };
     Some(MigrationObservation { progress, address: m.address, failure: clean(&m.failure) })
+}
+
+fn check_bridges(check: &mut Checker, bridges: Vec<String>) -> BTreeSet<String> {
+    if bridges.len() > MAX_BRIDGES {
+        check.fail("bridges", format!("has {} entries; at most {MAX_BRIDGES} are allowed", bridges.len()));
+        return BTreeSet::new();
+    }
+    for (i, bridge) in bridges.iter().enumerate() {
+        if let Err(problem) = names::check_interface(bridge) {
+            check.fail(format!("bridges[{i}]"), format!("is `{}`, which {problem}", quoted(bridge)));
+        }
+    }
+    bridges.into_iter().collect()
 }
 
 fn check_pools(check: &mut Checker, pools: Vec<v1::Pool>) -> (Vec<Pool>, BTreeMap<String, u64>) {

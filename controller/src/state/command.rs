@@ -235,6 +235,8 @@ pub struct HostFacts {
     pub migration_address: String,
     /// The CPU that its guests can have.
     pub cpu: Cpu,
+    /// Its bridges that VMs may be connected to.
+    pub bridges: BTreeSet<String>,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.

@@ -40,6 +40,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
             accelerator: facts.accelerator.clone(),
             migration_address: facts.migration_address.clone(),
             cpu: facts.cpu.clone(),
+            bridges: facts.bridges.clone(),
             mode: HostMode::Active,
             mode_reason: String::new(),
             liveness: Liveness::Up,
@@ -68,6 +69,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
         accelerator: facts.accelerator.clone(),
         migration_address: facts.migration_address.clone(),
         cpu: facts.cpu.clone(),
+        bridges: facts.bridges.clone(),
         agent_version: facts.agent_version.clone(),
         boot_id: facts.boot_id,
         ..(*before).clone()
@@ -97,6 +99,7 @@ fn differences(before: &HostRecord, now: &HostRecord) -> Vec<&'static str> {
         (before.accelerator != now.accelerator, "accelerator"),
         (before.migration_address != now.migration_address, "migration address"),
         (before.cpu != now.cpu, "CPU"),
+        (before.bridges != now.bridges, "bridges"),
         (before.agent_version != now.agent_version, "version"),
         (before.boot_id != now.boot_id, "restarted"),
     ]

@@ -80,6 +80,7 @@ pub fn request(vm: &VmRecord) -> Request {
         vcpus: next.vcpus,
         memory_mib: next.memory_mib,
         pools: pools(vm),
+        bridges: next.bridges(),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
@@ -335,13 +336,14 @@ fn move_deletion(draft: &mut Draft<'_>, entry: &VmEntry, old: &HostRecord, from:
     }
 }
 
-/// Removing disks takes neither CPU nor memory, and no label forbids it.
+/// Removing disks takes neither CPU nor memory nor a network, and no label forbids it.
 pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
     Request {
         vm: vm.id,
         vcpus: 0,
         memory_mib: 0,
         pools: pools(vm),
+        bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,
         home,

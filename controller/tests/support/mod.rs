@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses some of it")]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     future::Future,
     net::TcpListener,
@@ -263,6 +263,7 @@ pub(crate) fn host_facts(n: u128) -> HostFacts {
         accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: "no /dev/kvm".into() },
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }

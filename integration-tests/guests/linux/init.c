@@ -29,6 +29,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/input.h>
+#include <net/if.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -39,6 +40,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <termios.h>
@@ -207,6 +209,20 @@ static void read_seed(void) {
     }
   }
   say("NOSEED look: no disk has the label CIDATA");
+}
+
+// Brings the network interfaces up: the kernel then gives each its link-local IPv6 address, made from its MAC address, and answers
+// there. Without any: nothing.
+static void network_up(void) {
+  int control = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  for (int i = 0; control >= 0 && i < 8; i++) {
+    struct ifreq request = {0};
+    snprintf(request.ifr_name, sizeof request.ifr_name, "eth%d", i);
+    if (ioctl(control, SIOCGIFFLAGS, &request) != 0) break;
+    request.ifr_flags |= IFF_UP;
+    if (ioctl(control, SIOCSIFFLAGS, &request) != 0) say("NONETWORK %s: %s", request.ifr_name, strerror(errno));
+  }
+  if (control >= 0) close(control);
 }
 
 static int open_power_button(void) {
@@ -383,6 +399,7 @@ int main(void) {
   close(id);
 
   load_modules(MODULES, sizeof MODULES / sizeof *MODULES);
+  network_up();
   int disk = open_disk();
   int button = open_power_button();
   if (button < 0) say("NOBUTTON");

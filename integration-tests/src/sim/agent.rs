@@ -253,6 +253,7 @@ impl Host {
             newest_term: agent.gate.newest_term().0,
             migration_address: format!("10.0.0.{}", self.index),
             cpu: None,
+            bridges: Vec::new(),
             ..Default::default()
         };
         core.send_up(stream, Up(session_request::Message::Hello(hello)));

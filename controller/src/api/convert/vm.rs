@@ -164,10 +164,11 @@ fn disk(disk: &Disk) -> v1::Disk {
 }
 
 fn nic(nic: &Nic) -> v1::Nic {
-    let kind = match nic.kind {
-        NicKind::User => v1::NicType::User,
+    let (kind, bridge) = match &nic.kind {
+        NicKind::User => (v1::NicType::User, String::new()),
+        NicKind::Bridge { bridge } => (v1::NicType::Bridge, bridge.clone()),
     };
-    v1::Nic { r#type: kind.into(), mac: nic.mac.clone() }
+    v1::Nic { r#type: kind.into(), mac: nic.mac.clone(), bridge }
 }
 
 fn migration(state: &State, migration: &Migration, status: Option<&VmStatusRecord>) -> v1::VmMigration {

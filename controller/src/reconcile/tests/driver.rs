@@ -73,6 +73,7 @@ impl Term {
             boot_id,
             migration_address,
             cpu,
+            bridges,
             ..
         } = host(n, 1024, Liveness::Up);
         let host = HostFacts {
@@ -87,6 +88,7 @@ impl Term {
             boot_id,
             migration_address,
             cpu,
+            bridges,
         };
         let entry = self.leader.health().enter(id).unwrap();
         self.leader.writer.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();

@@ -63,6 +63,7 @@ pub(super) fn facts(n: u128) -> HostFacts {
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: "measured".into() },
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }
