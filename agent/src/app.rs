@@ -111,8 +111,9 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
     };
     let manager = Arc::new(Manager::new(host, vms_cancel.clone()));
     let incarnations = manager.adopt_all()?;
-    let (adopted, (pools, watch_pools)) = tokio::join!(
+    let (adopted, cpu, (pools, watch_pools)) = tokio::join!(
         time::timeout(ADOPTION_PATIENCE, manager.adopted()),
+        accelerator::cpu(&config.qemu, finding.choice),
         pools::watch(config.pools.clone(), config.user, cancel.clone()),
     );
     if adopted.is_err() {
@@ -122,7 +123,7 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
     tokio::spawn(watch_pools.instrument(info_span!(parent: None, "pools")));
     tokio::spawn(trim_logs(Arc::clone(&manager), cancel.clone()));
     let session = Session {
-        identity: identity(&config, host_id, boot, &finding),
+        identity: identity(&config, host_id, boot, &finding, cpu),
         gate: Gate::new(agent.get().newest_term, incarnations),
         manager: Arc::clone(&manager),
         agent,
@@ -148,11 +149,11 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
 
 /// What fetches images from web servers. Without certificates, or where the operator wants none, the agent goes on without.
 fn web(config: &Config) -> Result<Http, String> {
-    if config.image_urls.is_empty() {
+    if matches!(&config.image_urls, Allowed::Listed(urls) if urls.is_empty()) {
         return Err("this host's agent fetches nothing from the network (--image-url none)".to_owned());
     }
     let patience = Patience { connect: Duration::from_secs(10), silence: config.image_timeout };
-    Http::new(Allowed(config.image_urls.clone()), patience).map_err(|e| {
+    Http::new(config.image_urls.clone(), patience).map_err(|e| {
         warn!("images cannot be fetched from the network: {}", chain(&e));
         format!("this host's agent cannot fetch from the network: {}", chain(&e))
     })
@@ -275,7 +276,7 @@ fn to_record(finding: &Finding, good_for: String) -> AcceleratorRecord {
     AcceleratorRecord { good_for, kind: kind.to_owned(), why: finding.why.clone() }
 }
 
-fn identity(config: &Config, host: HostId, boot: Uuid, finding: &Finding) -> Identity {
+fn identity(config: &Config, host: HostId, boot: Uuid, finding: &Finding, cpu: v1::Cpu) -> Identity {
     let kind = match finding.choice {
         AcceleratorChoice::Kvm => AcceleratorKind::Kvm,
         AcceleratorChoice::Tcg => AcceleratorKind::Tcg,
@@ -289,6 +290,7 @@ fn identity(config: &Config, host: HostId, boot: Uuid, finding: &Finding) -> Ide
         labels: config.labels.clone(),
         accelerator: v1::Accelerator { kind: kind.into(), why: finding.why.clone() },
         migration_address: config.migration.map(|m| m.address),
+        cpu,
     }
 }
 

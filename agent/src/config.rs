@@ -17,7 +17,10 @@ use uncloud_proto::names;
 use crate::{
     host,
     qemu::migration::Listen,
-    storage::pools::{Kind, Pool, User},
+    storage::{
+        http::Allowed,
+        pools::{Kind, Pool, User},
+    },
 };
 
 /// Runs on each host: keeps the lease, makes this host's VMs what they should be, and reports what they are.
@@ -72,7 +75,8 @@ pub struct Options {
     /// A directory that images may come from, besides the pools.
     #[arg(long, value_name = "DIR")]
     pub image_dir: Vec<PathBuf>,
-    /// Beginning of the addresses that images may be fetched from; `none` for no address. May be repeated. Any address, if not given.
+    /// Beginning of the addresses that images may be fetched from; `none` for no address. May be repeated. Any but
+    /// those of this host and its link, if not given.
     #[arg(long, value_name = "URL|none")]
     pub image_url: Vec<String>,
     /// How long an image server may say nothing before it is asked again, in seconds. 30, if not given.
@@ -150,8 +154,8 @@ pub struct Config {
     pub pools: Vec<Pool>,
     /// Directories that images may come from.
     pub image_dirs: Vec<PathBuf>,
-    /// Beginnings of the addresses that images may be fetched from. None: from nowhere.
-    pub image_urls: Vec<String>,
+    /// The addresses that images may be fetched from. An empty list: from nowhere.
+    pub image_urls: Allowed,
     /// How long an image server may say nothing.
     pub image_timeout: Duration,
     /// How large an image, and the disk that its guest sees, may be, in bytes.
@@ -395,13 +399,17 @@ fn parse_labels(texts: &[String]) -> Result<BTreeMap<String, String>, Error> {
     Ok(labels)
 }
 
-/// None in the answer: nothing is fetched from the network.
-fn parse_image_urls(urls: Vec<String>) -> Result<Vec<String>, Error> {
+/// An empty list in the answer: nothing is fetched from the network.
+fn parse_image_urls(urls: Vec<String>) -> Result<Allowed, Error> {
     if urls.is_empty() {
-        return Ok(vec!["https://".to_owned(), "http://".to_owned()]);
+        return Ok(Allowed::Outside);
     }
     if urls.iter().any(|u| u == "none") {
-        return if urls.len() == 1 { Ok(Vec::new()) } else { wrong("--image-url", "is `none` and also an address") };
+        return if urls.len() == 1 {
+            Ok(Allowed::Listed(Vec::new()))
+        } else {
+            wrong("--image-url", "is `none` and also an address")
+        };
     }
     // Without the slash `https://example.org` would allow `https://example.org.evil.org`.
     let plain = |url: &&String| {
@@ -410,7 +418,7 @@ fn parse_image_urls(urls: Vec<String>) -> Result<Vec<String>, Error> {
     };
     match urls.iter().find(|url| !plain(url)) {
         Some(bad) => wrong("--image-url", format!("`{}`: give it as https://HOST/ or longer", bad.escape_debug())),
-        None => Ok(urls),
+        None => Ok(Allowed::Listed(urls)),
     }
 }
 

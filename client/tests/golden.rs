@@ -55,6 +55,7 @@ fn running() -> v1::Vm {
         display: v1::DisplayType::Standard.into(),
         guest_agent: v1::GuestAgentMode::Enabled.into(),
         firmware: v1::Firmware::Uefi.into(),
+        cpu: v1::CpuModel::X8664V2.into(),
         cloud_init: Some(v1::CloudInit {
             hostname: "web-1".to_owned(),
             ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".to_owned()],

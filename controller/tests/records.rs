@@ -11,12 +11,12 @@ use serde::Serialize;
 use uncloud_controller::model::{
     ClusterRecord, Desired, EventRecord, EventType, Extra, HostMode, HostRecord, ImageRecord, Key, LeaderRecord,
     Liveness, Phase, Record, RequestAnswer, RequestRecord, Subject, VmRecord, VmStatusRecord,
-    host::{Accelerator, AcceleratorKind, Pool},
+    host::{Accelerator, AcceleratorKind, Cpu, Pool},
     image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     migration::{Arrival, Migration, MigrationEnd, MigrationProgress, MigrationResult},
     vm::{
-        CloudInit, Disk, DiskHome, Display, Failover, Firmware, GuestAgent, KernelBoot, LastExit, Machine, Nic,
-        NicKind, OnDiskLoss, PendingSpec, Placement, RestartPolicy, VmSpec,
+        CloudInit, CpuModel, Disk, DiskHome, Display, Failover, Firmware, GuestAgent, KernelBoot, LastExit, Machine,
+        Nic, NicKind, OnDiskLoss, PendingSpec, Placement, RestartPolicy, VmSpec,
     },
 };
 use uncloud_proto::{
@@ -70,6 +70,7 @@ fn vm() -> VmRecord {
             display: Display::Standard,
             guest_agent: GuestAgent::Enabled,
             firmware: Firmware::Uefi,
+            cpu: CpuModel::V3,
             cloud_init: Some(CloudInit {
                 hostname: "web-1.example.org".into(),
                 ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
@@ -135,6 +136,7 @@ fn small_vm() -> VmRecord {
             display: Display::None,
             guest_agent: GuestAgent::Disabled,
             firmware: Firmware::Bios,
+            cpu: CpuModel::V2,
             cloud_init: None,
             ..vm().spec
         },
@@ -163,6 +165,7 @@ fn status() -> VmStatusRecord {
         last_exit: Some(LastExit { code: -1, signal: 9, reason: "killed".into(), at: AT }),
         next_attempt: Some(WallTime(AT.0 + 10_000)),
         paused: false,
+        restarts_done: 2,
         migration: Some(MigrationProgress {
             incarnation: Incarnation(9),
             transferred_bytes: 91 << 20,
@@ -199,6 +202,7 @@ fn host() -> HostRecord {
         liveness: Liveness::FastLapsed,
         liveness_since: AT,
         migration_address: "10.0.0.1".into(),
+        cpu: Cpu { name: "A CPU".into(), features: ["avx2".to_owned()].into(), fingerprint: "00ff".into() },
         agent_version: "0.1.0".into(),
         boot_id: uuid(5),
         created: AT,

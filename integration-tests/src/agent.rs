@@ -88,6 +88,10 @@ impl Agent {
             flag("--label", label.clone());
         }
         args.extend(options.args.iter().cloned());
+        // The tests' web servers are on this machine, and an agent asks such only if it is told to.
+        if !args.iter().any(|arg| arg == "--image-url") {
+            args.extend(["--image-url", "http://", "--image-url", "https://"].map(str::to_owned));
+        }
         let mut env = vec![("UNCLOUD_LOG".into(), "info,uncloud_agent=debug".into())];
         env.extend(options.env.iter().map(|(k, v)| (k.into(), v.into())));
         let process = Process::start(Spec {

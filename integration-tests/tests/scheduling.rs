@@ -101,3 +101,29 @@ async fn labels_groups_pools_and_cordons_decide_where_a_vm_may_go() -> anyhow::R
     }
     cluster.finish().await
 }
+
+/// Guests here execute by QEMU's translator, which has AVX2 and no AVX-512. QEMU is told to end if it cannot give all of the model.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_goes_only_where_its_cpu_model_is() -> anyhow::Result<()> {
+    let cluster = Options::hosts(2).start().await?;
+    let model = |name: &str, cpu: v1::CpuModel| specs::with(specs::micro(name), |s| s.cpu = cpu.into());
+    let vm = cluster.run(model("modern", v1::CpuModel::X8664V3)).await?;
+    cluster.checker.wait_beats(&vm.id, 1, secs(20)).await?;
+    let shown = cluster.cli(&["vm", "show", "modern"]).await?.success()?.stdout;
+    assert!(shown.contains("x86-64-v3"), "{shown}");
+    let shown = cluster.cli(&["host", "show", host_of(&vm)]).await?.success()?.stdout;
+    assert!(shown.contains("QEMU's translator (x86-64-v3)"), "{shown}");
+    for (name, cpu, words) in
+        [("vector", v1::CpuModel::X8664V4, "lack the CPU features avx512f"), ("own", v1::CpuModel::Host, "have no KVM")]
+    {
+        let vm = cluster.api.create(model(name, cpu)).await?;
+        cluster.api.wait_phase(&vm.id, VmPhase::Pending, secs(5)).await?;
+        let summary = explain(&cluster, &vm.id).await?.summary;
+        assert!(summary.contains(words), "{summary}");
+    }
+    // A model that no host has is refused for a migration, too, once it is what the guest sees: here it only waits.
+    let update = cluster.cli(&["vm", "update", "modern", "--cpu", "x86-64-v4"]).await?.success()?;
+    assert!(update.stderr.contains("spec.cpu"), "{}", update.stderr);
+    cluster.cli(&["vm", "migrate", "modern", "--wait"]).await?.success()?;
+    cluster.finish().await
+}

@@ -4,6 +4,7 @@
 //! Nothing in here does I/O, except that [`clock`] reads the clock.
 
 pub mod clock;
+pub mod cpu;
 pub mod dial;
 pub mod ids;
 pub mod names;

@@ -6,6 +6,7 @@
 //!
 //! QEMU's own fallback (`-accel kvm -accel tcg`) would take such a KVM, and is never used.
 
+mod cpu;
 mod kvm;
 
 use std::{
@@ -21,6 +22,7 @@ use tokio::{
     time::timeout,
 };
 
+pub use self::cpu::cpu;
 pub use crate::qemu::command_line::AcceleratorChoice;
 
 /// The hidden subcommand of the agent that runs [`child_main`].

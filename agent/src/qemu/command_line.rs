@@ -11,7 +11,10 @@ use std::{
 };
 
 use serde_json::json;
-use uncloud_proto::ids::{Incarnation, VmId};
+use uncloud_proto::{
+    cpu::Level,
+    ids::{Incarnation, VmId},
+};
 
 /// How many QMP sockets a QEMU has. A socket serves one client at a time, and an agent that hangs holds one: its
 /// successor takes the next, and one is left for a person.
@@ -30,8 +33,6 @@ pub const AGENT_PORT: &str = "agentport0";
 pub const SERIAL_LOG: &str = "serial.log";
 /// What QEMU may use for translated code, in MiB. Its own default is up to 1 GiB for each VM.
 const TCG_CACHE_MIB: u32 = 32;
-/// The CPU without KVM: x86-64-v2, which every current distribution needs and which migrates anywhere.
-const TCG_CPU: &str = "qemu64,+pni,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes";
 
 /// Name of a QMP socket in the VM's `run` directory.
 #[must_use]
@@ -58,6 +59,14 @@ impl Machine {
             Self::Pc => "pc-i440fx-7.2",
         }
     }
+
+    /// QEMU's name of what the guest powers down by.
+    const fn power_management(self) -> &'static str {
+        match self {
+            Self::Q35 => "ICH9-LPC",
+            Self::Pc => "PIIX4_PM",
+        }
+    }
 }
 
 /// What executes the guest. Chosen by the host's probe, never by QEMU's own fallback.
@@ -67,6 +76,15 @@ pub enum AcceleratorChoice {
     Kvm,
     /// QEMU's translator.
     Tcg,
+}
+
+/// The CPU that a guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cpu {
+    /// One that has what this level has, and nothing else: the same wherever it runs.
+    Level(Level),
+    /// All that the host's has.
+    Host,
 }
 
 /// A kernel that QEMU loads by itself.
@@ -136,6 +154,8 @@ pub struct MachineSpec {
     pub machine: Machine,
     /// What executes it.
     pub accelerator: AcceleratorChoice,
+    /// The CPU that the guest sees.
+    pub cpu: Cpu,
     /// Number of CPUs.
     pub vcpus: u32,
     /// Memory in MiB.
@@ -211,6 +231,18 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     argv.0
 }
 
+/// `enforce`: on a host that lacks something QEMU ends with an error, where it would otherwise give the guest a CPU without it.
+fn cpu(cpu: Cpu) -> String {
+    match cpu {
+        Cpu::Level(level) => {
+            let features: String = level.features().map(|f| format!(",+{f}")).collect();
+            // AMD's virtualisation is part of QEMU's oldest 64-bit model, and most hosts cannot give it.
+            format!("qemu64,-svm{features},enforce")
+        }
+        Cpu::Host => "host".to_owned(),
+    }
+}
+
 struct Argv(Vec<OsString>);
 
 impl Argv {
@@ -248,15 +280,18 @@ impl Argv {
         match spec.accelerator {
             AcceleratorChoice::Kvm => {
                 self.option("-accel", "kvm");
-                self.option("-cpu", "host");
             }
             AcceleratorChoice::Tcg => {
                 self.option("-accel", format!("tcg,tb-size={TCG_CACHE_MIB}"));
-                self.option("-cpu", TCG_CPU);
             }
         }
+        self.option("-cpu", cpu(spec.cpu));
         self.option("-smp", spec.vcpus.to_string());
         self.option("-m", format!("{}M", spec.memory_mib));
+        // A guest that sleeps stands still and keeps its room, and nobody can tell why.
+        for sleep in ["disable_s3", "disable_s4"] {
+            self.option("-global", format!("{}.{sleep}=1", spec.machine.power_management()));
+        }
         self.option("-rtc", "base=utc");
         self.option("-display", "none");
         self.option("-vga", "none");
@@ -385,6 +420,7 @@ mod tests {
             name: "web-1".into(),
             machine: Machine::Q35,
             accelerator: AcceleratorChoice::Kvm,
+            cpu: Cpu::Host,
             vcpus: 2,
             memory_mib: 2048,
             kernel: None,
@@ -431,6 +467,7 @@ mod tests {
             &MachineSpec {
                 machine: Machine::Pc,
                 accelerator: AcceleratorChoice::Tcg,
+                cpu: Cpu::Level(Level::V3),
                 kernel: Some(kernel),
                 disks: spec().disks[..1].to_vec(),
                 nics: vec![],

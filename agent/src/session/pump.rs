@@ -91,6 +91,8 @@ pub struct Identity {
     pub accelerator: v1::Accelerator,
     /// Where VMs that migrate to it arrive. `None`: none can come.
     pub migration_address: Option<IpAddr>,
+    /// The CPU that guests can have.
+    pub cpu: v1::Cpu,
 }
 
 /// How a session ended.
@@ -203,6 +205,7 @@ impl<H: Hypervisor> Session<H> {
             newest_term: self.gate.newest_term().0,
             agent_instance: id.instance.to_string(),
             migration_address: id.migration_address.map(|a| a.to_string()).unwrap_or_default(),
+            cpu: Some(id.cpu.clone()),
         }
     }
 

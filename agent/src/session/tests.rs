@@ -314,6 +314,7 @@ impl Machine {
                 labels: BTreeMap::new(),
                 accelerator: v1::Accelerator::default(),
                 migration_address: None,
+                cpu: v1::Cpu::default(),
             },
             gate: Gate::new(agent.get().newest_term, incarnations),
             manager: Arc::clone(&manager),

@@ -11,7 +11,7 @@
 //! * **H2** Every wait has an end: a server that is silent, or drips, is left ([`Patience`]), and a fetch that makes no headway
 //!   fails after [`ATTEMPTS`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use reqwest::{
@@ -23,7 +23,10 @@ use tokio::time::{self, Instant};
 use tracing::debug;
 use uncloud_proto::v1::FileProblemKind;
 
-use super::source::{Error, problem};
+use super::{
+    outside::{self, Inside, OutsideNames},
+    source::{Error, problem},
+};
 use crate::vm::runner::chain;
 
 /// So many connections in a row may bring nothing before a fetch fails.
@@ -52,18 +55,28 @@ pub struct Patience {
     pub silence: Duration,
 }
 
-/// Which addresses may be asked, as the operator says: any that begins with one of these. An address of a network that users must not
-/// reach (such as a cloud's metadata service) is kept from them by this list.
+/// Which addresses may be asked. What users must not reach (such as a cloud's metadata service) is kept from them by this.
 #[derive(Debug, Clone)]
-pub struct Allowed(pub Vec<String>);
+pub enum Allowed {
+    /// Any that leads away from the host itself and its link.
+    Outside,
+    /// As the operator says: any that begins with one of these, wherever it leads.
+    Listed(Vec<String>),
+}
 
 impl Allowed {
     fn check(&self, url: &Url) -> Result<(), String> {
         let text = url.as_str();
-        if self.0.iter().any(|prefix| text.starts_with(prefix.as_str())) {
-            return Ok(());
+        match self {
+            Self::Outside => match outside::literal(url) {
+                Some(address) if !outside::is_outside(address) => Err(format!("{text}: {}", Inside(address))),
+                Some(_) | None => Ok(()),
+            },
+            Self::Listed(prefixes) if prefixes.iter().any(|prefix| text.starts_with(prefix.as_str())) => Ok(()),
+            Self::Listed(_) => {
+                Err(format!("{text} is not among the addresses that this host's agent fetches from (--image-url)"))
+            }
         }
-        Err(format!("{text} is not among the addresses that this host's agent fetches from (--image-url)"))
     }
 }
 
@@ -176,7 +189,12 @@ impl Http {
                 Err(words) => attempt.error(words),
             }
         };
-        let client = Client::builder()
+        let builder = match &allowed {
+            // Names, also those that redirections lead to, are checked by what they stand for when they are connected to.
+            Allowed::Outside => Client::builder().no_proxy().dns_resolver(Arc::new(OutsideNames)),
+            Allowed::Listed(_) => Client::builder(),
+        };
+        let client = builder
             .user_agent(concat!("uncloud-agent/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(patience.connect)
             .redirect(Policy::custom(follow))
@@ -354,6 +372,9 @@ impl Http {
             Ok(Err(e)) if e.is_redirect() => {
                 return Err(last(FileProblemKind::Forbidden, format!("{url}: {}", chain(&e))));
             }
+            Ok(Err(e)) if outside::is_refusal(&e) => {
+                return Err(last(FileProblemKind::Forbidden, format!("{url}: {}", chain(&e))));
+            }
             Ok(Err(e)) => return Err(Stop::Again(chain(&e))),
             Err(_) => return Err(Stop::Again(self.silent(url))),
         };
@@ -444,12 +465,32 @@ mod tests {
 
     #[test]
     fn addresses_are_allowed_by_their_beginning() {
-        let allowed = Allowed(vec!["https://images.example.org/".into()]);
+        let allowed = Allowed::Listed(vec!["https://images.example.org/".into()]);
         let check = |url: &str| allowed.check(&Url::parse(url).unwrap()).is_ok();
         assert!(check("https://images.example.org/debian.qcow2"));
         // Parsing makes them plain, so neither dots nor a user name get past the beginning.
         assert!(!check("https://images.example.org@evil.org/"));
         assert!(!check("https://images.example.org.evil.org/x"));
         assert!(!check("http://169.254.169.254/latest"));
+    }
+
+    #[tokio::test]
+    async fn without_a_list_nothing_inside_is_asked() {
+        let patience = Patience { connect: Duration::from_secs(5), silence: Duration::from_secs(5) };
+        let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = server.local_addr().unwrap().port();
+        let http = Http::new(Allowed::Outside, patience).unwrap();
+        for host in ["127.0.0.1", "localhost", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "169.254.169.254"] {
+            let error = http.peek(&format!("http://{host}:{port}/x"), 1).await.unwrap_err();
+            assert_eq!(error.kind, FileProblemKind::Forbidden, "{error}");
+            assert!(error.message.contains("--image-url"), "{error}");
+        }
+        assert!(time::timeout(Duration::ZERO, server.accept()).await.is_err(), "nobody has connected");
+        // The operator's word counts for more.
+        let http = Http::new(Allowed::Listed(vec![format!("http://127.0.0.1:{port}/")]), patience).unwrap();
+        let url = format!("http://127.0.0.1:{port}/x");
+        let (peeked, accepted) = tokio::join!(http.peek(&url, 1), async { server.accept().await.map(drop) });
+        accepted.unwrap();
+        assert_eq!(peeked.unwrap_err().kind, FileProblemKind::Io);
     }
 }

@@ -188,7 +188,7 @@ mod tests {
         let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}/", silent.local_addr().unwrap());
         let hour = Duration::from_secs(3600);
-        let http = Http::new(Allowed(vec![url.clone()]), Patience { connect: hour, silence: hour }).unwrap();
+        let http = Http::new(Allowed::Listed(vec![url.clone()]), Patience { connect: hour, silence: hour }).unwrap();
         let roots = Arc::new(Roots::new(&[dir.path().to_owned()], &[]));
         let inspector = Inspector { http: Ok(http), ..Inspector::new(roots) };
         let asking: Vec<_> = (0..AT_ONCE)

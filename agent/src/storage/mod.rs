@@ -18,6 +18,7 @@ pub mod format;
 pub mod http;
 pub mod images;
 pub mod inspect;
+mod outside;
 pub mod plan;
 pub mod pools;
 pub mod source;

@@ -156,6 +156,9 @@ pub struct Spec {
     /// What boots the machine.
     #[serde(default)]
     pub firmware: Firmware,
+    /// The CPU that the guest sees.
+    #[serde(default)]
+    pub cpu: CpuModel,
     /// What the guest's cloud-init is told.
     #[serde(default)]
     pub cloud_init: Option<CloudInit>,
@@ -192,6 +195,18 @@ pub enum Firmware {
     Bios,
     /// OVMF, with variables of its own.
     Uefi,
+}
+
+/// The CPU that a guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum CpuModel {
+    #[default]
+    V2,
+    V3,
+    V4,
+    Host,
 }
 
 /// What the guest's cloud-init is told.
@@ -483,6 +498,14 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
     if v1::Firmware::try_from(s.firmware).is_err() {
         return Err(unusable("spec.firmware", "is not one that this agent knows"));
     }
+    let cpu = match v1::CpuModel::try_from(s.cpu) {
+        // A controller that knows no models says nothing.
+        Ok(v1::CpuModel::Unspecified | v1::CpuModel::X8664V2) => CpuModel::V2,
+        Ok(v1::CpuModel::X8664V3) => CpuModel::V3,
+        Ok(v1::CpuModel::X8664V4) => CpuModel::V4,
+        Ok(v1::CpuModel::Host) => CpuModel::Host,
+        Err(_) => return Err(unusable("spec.cpu", "is not one that this agent knows")),
+    };
     if !(1..=3600).contains(&s.stop_grace_seconds) {
         return Err(unusable("spec.stop_grace_seconds", format!("is {}, not 1 to 3600", s.stop_grace_seconds)));
     }
@@ -525,6 +548,7 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
             v1::Firmware::Unspecified | v1::Firmware::Bios => Firmware::Bios,
             v1::Firmware::Uefi => Firmware::Uefi,
         },
+        cpu,
         cloud_init: s.cloud_init.as_ref().map(parse_cloud_init).transpose()?,
     })
 }
@@ -691,6 +715,7 @@ mod tests {
         assert_eq!(change(&|s| s.memory_mib = u64::MAX), "spec.memory_mib");
         assert_eq!(change(&|s| s.restart = 99), "spec.restart");
         assert_eq!(change(&|s| s.firmware = 99), "spec.firmware");
+        assert_eq!(change(&|s| s.cpu = 99), "spec.cpu");
         let large = v1::CloudInit { user_data: "x".repeat(600_000), ..Default::default() };
         assert_eq!(change(&|s| s.cloud_init = Some(large.clone())), "spec.cloud_init");
         let kernel =

@@ -17,8 +17,8 @@ use uncloud_proto::{
 use super::migration::{Guest, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
-        Class, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, Pause, RestartMode,
-        RestartPolicy, Spec, StopMode,
+        Class, CpuModel, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, Pause,
+        RestartMode, RestartPolicy, Spec, StopMode,
     },
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
 };
@@ -45,6 +45,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
             display: Display::None,
             guest_agent: GuestAgent::Disabled,
             firmware: Firmware::Bios,
+            cpu: CpuModel::V2,
             cloud_init: None,
         }),
         images: vec![],

@@ -4,18 +4,21 @@ use std::{path::PathBuf, time::Duration};
 
 use tokio::time;
 use tracing::warn;
-use uncloud_proto::ids::{Incarnation, VmId};
+use uncloud_proto::{
+    cpu::Level,
+    ids::{Incarnation, VmId},
+};
 
 use super::{
-    desired::{Desired, Display, Disposition, GuestAgent, Machine},
+    desired::{CpuModel, Desired, Display, Disposition, GuestAgent, Machine},
     hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
     migration::{Standing, Step},
 };
 use crate::{
     qemu::{
         command_line::{
-            self, AcceleratorChoice, AgentChannel, Begin, DiskFile, FirmwareFiles, KernelFiles, MachineSpec, Screen,
-            UserNic,
+            self, AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
+            Screen, UserNic,
         },
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
@@ -150,6 +153,12 @@ fn machine(
             Machine::Pc => command_line::Machine::Pc,
         },
         accelerator,
+        cpu: match spec.cpu {
+            CpuModel::V2 => Cpu::Level(Level::V2),
+            CpuModel::V3 => Cpu::Level(Level::V3),
+            CpuModel::V4 => Cpu::Level(Level::V4),
+            CpuModel::Host => Cpu::Host,
+        },
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib,
         kernel: plan.kernel.as_ref().map(|k| KernelFiles {

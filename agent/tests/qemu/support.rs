@@ -13,12 +13,15 @@ use tempfile::TempDir;
 use uncloud_agent::{
     lease::{LeaseClass, LeaseFile, LeaseWord, boot_id},
     qemu::{
-        command_line::{AcceleratorChoice, AgentChannel, Begin, DiskFile, Machine, MachineSpec, Screen, command_line},
+        command_line::{
+            AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, Machine, MachineSpec, Screen, command_line,
+        },
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
 };
 use uncloud_proto::{
     clock::{Clock, Tick},
+    cpu::Level,
     ids::{Incarnation, VmId},
 };
 use uuid::Uuid;
@@ -78,6 +81,7 @@ impl Host {
             name: "test".into(),
             machine: Machine::Pc,
             accelerator: AcceleratorChoice::Tcg,
+            cpu: Cpu::Level(Level::V2),
             vcpus: 1,
             memory_mib: 2,
             kernel: None,

@@ -320,7 +320,7 @@ impl Cluster {
         command.arg("--controller").arg(self.address.to_string());
         command.arg("--state-dir").arg(&state_dir).args(["--name", name]);
         // Images may come from anywhere on this machine: who may talk to this cluster is on it already.
-        command.arg("--pool").arg(pool).args(["--image-dir", "/"]);
+        command.arg("--pool").arg(pool).args(["--image-dir", "/", "--image-url", "http://", "--image-url", "https://"]);
         // All hosts are this machine.
         command.args(["--migration-address", "127.0.0.1"]);
         command.arg("--memory-mib").arg(self.options.memory_mib.to_string());

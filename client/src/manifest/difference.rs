@@ -97,6 +97,8 @@ pub fn plan(document: &Document, default_owner: &str, vm: Option<&v1::Vm>, image
     diff.word("guest_agent", "spec.guest_agent", next.guest_agent(), agent, "GUEST_AGENT_MODE_", |v| {
         spec.guest_agent = v.into();
     });
+    let cpu = document.cpu.map(|w| w.to_proto());
+    diff.word("cpu", "spec.cpu", next.cpu(), cpu, "CPU_MODEL_", |v| spec.cpu = v.into());
 
     let Diff { mut changes, paths, labels } = diff;
     let power = document.desired.filter(|d| d.to_proto() != vm.desired());
@@ -183,7 +185,7 @@ macro_rules! named {
     ($($kind:ident),*) => { $(impl Named for v1::$kind { fn name(&self) -> &'static str { self.as_str_name() } })* };
 }
 
-named!(RestartPolicy, FailoverPolicy, DiskLossPolicy, DisplayType, GuestAgentMode);
+named!(RestartPolicy, FailoverPolicy, DiskLossPolicy, DisplayType, GuestAgentMode, CpuModel);
 
 /// What `UpdateVm` cannot change.
 fn compare_fixed(document: &Document, now: &v1::VmSpec, images: &Images, changes: &mut Vec<Change>) {

@@ -64,6 +64,8 @@ pub struct Document {
     pub guest_agent: Option<GuestAgent>,
     /// What boots it.
     pub firmware: Option<Firmware>,
+    /// The CPU that the guest sees.
+    pub cpu: Option<Cpu>,
     /// What the guest's cloud-init is told.
     pub cloud_init: Option<CloudInit>,
 }
@@ -167,6 +169,8 @@ words! {
     Display => DisplayType { None = "none", Standard = "standard", }
     /// What boots a machine.
     Firmware => Firmware { Bios = "bios", Uefi = "uefi", }
+    /// The CPU that a guest sees.
+    Cpu => CpuModel { X8664V2 = "x86-64-v2", X8664V3 = "x86-64-v3", X8664V4 = "x86-64-v4", Host = "host", }
     /// A channel to a guest agent.
     GuestAgent => GuestAgentMode { Disabled = "disabled", Enabled = "enabled", }
 }
@@ -283,6 +287,7 @@ impl Document {
                 stop_grace_seconds: self.stop_grace.map_or(0, |s| s.0),
                 display: self.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
                 guest_agent: self.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
+                cpu: self.cpu.map_or(v1::CpuModel::Unspecified, Cpu::to_proto).into(),
                 firmware: self.firmware.map_or(v1::Firmware::Unspecified, Firmware::to_proto).into(),
                 cloud_init: self.cloud_init.as_ref().map(CloudInit::to_proto),
             }),
@@ -324,6 +329,7 @@ stop_grace: 90s
 display: none
 guest_agent: enabled
 firmware: uefi
+cpu: x86-64-v3
 cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
 ";
 
@@ -351,6 +357,7 @@ cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
             display: v1::DisplayType::None.into(),
             guest_agent: v1::GuestAgentMode::Enabled.into(),
             firmware: v1::Firmware::Uefi.into(),
+            cpu: v1::CpuModel::X8664V3.into(),
             cloud_init: Some(v1::CloudInit {
                 hostname: "w".into(),
                 ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],

@@ -1,6 +1,6 @@
 //! Hosts for people.
 
-use uncloud_proto::{clock::WallTime, v1};
+use uncloud_proto::{clock::WallTime, cpu::Level, v1};
 
 use super::{
     pairs, table,
@@ -68,6 +68,7 @@ pub fn show_host(answer: &v1::GetHostResponse, now: WallTime) -> String {
         ("Capacity", h.capacity.as_ref().map(resources).unwrap_or_default()),
         ("Promised", h.promised.as_ref().map(resources).unwrap_or_default()),
         ("Accelerator", accelerator(&h)),
+        ("CPU", cpu(&h)),
         ("Because", h.accelerator.as_ref().map(|a| a.why.clone()).unwrap_or_default()),
         ("Agent", h.agent_version.clone()),
         ("Last heartbeat", heartbeat(&h)),
@@ -171,5 +172,14 @@ fn heartbeat(h: &v1::Host) -> String {
             format!("{} ago", units::duration(std::time::Duration::from_millis(h.last_heartbeat_ms)))
         }
         v1::HostState::Down | v1::HostState::Unspecified => String::new(),
+    }
+}
+/// Its name, and the highest of the CPU models that guests can have there.
+fn cpu(h: &v1::Host) -> String {
+    let Some(cpu) = h.cpu.as_ref().filter(|cpu| !cpu.name.is_empty()) else { return String::new() };
+    let has = |level: &Level| level.features().all(|f| cpu.features.iter().any(|has| has == f));
+    match [Level::V4, Level::V3, Level::V2].into_iter().find(has) {
+        Some(level) => format!("{} ({})", cpu.name, level.name()),
+        None => cpu.name.clone(),
     }
 }

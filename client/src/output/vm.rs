@@ -161,6 +161,7 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         ("vCPUs", spec.vcpus.to_string()),
         ("Memory", mib(spec.memory_mib)),
         ("Machine", spec.machine.clone()),
+        ("CPU", word(spec.cpu().as_str_name(), "CPU_MODEL_")),
         ("Firmware", firmware(&spec)),
         ("Cloud-init", spec.cloud_init.as_ref().map(cloud_init).unwrap_or_default()),
         ("Kernel", spec.kernel.as_ref().map(|k| k.image.clone()).unwrap_or_default()),

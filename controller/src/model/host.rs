@@ -1,6 +1,6 @@
 //! Hosts as they are stored. How a host's heartbeats come is never stored (`health/`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{clock::WallTime, ids::HostId};
@@ -44,6 +44,9 @@ pub struct HostRecord {
     /// Where VMs that migrate to it may be sent, an IP address. Empty: none can come.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub migration_address: String,
+    /// The CPU that its guests can have.
+    #[serde(default, skip_serializing_if = "Cpu::is_unknown")]
+    pub cpu: Cpu,
     /// The kernel's boot id: tells one machine from another that uses the same host id.
     pub boot_id: Uuid,
     /// When it first appeared, ms since 1970.
@@ -65,6 +68,25 @@ pub struct Pool {
     /// What is wrong with it. Empty: nothing.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub problem: String,
+}
+
+/// The CPU that the guests of a host can have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// What it calls itself.
+    pub name: String,
+    /// Which of the features of the CPU models guests can have. Empty: not known.
+    #[serde(default)]
+    pub features: BTreeSet<String>,
+    /// The same for CPUs that are the same in everything. Empty: not known.
+    #[serde(default)]
+    pub fingerprint: String,
+}
+
+impl Cpu {
+    fn is_unknown(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// How guests execute.

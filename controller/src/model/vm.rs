@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
     clock::WallTime,
+    cpu::Level,
     ids::{HostId, ImageId, Incarnation, VmId},
 };
 use uuid::Uuid;
@@ -122,6 +123,9 @@ pub struct PendingSpec {
     /// Whether it has a channel to a guest agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_agent: Option<GuestAgent>,
+    /// The CPU that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuModel>,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
@@ -136,24 +140,26 @@ impl PendingSpec {
 
     /// Changes a spec accordingly.
     pub fn apply(&self, spec: &mut VmSpec) {
-        let Self { vcpus, memory_mib, failover, display, guest_agent, extra: _ } = self;
+        let Self { vcpus, memory_mib, failover, display, guest_agent, cpu, extra: _ } = self;
         spec.vcpus = vcpus.unwrap_or(spec.vcpus);
         spec.memory_mib = memory_mib.unwrap_or(spec.memory_mib);
         spec.failover = failover.unwrap_or(spec.failover);
         spec.display = display.unwrap_or(spec.display);
         spec.guest_agent = guest_agent.unwrap_or(spec.guest_agent);
+        spec.cpu = cpu.unwrap_or(spec.cpu);
     }
 
     /// The fields of the spec that wait, as paths of the API.
     #[must_use]
     pub fn fields(&self) -> Vec<&'static str> {
-        let Self { vcpus, memory_mib, failover, display, guest_agent, extra: _ } = self;
+        let Self { vcpus, memory_mib, failover, display, guest_agent, cpu, extra: _ } = self;
         let all = [
             ("spec.vcpus", vcpus.is_some()),
             ("spec.memory_mib", memory_mib.is_some()),
             ("spec.failover", failover.is_some()),
             ("spec.display", display.is_some()),
             ("spec.guest_agent", guest_agent.is_some()),
+            ("spec.cpu", cpu.is_some()),
         ];
         all.into_iter().filter(|(_, waits)| *waits).map(|(field, _)| field).collect()
     }
@@ -237,6 +243,9 @@ pub struct VmSpec {
     /// What boots the machine.
     #[serde(default, skip_serializing_if = "Firmware::is_bios")]
     pub firmware: Firmware,
+    /// The CPU that the guest sees.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub cpu: CpuModel,
     /// What the guest's cloud-init is told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
@@ -279,6 +288,34 @@ pub enum GuestAgent {
 pub enum Machine {
     Q35,
     Pc,
+}
+
+/// The CPU that a guest sees. Documented in `vm.proto`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum CpuModel {
+    #[default]
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    #[serde(rename = "x86-64-v3")]
+    V3,
+    #[serde(rename = "x86-64-v4")]
+    V4,
+    #[serde(rename = "host")]
+    Host,
+}
+
+impl CpuModel {
+    /// The level whose features a host must have. `None`: whatever it has will do.
+    #[must_use]
+    pub const fn level(self) -> Option<Level> {
+        match self {
+            Self::V2 => Some(Level::V2),
+            Self::V3 => Some(Level::V3),
+            Self::V4 => Some(Level::V4),
+            Self::Host => None,
+        }
+    }
 }
 
 /// What boots a machine.
@@ -411,6 +448,9 @@ pub struct VmStatusRecord {
     /// When a failed start is tried again, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt: Option<WallTime>,
+    /// The newest restart that the host has carried out.
+    #[serde(default)]
+    pub restarts_done: u64,
     /// The guest stands still, as its user wants. The phase is Running then.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,

@@ -2,10 +2,13 @@
 
 use std::fmt;
 
-use uncloud_proto::ids::{HostId, VmId};
+use uncloud_proto::{
+    cpu::Level,
+    ids::{HostId, VmId},
+};
 
 use super::{Arrival, Home, HostView, Limits, Request, Resources};
-use crate::model::{HostMode, Liveness};
+use crate::model::{HostMode, Liveness, host::AcceleratorKind};
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
 ///
@@ -29,6 +32,17 @@ pub enum Rejection {
     Busy,
     /// It executes guests in another way than the host that the VM comes from.
     OtherAccelerator,
+    /// Its guests cannot have some features of the VM's CPU model.
+    Features {
+        /// Which, by QEMU's names, with commas.
+        missing: String,
+        /// The model.
+        model: &'static str,
+    },
+    /// The VM is to see the host's own CPU, and QEMU's translator has none.
+    NoOwnCpu,
+    /// The VM sees the CPU of the host that it comes from, and this is another.
+    OtherCpu,
     /// It does not have a label that the VM asks for.
     Label {
         /// The label.
@@ -76,6 +90,9 @@ impl Rejection {
             Self::NoMigrations => format!("{has} no migration address (the agent's --migration-address)"),
             Self::Busy => format!("{has} enough migrations under way; try again later"),
             Self::OtherAccelerator => format!("{does} not execute guests in the way in which its host does"),
+            Self::Features { missing, model } => format!("{lacks} the CPU features {missing} of {model}"),
+            Self::NoOwnCpu => format!("{has} no KVM, so a guest cannot see the host's own CPU"),
+            Self::OtherCpu => format!("{has} another CPU than the host that it runs on, which the guest sees"),
             Self::Label { key, value } => format!("{lacks} label {key}={value}"),
             Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
@@ -120,6 +137,7 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
         HostMode::Draining => return Err(Rejection::Draining),
     }
     check_arrival(id, host, request)?;
+    check_cpu(host, request)?;
     for (key, value) in &request.host_labels {
         if host.record.labels.get(key) != Some(value) {
             return Err(Rejection::Label { key: key.clone(), value: value.clone() });
@@ -165,6 +183,30 @@ fn check_arrival(id: HostId, host: HostView<'_>, request: &Request) -> Result<()
         }
         Arrival::Migration { busy, .. } if busy.contains(&id) => Err(Rejection::Busy),
         Arrival::Migration { .. } => Ok(()),
+    }
+}
+
+fn check_cpu(host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
+    let cpu = &host.record.cpu;
+    match request.cpu.level() {
+        Some(level) => {
+            // Of a host that has not said anything, only what every host has is taken for granted.
+            let granted = |f: &str| cpu.features.is_empty() && Level::V2.features().any(|v2| v2 == f);
+            let missing: Vec<&str> = level.features().filter(|f| !cpu.features.contains(*f) && !granted(f)).collect();
+            if missing.is_empty() {
+                return Ok(());
+            }
+            Err(Rejection::Features { missing: missing.join(", "), model: level.name() })
+        }
+        None => match (&request.arrival, host.record.accelerator.kind) {
+            (_, AcceleratorKind::Tcg) => Err(Rejection::NoOwnCpu),
+            (Arrival::Migration { fingerprint, .. }, AcceleratorKind::Kvm)
+                if fingerprint.is_empty() || *fingerprint != cpu.fingerprint =>
+            {
+                Err(Rejection::OtherCpu)
+            }
+            (Arrival::Start | Arrival::Migration { .. }, AcceleratorKind::Kvm) => Ok(()),
+        },
     }
 }
 

@@ -31,7 +31,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use uncloud_proto::ids::{HostId, VmId};
 use uuid::Uuid;
 
-use crate::model::host::AcceleratorKind;
+use crate::model::{host::AcceleratorKind, vm::CpuModel};
 pub use explain::{Explanation, Group, Unplaceable};
 pub use filter::Rejection;
 
@@ -56,6 +56,8 @@ pub struct Request {
     pub home: Home,
     /// Taken if it passes every filter, however the scores stand.
     pub prefer: Option<HostId>,
+    /// The CPU that its guest sees.
+    pub cpu: CpuModel,
     /// How it comes to its host.
     pub arrival: Arrival,
 }
@@ -79,6 +81,8 @@ pub enum Arrival {
         from: HostId,
         /// How it executes there. A guest cannot go on in another way.
         accelerator: AcceleratorKind,
+        /// Which CPU it has there, if its guest sees all of it. A guest cannot go on with another.
+        fingerprint: String,
         /// Hosts that have as many migrations under way as they may.
         busy: BTreeSet<HostId>,
     },

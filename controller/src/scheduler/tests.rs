@@ -8,6 +8,7 @@ use std::{
 use proptest::prelude::*;
 use uncloud_proto::{
     clock::WallTime,
+    cpu::Level,
     ids::{HostId, VmId},
 };
 use uuid::Uuid;
@@ -15,7 +16,7 @@ use uuid::Uuid;
 use super::*;
 use crate::model::{
     Extra, HostMode, HostRecord, Liveness,
-    host::{Accelerator, AcceleratorKind, Pool},
+    host::{Accelerator, AcceleratorKind, Cpu, Pool},
 };
 
 const POOL: Uuid = Uuid::from_u128(0x700);
@@ -43,6 +44,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         liveness: Liveness::Up,
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),
+        cpu: Default::default(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -68,6 +70,7 @@ fn request(vcpus: u32, memory_mib: u64) -> Request {
         group: None,
         home: Home::Anywhere,
         prefer: None,
+        cpu: CpuModel::V2,
         arrival: Arrival::Start,
     }
 }
@@ -291,6 +294,55 @@ fn run(steps: &[Step]) -> (ClusterView, Model) {
         }
     }
     (view, model)
+}
+
+fn with_cpu(mut host: HostRecord, level: Level, fingerprint: &str) -> HostRecord {
+    host.cpu = Cpu {
+        name: "a CPU".into(),
+        features: level.features().map(str::to_owned).collect(),
+        fingerprint: fingerprint.into(),
+    };
+    host
+}
+
+#[test]
+fn a_guest_finds_the_cpu_that_it_is_to_see() {
+    // The first has said nothing of its CPU.
+    let view =
+        view([host(1, 4, 4096), with_cpu(host(2, 4, 4096), Level::V3, ""), with_cpu(host(3, 4, 4096), Level::V4, "")]);
+    let takers = |cpu| explain(&view, &Request { cpu, ..request(1, 1) }, &limits(100)).candidates.len();
+    assert_eq!((takers(CpuModel::V2), takers(CpuModel::V3), takers(CpuModel::V4)), (3, 2, 1));
+    let v4 = Request { cpu: CpuModel::V4, ..request(1, 1) };
+    let why = check(&view, host_id(2), &v4, &limits(100)).unwrap_err();
+    assert_eq!(why.to_string(), "lacks the CPU features avx512f, avx512bw, avx512cd, avx512dq, avx512vl of x86-64-v4");
+    assert_eq!(takers(CpuModel::Host), 3, "any host can show its own");
+    let mut translates = host(4, 4, 4096);
+    translates.accelerator.kind = AcceleratorKind::Tcg;
+    let own = Request { cpu: CpuModel::Host, ..request(1, 1) };
+    let why = check(&self::view([translates]), host_id(4), &own, &limits(100)).unwrap_err();
+    assert_eq!(why, Rejection::NoOwnCpu);
+}
+
+#[test]
+fn a_guest_that_sees_its_hosts_cpu_goes_on_only_where_there_is_the_same() {
+    let kvm = |n, fingerprint| {
+        let mut host = with_cpu(host(n, 4, 4096), Level::V3, fingerprint);
+        host.accelerator.kind = AcceleratorKind::Kvm;
+        host
+    };
+    let view = view([kvm(1, "a"), kvm(2, "a"), kvm(3, "b"), kvm(4, "")]);
+    let go = |cpu, fingerprint: &str| {
+        let arrival = Arrival::Migration {
+            from: host_id(1),
+            accelerator: AcceleratorKind::Kvm,
+            fingerprint: fingerprint.into(),
+            busy: BTreeSet::new(),
+        };
+        explain(&view, &Request { cpu, arrival, ..request(1, 1) }, &limits(100)).candidates
+    };
+    assert_eq!(go(CpuModel::Host, "a"), [host_id(2)]);
+    assert_eq!(go(CpuModel::Host, ""), [], "what is not known is not the same");
+    assert_eq!(go(CpuModel::V3, "a").len(), 3);
 }
 
 proptest! {

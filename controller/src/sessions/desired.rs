@@ -211,6 +211,7 @@ mod tests {
             pools: Vec::new(),
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
             migration_address: String::new(),
+            cpu: Default::default(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };
@@ -237,6 +238,7 @@ mod tests {
                 display: Display::None,
                 guest_agent: GuestAgent::Disabled,
                 firmware: Default::default(),
+                cpu: Default::default(),
                 cloud_init: None,
                 extra: Default::default(),
             },

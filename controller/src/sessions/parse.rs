@@ -12,6 +12,7 @@ use std::{
 use uncloud_proto::{
     AGENT_PROTOCOL,
     clock::WallTime,
+    cpu::Level,
     ids::{HostId, Incarnation, Term, VmId},
     v1,
 };
@@ -20,7 +21,7 @@ use uuid::Uuid;
 use crate::{
     api::validate::{Checker, Violations, quoted},
     model::{
-        host::{Accelerator, AcceleratorKind, Pool},
+        host::{Accelerator, AcceleratorKind, Cpu, Pool},
         migration::MigrationProgress,
         vm::LastExit,
     },
@@ -34,6 +35,8 @@ const MAX_POOLS: usize = 64;
 const MAX_VCPUS: u64 = 65_536;
 const MAX_MEMORY_MIB: u64 = 1 << 30;
 const MAX_VERSION: usize = 64;
+/// Characters of what a host says of its CPU that are kept.
+const MAX_CPU_TEXT: usize = 128;
 /// Bytes of a reason that are kept: enough for QEMU's last words.
 const MAX_REASON: usize = 2048;
 /// Addresses of one VM that are kept.
@@ -97,6 +100,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         let found = quoted(&hello.migration_address);
         check.fail("migration_address", format!("is `{found}`; expected an IP address, or nothing"));
     }
+    let cpu = cpu(hello.cpu.unwrap_or_default());
     if hello.newest_term < 0 {
         check.fail("newest_term", "is negative");
     }
@@ -110,10 +114,22 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         pools,
         accelerator: Accelerator { kind, why: clean(&accelerator.why) },
         migration_address: hello.migration_address,
+        cpu,
         agent_version: hello.agent_version,
         boot_id: boot_id.unwrap_or_default(),
     };
     check.finish(Greeting { facts, free_bytes, vms, newest_term: Term(hello.newest_term) })
+}
+
+/// What the scheduler knows nothing of is left out.
+fn cpu(said: v1::Cpu) -> Cpu {
+    let known = |feature: &&String| Level::V4.features().any(|f| f == feature.as_str());
+    let clean = |text: &str| clean(text).chars().take(MAX_CPU_TEXT).collect();
+    Cpu {
+        name: clean(&said.name),
+        features: said.features.iter().filter(known).cloned().collect(),
+        fingerprint: clean(&said.fingerprint),
+    }
 }
 
 /// Reads a report of pools.

@@ -17,10 +17,10 @@ use uuid::Uuid;
 
 use crate::model::{
     Desired, DrainHow, HostMode, ImageRecord, Key, Record, VmRecord,
-    host::{Accelerator, Pool},
+    host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
-    vm::{Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
+    vm::{CpuModel, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
 };
 
 /// What the state must know about this moment.
@@ -217,6 +217,8 @@ pub struct VmUpdate {
     pub display: Option<Display>,
     /// Whether it has a channel to a guest agent.
     pub guest_agent: Option<GuestAgent>,
+    /// The CPU that the guest sees.
+    pub cpu: Option<CpuModel>,
 }
 
 /// Where a spec names an image.
@@ -247,6 +249,8 @@ pub struct HostFacts {
     pub accelerator: Accelerator,
     /// Where VMs that migrate to it may be sent. Empty: none can come.
     pub migration_address: String,
+    /// The CPU that its guests can have.
+    pub cpu: Cpu,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.

@@ -39,6 +39,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
             pools: facts.pools.clone(),
             accelerator: facts.accelerator.clone(),
             migration_address: facts.migration_address.clone(),
+            cpu: facts.cpu.clone(),
             mode: HostMode::Active,
             mode_reason: String::new(),
             drain_how: DrainHow::LiveOnly,
@@ -67,6 +68,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
         pools: facts.pools.clone(),
         accelerator: facts.accelerator.clone(),
         migration_address: facts.migration_address.clone(),
+        cpu: facts.cpu.clone(),
         agent_version: facts.agent_version.clone(),
         boot_id: facts.boot_id,
         ..(*before).clone()
@@ -95,6 +97,7 @@ fn differences(before: &HostRecord, now: &HostRecord) -> Vec<&'static str> {
         (before.pools != now.pools, "pools"),
         (before.accelerator != now.accelerator, "accelerator"),
         (before.migration_address != now.migration_address, "migration address"),
+        (before.cpu != now.cpu, "CPU"),
         (before.agent_version != now.agent_version, "version"),
         (before.boot_id != now.boot_id, "restarted"),
     ]

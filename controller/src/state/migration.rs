@@ -98,10 +98,13 @@ pub(super) fn begin(
 
 /// What the scheduler is asked for a VM that leaves `from`. `busy` are hosts that may not be part of another migration.
 fn request(record: &VmRecord, from: &HostRecord, busy: BTreeSet<HostId>) -> Request {
-    let arrival = scheduler::Arrival::Migration { from: from.id, accelerator: from.accelerator.kind, busy };
+    let fingerprint = from.cpu.fingerprint.clone();
+    let arrival =
+        scheduler::Arrival::Migration { from: from.id, accelerator: from.accelerator.kind, fingerprint, busy };
     // Room for what it has, and for what it has from its next incarnation on.
     let Resources { vcpus, memory_mib } = absorb::needs(record).resources;
-    Request { arrival, vcpus, memory_mib, ..placement::request(record) }
+    // The CPU that the guest sees now.
+    Request { arrival, vcpus, memory_mib, cpu: record.spec.cpu, ..placement::request(record) }
 }
 
 /// Whether there is a host that could take the VM from `from` if it were not busy or silent at the moment.
@@ -136,6 +139,10 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));
     };
+    // What its host has not carried out yet, the target would take for done.
+    if entry.current_status().is_none_or(|s| s.restarts_done < record.restarts) {
+        return refuse(format!("VM `{name}` is being restarted; try again when that is done"));
+    }
     if draft.host(source)?.liveness != Liveness::Up {
         return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
     }

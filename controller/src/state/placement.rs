@@ -28,7 +28,7 @@ use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
-        vm::{Failover, OnDiskLoss, Placement},
+        vm::{CpuModel, Failover, OnDiskLoss, Placement},
     },
     scheduler::{self, Arrival, Choice, Home, Request, Unplaceable},
 };
@@ -84,6 +84,7 @@ pub fn request(vm: &VmRecord) -> Request {
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
         prefer: None,
+        cpu: next.cpu,
         arrival: Arrival::Start,
     }
 }
@@ -121,7 +122,7 @@ pub(super) fn find_host(
     }
     record.disks_exist = false;
     record.disk_home = None;
-    record.disk_generation += 1;
+    record.disk_generation = record.disk_generation.saturating_add(1);
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 
@@ -175,7 +176,7 @@ fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: O
         && !before.spec.disks.is_empty()
         && draft.peek_host(old).is_none_or(|old| !shared_on(&old, before))
     {
-        record.disk_generation += 1;
+        record.disk_generation = record.disk_generation.saturating_add(1);
     }
 }
 
@@ -345,6 +346,8 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         group: None,
         home,
         prefer: None,
+        // No guest is started. What every host has.
+        cpu: CpuModel::V2,
         arrival: Arrival::Start,
     }
 }
@@ -415,6 +418,7 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         last_exit: None,
         next_attempt: None,
         paused: false,
+        restarts_done: 0,
         migration: None,
         last_migration: None,
         extra: Extra::new(),

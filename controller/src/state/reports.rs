@@ -138,6 +138,7 @@ fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase
         next_attempt: report.next_attempt,
         addresses: report.addresses.clone(),
         paused: report.paused && phase == Phase::Running,
+        restarts_done: report.restarts_done,
         migration: progress(entry, report),
         ..before
     };

@@ -61,6 +61,7 @@ fn changed(before: &VmRecord, update: &VmUpdate) -> VmRecord {
         failover,
         display,
         guest_agent,
+        cpu,
     } = update;
     let mut after = before.clone();
     if let Some(labels) = labels {
@@ -78,6 +79,7 @@ fn changed(before: &VmRecord, update: &VmUpdate) -> VmRecord {
     wait(&mut pending.failover, *failover, spec.failover);
     wait(&mut pending.display, *display, spec.display);
     wait(&mut pending.guest_agent, *guest_agent, spec.guest_agent);
+    wait(&mut pending.cpu, *cpu, spec.cpu);
     after.pending = (!pending.is_empty()).then_some(pending);
     // Without a host it executes nowhere (W2), and its next incarnation is given with its next host.
     if after.placement.host.is_none() {

@@ -318,7 +318,7 @@ pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<An
     }
     let entry = migration::give_up(draft, &entry, "a user asked to restart the VM")?;
     let mut record = (*entry.record).clone();
-    record.restarts += 1;
+    record.restarts = record.restarts.saturating_add(1);
     record.restart_force = force;
     record.paused = false;
     let message = if force { "a user asked for a reset" } else { "a user asked for it" };

@@ -262,6 +262,7 @@ pub(crate) fn host_facts(n: u128) -> HostFacts {
         pools: vec![Pool { name: "default".into(), shared_id: None, capacity_bytes: 1 << 40, problem: String::new() }],
         accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: "no /dev/kvm".into() },
         migration_address: "127.0.0.1".into(),
+        cpu: Default::default(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }
@@ -289,6 +290,7 @@ pub(crate) fn spec() -> VmSpec {
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
         firmware: Default::default(),
+        cpu: Default::default(),
         cloud_init: None,
         extra: serde_json::Map::new(),
     }

@@ -252,6 +252,7 @@ impl Host {
             vms: agent.outbox.hello(),
             newest_term: agent.gate.newest_term().0,
             migration_address: format!("10.0.0.{}", self.index),
+            cpu: None,
             ..Default::default()
         };
         core.send_up(stream, Up(session_request::Message::Hello(hello)));

@@ -365,6 +365,7 @@ fn spec(core: &mut Core) -> VmSpec {
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
         firmware: Default::default(),
+        cpu: Default::default(),
         cloud_init: None,
         extra: serde_json::Map::new(),
     }

@@ -345,7 +345,11 @@ impl World {
             let runs = vm.placement.host.is_some_and(|h| executing == [(vm.id, h, vm.placement.incarnation)]);
             let ok = match vm.desired {
                 Desired::Deleted => false,
-                Desired::Stopped => executing.is_empty(),
+                // It may be on its way still: being started when it was to stop.
+                Desired::Stopped => {
+                    let ended = vm.placement.host.is_none() || phase == Some(Phase::Stopped);
+                    executing.is_empty() && ended
+                }
                 Desired::Running => {
                     let given_up = vm.spec.restart == RestartPolicy::Never && phase == Some(Phase::Failed);
                     (runs && phase == Some(Phase::Running)) || (given_up && executing.is_empty())

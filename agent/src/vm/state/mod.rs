@@ -239,6 +239,8 @@ struct Execution {
     last_since: Option<Tick>,
     /// That is too long.
     overdue: bool,
+    /// It is to end, and a migration must be put right first: by when at the latest.
+    end_by: Option<Tick>,
     /// The target: it was told to listen.
     listens: bool,
     /// Why it did not take the newest step. Empty: it did.
@@ -382,7 +384,7 @@ impl VmState {
                 };
                 let open = x.role == Role::Incoming || self.record.moving.is_some() || self.pause_is_open();
                 let look = open.then_some(x.look_at);
-                return [push, look].into_iter().flatten().filter(|at| *at > now).min();
+                return [push, look, x.end_by].into_iter().flatten().filter(|at| *at > now).min();
             }
             None if self.work != Work::None => None,
             None => self.retry.as_ref().map(|r| r.at),
@@ -555,6 +557,7 @@ impl VmState {
             look_at: at.now,
             last_since: None,
             overdue: false,
+            end_by: None,
             listens: false,
             trouble: String::new(),
         });

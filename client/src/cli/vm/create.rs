@@ -24,7 +24,7 @@ pub(crate) struct Arguments {
     /// Takes everything about the VM from a YAML file, as `uncloud apply` does; `-` for stdin.
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "name", "cpus", "memory", "machine", "kernel", "append", "image", "disk_size", "disk", "nic", "restart", "failover",
-        "priority", "host_label", "anti_affinity", "label", "stop_grace", "display", "guest_agent", "stopped",
+        "priority", "host_label", "anti_affinity", "label", "stop_grace", "display", "guest_agent", "cpu", "stopped",
     ])]
     file: Option<PathBuf>,
     /// Virtual CPUs.
@@ -87,6 +87,9 @@ pub(crate) struct Arguments {
     /// Makes it safe to run this command again when its answer was lost: the same id gives the same VM.
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
+    /// The CPU that the guest sees.
+    #[arg(long, value_enum, default_value = "x86-64-v2")]
+    cpu: Cpu,
     /// What boots the machine.
     #[arg(long, value_enum, default_value = "bios")]
     firmware: Firmware,
@@ -102,6 +105,32 @@ enum Firmware {
     Bios,
     /// UEFI, without secure boot.
     Uefi,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Cpu {
+    /// What every host has.
+    #[value(name = "x86-64-v2")]
+    V2,
+    /// AVX2 and what came with it.
+    #[value(name = "x86-64-v3")]
+    V3,
+    /// AVX-512.
+    #[value(name = "x86-64-v4")]
+    V4,
+    /// All that the host's CPU has. Needs KVM; migrates only to hosts with the very same CPU.
+    Host,
+}
+
+impl Cpu {
+    pub(crate) const fn to_proto(self) -> v1::CpuModel {
+        match self {
+            Self::V2 => v1::CpuModel::X8664V2,
+            Self::V3 => v1::CpuModel::X8664V3,
+            Self::V4 => v1::CpuModel::X8664V4,
+            Self::Host => v1::CpuModel::Host,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -264,6 +293,7 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         stop_grace_seconds: a.stop_grace,
         display: a.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
         guest_agent: a.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
+        cpu: a.cpu.to_proto().into(),
         firmware: match a.firmware {
             Firmware::Bios => v1::Firmware::Bios,
             Firmware::Uefi => v1::Firmware::Uefi,
@@ -335,7 +365,7 @@ mod tests {
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
              --disk size=1G,name=data --nic user --restart always --failover recreate --priority 5 --host-label rack=1 \
              --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1 \
-             --firmware uefi --hostname w",
+             --cpu x86-64-v3 --firmware uefi --hostname w",
         )
         .unwrap();
         let spec = v1::VmSpec {
@@ -357,6 +387,7 @@ mod tests {
             stop_grace_seconds: 90,
             display: v1::DisplayType::None.into(),
             guest_agent: v1::GuestAgentMode::Enabled.into(),
+            cpu: v1::CpuModel::X8664V3.into(),
             firmware: v1::Firmware::Uefi.into(),
             cloud_init: Some(v1::CloudInit { hostname: "w".into(), ..Default::default() }),
         };

@@ -5,13 +5,15 @@ use uncloud_proto::v1;
 
 use super::{
     super::{Context, Error},
-    create::{Display, Failover, GuestAgent, Restart},
+    create::{Cpu, Display, Failover, GuestAgent, Restart},
 };
 use crate::{output, units};
 
 #[derive(Debug, Args)]
-#[command(after_help = "CPUs, memory, failover, display and guest agent change when the VM is next started after it \
-                        has stopped: `uncloud vm stop`, then `uncloud vm start`. A restart does not do it.")]
+#[command(
+    after_help = "CPUs and their model, memory, failover, display and guest agent change when the VM is next started after it \
+                        has stopped: `uncloud vm stop`, then `uncloud vm start`. A restart does not do it."
+)]
 pub(crate) struct Arguments {
     /// Name, UUID or unique prefix of one.
     vm: String,
@@ -39,6 +41,9 @@ pub(crate) struct Arguments {
     /// A channel to a guest agent.
     #[arg(long, value_enum)]
     guest_agent: Option<GuestAgent>,
+    /// The CPU that the guest sees.
+    #[arg(long, value_enum)]
+    cpu: Option<Cpu>,
     /// A label to set. May be repeated.
     #[arg(long, value_name = "KEY=VALUE", value_parser = units::parse_pair)]
     label: Vec<(String, String)>,
@@ -123,6 +128,10 @@ fn request(a: &Arguments, owner: &str) -> v1::UpdateVmRequest {
     if let Some(agent) = a.guest_agent {
         spec.guest_agent = agent.to_proto().into();
         name("guest_agent");
+    }
+    if let Some(cpu) = a.cpu {
+        spec.cpu = cpu.to_proto().into();
+        name("cpu");
     }
     v1::UpdateVmRequest {
         vm: a.vm.clone(),

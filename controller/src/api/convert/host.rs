@@ -46,6 +46,11 @@ pub(crate) fn host(entry: &HostEntry, extras: &HostExtras) -> v1::Host {
         capacity: Some(v1::Resources { vcpus: record.vcpus, memory_mib: record.memory_mib }),
         promised: Some(v1::Resources { vcpus: entry.promised.vcpus, memory_mib: entry.promised.memory_mib }),
         pools: record.pools.iter().map(|p| pool(p, live)).collect(),
+        cpu: Some(v1::Cpu {
+            name: record.cpu.name.clone(),
+            features: record.cpu.features.iter().cloned().collect(),
+            fingerprint: record.cpu.fingerprint.clone(),
+        }),
         accelerator: Some(v1::Accelerator { kind: kind.into(), why: record.accelerator.why.clone() }),
         mode: mode.into(),
         state: host_state(extras.hearing).into(),

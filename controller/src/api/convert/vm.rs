@@ -8,8 +8,8 @@ use crate::{
         Desired, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
-            CloudInit, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss,
-            RestartPolicy, VmSpec,
+            CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
+            OnDiskLoss, RestartPolicy, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -132,6 +132,13 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
         firmware: match spec.firmware {
             Firmware::Bios => v1::Firmware::Bios,
             Firmware::Uefi => v1::Firmware::Uefi,
+        }
+        .into(),
+        cpu: match spec.cpu {
+            CpuModel::V2 => v1::CpuModel::X8664V2,
+            CpuModel::V3 => v1::CpuModel::X8664V3,
+            CpuModel::V4 => v1::CpuModel::X8664V4,
+            CpuModel::Host => v1::CpuModel::Host,
         }
         .into(),
         cloud_init: spec.cloud_init.as_ref().map(cloud_init),

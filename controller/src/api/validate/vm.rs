@@ -13,7 +13,7 @@ use crate::{
     model::{
         Desired,
         vm::{
-            Disk, Display, Failover, Firmware, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss,
+            CpuModel, Disk, Display, Failover, Firmware, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss,
             RestartPolicy, VmSpec,
         },
     },
@@ -114,6 +114,7 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
             "is FIRMWARE_UEFI, whose variables lie beside the first disk: give `spec.disks` one",
         );
     }
+    let cpu = cpu(check, spec.cpu).unwrap_or_default();
     let cloud_init = spec.cloud_init.map(|c| super::cloud_init::check(check, c));
     let group = spec.anti_affinity_group;
     let anti_affinity_group = (!group.is_empty()).then(|| check.name("spec.anti_affinity_group", group));
@@ -134,6 +135,7 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
         display,
         guest_agent,
         firmware,
+        cpu,
         cloud_init,
         extra: Default::default(),
     }
@@ -214,6 +216,12 @@ pub(crate) fn update_vm(request: v1::UpdateVmRequest) -> Result<(VmRef, VmUpdate
                     check.fail("spec.guest_agent", "is required when `update_mask` names it");
                 }
             }
+            "spec.cpu" => {
+                update.cpu = cpu(&mut check, spec.cpu);
+                if spec.cpu == 0 {
+                    check.fail("spec.cpu", "is required when `update_mask` names it");
+                }
+            }
             other => {
                 let problem =
                     format!("is `{}`; a VM's fields that can be changed are {}", quoted(other), UPDATABLE.join(", "));
@@ -225,7 +233,7 @@ pub(crate) fn update_vm(request: v1::UpdateVmRequest) -> Result<(VmRef, VmUpdate
 }
 
 /// The fields that `UpdateVm` can change.
-const UPDATABLE: [&str; 10] = [
+const UPDATABLE: [&str; 11] = [
     "labels",
     "spec.vcpus",
     "spec.memory_mib",
@@ -236,6 +244,7 @@ const UPDATABLE: [&str; 10] = [
     "spec.stop_grace_seconds",
     "spec.display",
     "spec.guest_agent",
+    "spec.cpu",
 ];
 
 fn display(check: &mut Checker, value: i32) -> Option<Display> {
@@ -251,6 +260,17 @@ fn guest_agent(check: &mut Checker, value: i32) -> Option<GuestAgent> {
         v1::GuestAgentMode::Unspecified => None,
         v1::GuestAgentMode::Disabled => Some(GuestAgent::Disabled),
         v1::GuestAgentMode::Enabled => Some(GuestAgent::Enabled),
+    }
+}
+
+fn cpu(check: &mut Checker, value: i32) -> Option<CpuModel> {
+    let names = ["CPU_MODEL_X86_64_V2", "CPU_MODEL_X86_64_V3", "CPU_MODEL_X86_64_V4", "CPU_MODEL_HOST"];
+    match check.known("spec.cpu", value, &names)? {
+        v1::CpuModel::Unspecified => None,
+        v1::CpuModel::X8664V2 => Some(CpuModel::V2),
+        v1::CpuModel::X8664V3 => Some(CpuModel::V3),
+        v1::CpuModel::X8664V4 => Some(CpuModel::V4),
+        v1::CpuModel::Host => Some(CpuModel::Host),
     }
 }
 
@@ -475,6 +495,7 @@ mod tests {
             ("spec.failover", with(|_, s| s.failover = i32::MIN)),
             ("spec.on_disk_loss", with(|_, s| s.on_disk_loss = 3)),
             ("spec.priority", with(|_, s| s.priority = 1001)),
+            ("spec.cpu", with(|_, s| s.cpu = 9)),
             ("spec.firmware", with(|_, s| s.firmware = 3)),
             (
                 "spec.firmware",

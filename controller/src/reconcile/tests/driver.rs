@@ -72,6 +72,7 @@ impl Term {
             agent_version,
             boot_id,
             migration_address,
+            cpu,
             ..
         } = host(n, 1024, Liveness::Up);
         let host = HostFacts {
@@ -85,6 +86,7 @@ impl Term {
             agent_version,
             boot_id,
             migration_address,
+            cpu,
         };
         let entry = self.leader.health().enter(id).unwrap();
         self.leader.writer.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();

@@ -62,6 +62,7 @@ pub(super) fn facts(n: u128) -> HostFacts {
         pools: vec![local("local"), shared("shared")],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: "measured".into() },
         migration_address: "127.0.0.1".into(),
+        cpu: Default::default(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }
@@ -85,6 +86,7 @@ pub(super) fn spec() -> VmSpec {
         display: Display::None,
         guest_agent: GuestAgent::Disabled,
         firmware: Default::default(),
+        cpu: Default::default(),
         cloud_init: None,
         extra: serde_json::Map::new(),
     }

@@ -303,3 +303,18 @@ fn hopeless_migrations_are_found() {
     assert!(hopeless(&world, 4806).is_empty());
     assert_eq!(hopeless(&world, 4807).len(), 1, "the guest stands still for too long");
 }
+
+/// The target takes restarts for done, so one that is under way would be lost.
+#[test]
+fn a_vm_that_is_being_restarted_does_not_leave() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, with_disk("shared"));
+    let host = world.host_of(vm).unwrap();
+    world.ok(Command::RestartVm { vm, force: false });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    let before = VmObservation { restarts_done: 0, ..world.observation(vm, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![before] });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, None));
+}
