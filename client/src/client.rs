@@ -221,6 +221,16 @@ impl Client {
         self.call(Safety::Repeatable, request, |c, r| async move { vms(c).create_vm(r).await }).await
     }
 
+    /// Creates a VM like another one, with copies of its disks. Gives the request an id if it has none, so that it may be tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn clone_vm(&self, mut request: v1::CloneVmRequest) -> Result<v1::CloneVmResponse, Status> {
+        identify(&mut request.request_id);
+        self.call(Safety::Repeatable, request, |c, r| async move { vms(c).clone_vm(r).await }).await
+    }
+
     /// Registers an image. Gives the request an id if it has none, so that it may be tried again.
     ///
     /// # Errors

@@ -15,8 +15,8 @@ use uncloud_controller::model::{
     image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     migration::{Arrival, Migration, MigrationEnd, MigrationProgress, MigrationResult},
     vm::{
-        CloudInit, CpuModel, Disk, DiskHome, Display, Failover, Firmware, GuestAgent, KernelBoot, LastExit, Machine,
-        Nic, NicKind, OnDiskLoss, PendingSpec, Placement, RestartPolicy, VmSpec,
+        CloneOf, CloudInit, CpuModel, Disk, DiskHome, Display, Failover, Firmware, GuestAgent, KernelBoot, LastExit,
+        Machine, Nic, NicKind, OnDiskLoss, PendingSpec, Placement, RestartPolicy, VmSpec,
     },
 };
 use uncloud_proto::{
@@ -113,12 +113,25 @@ fn vm() -> VmRecord {
         disks_exist: true,
         disk_home: Some(DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() }),
         disk_generation: 1,
+        clone_of: None,
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,
         created: AT,
         extra: Extra::new(),
     }
+}
+
+/// A VM whose disks are being copied.
+fn clone_vm() -> VmRecord {
+    let clone_of = Some(CloneOf {
+        vm: VmId::from_uuid(uuid(9)),
+        name: "web-0".into(),
+        disk_generation: 1,
+        snapshot: Some(uuid(10)),
+        home: DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() },
+    });
+    VmRecord { clone_of, ..small_vm() }
 }
 
 /// A VM with nothing that can be left out.
@@ -265,7 +278,7 @@ fn golden<T: Serialize>(name: &str, key: &Key, value: &T, record: &Record) {
 
 #[test]
 fn every_record_is_stored_as_it_was_when_it_was_released() {
-    for (name, record) in [("vm", vm()), ("vm-small", small_vm())] {
+    for (name, record) in [("vm", vm()), ("vm-small", small_vm()), ("vm-clone", clone_vm())] {
         golden(name, &Key::Vm(vm_id()), &record, &Record::Vm(Arc::new(record.clone())));
     }
     golden("vm-status", &Key::VmStatus(vm_id()), &status(), &Record::VmStatus(Arc::new(status())));

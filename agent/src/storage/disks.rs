@@ -9,7 +9,7 @@ use std::{
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -50,7 +50,7 @@ pub async fn check_expected(disks: &[DiskPlan], expected: DisksExpected) -> Resu
 }
 
 /// Whether a disk is there. What is there under its name and is no file is an error, not a reason to make one.
-fn exists(path: &Path) -> Result<bool, Error> {
+pub(super) fn exists(path: &Path) -> Result<bool, Error> {
     match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_file() => Ok(true),
         Ok(_) => Err(io_error("use", path)(io::Error::other("it is not a regular file"))),
@@ -69,6 +69,10 @@ pub async fn make(disk: &DiskPlan, expected: DisksExpected, user: Option<User>, 
     let path = disk.path.clone();
     if blocking(move || exists(&path)).await? {
         return Ok(());
+    }
+    // Copies are made before (`copy.rs`). One that is gone again is not replaced by an empty disk (P5).
+    if disk.origin.is_some() {
+        return Err(Error::DiskMissing { disk: disk.name.clone(), pool: disk.pool.clone() });
     }
     let begin = disk.clone();
     blocking(move || {
@@ -145,7 +149,7 @@ fn check_room(disk: &DiskPlan) -> Result<(), Error> {
     })
 }
 
-fn make_ready(disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
+pub(super) fn make_ready(disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
     ready(&disk.path, &disk.temporary, user)
 }
 
@@ -162,7 +166,7 @@ fn ready(path: &Path, temporary: &Path, user: Option<User>) -> Result<(), Error>
     }
 }
 
-async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<(), Error> {
+pub(super) async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<(), Error> {
     let mut command = Command::new(tool);
     command.args(["create", "-q", "-f", "qcow2"]);
     if let Some(base) = &disk.base {
@@ -181,14 +185,19 @@ pub(super) async fn run(command: Command, disk: &DiskPlan, user: Option<User>) -
     output_of(command, disk, user).await.map(drop)
 }
 
-/// The same, and gives what it printed.
-pub(super) async fn output_of(mut command: Command, disk: &DiskPlan, user: Option<User>) -> Result<Vec<u8>, Error> {
+/// Makes a command run as the user that QEMU runs as, with nothing of ours, and end when nobody waits for it any more.
+pub(super) fn confine(command: &mut Command, user: Option<User>) {
     if let Some(user) = user {
         // Supplementary groups go, too: the standard library sees to it when it changes the user as root.
         command.uid(user.uid).gid(user.gid);
     }
     command.env_clear().stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     command.current_dir("/");
+}
+
+/// The same, and gives what it printed.
+pub(super) async fn output_of(mut command: Command, disk: &DiskPlan, user: Option<User>) -> Result<Vec<u8>, Error> {
+    confine(&mut command, user);
     let failed = |words: String| Error::Tool { disk: disk.name.clone(), words };
     let output = match time::timeout(TOOL_TIMEOUT, command.output()).await {
         Ok(Ok(output)) => output,
@@ -198,14 +207,21 @@ pub(super) async fn output_of(mut command: Command, disk: &DiskPlan, user: Optio
         }
         Err(_) => return Err(failed(format!("it took longer than {} s", TOOL_TIMEOUT.as_secs()))),
     };
-    if output.status.success() {
-        return Ok(output.stdout);
+    ended_well(disk, output.status, &output.stderr)?;
+    Ok(output.stdout)
+}
+
+/// What the end of qemu-img means.
+pub(super) fn ended_well(disk: &DiskPlan, status: ExitStatus, stderr: &[u8]) -> Result<(), Error> {
+    if status.success() {
+        return Ok(());
     }
-    let words: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(500).collect();
+    let words: String = String::from_utf8_lossy(stderr).trim().chars().take(500).collect();
     if words.contains("No space left on device") || words.contains("Disk quota exceeded") {
         return Err(Error::Full { pool: disk.pool.clone(), what: format!("disk {}", disk.name) });
     }
-    Err(failed(if words.is_empty() { output.status.to_string() } else { words }))
+    let words = if words.is_empty() { status.to_string() } else { words };
+    Err(Error::Tool { disk: disk.name.clone(), words })
 }
 
 fn put_in_place(disk: &DiskPlan) -> Result<(), Error> {
@@ -274,7 +290,7 @@ mod tests {
         fs::write(&path, "data").unwrap();
         fs::write(&temporary, "empty").unwrap();
         let (name, pool) = ("root".to_owned(), "p".to_owned());
-        let disk = DiskPlan { name, pool, path, temporary, base: None, size_bytes: 512 };
+        let disk = DiskPlan { name, pool, path, temporary, base: None, size_bytes: 512, origin: None };
         put_in_place(&disk).unwrap();
         assert_eq!(fs::read_to_string(&disk.path).unwrap(), "data");
         assert!(!disk.temporary.exists());

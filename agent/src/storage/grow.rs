@@ -22,8 +22,8 @@ use super::{
 ///
 /// It cannot be read, is no qcow2 file, or qemu-img failed.
 pub(super) async fn grow(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<(), Error> {
-    let looked = disk.clone();
-    let now = blocking(move || virtual_size(&looked)).await?;
+    let looked = (disk.name.clone(), disk.path.clone());
+    let now = blocking(move || virtual_size(&looked.0, &looked.1)).await?;
     if now >= disk.size_bytes {
         return Ok(());
     }
@@ -35,13 +35,11 @@ pub(super) async fn grow(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Re
 }
 
 /// The size that a guest would see, by the header of the file.
-fn virtual_size(disk: &DiskPlan) -> Result<u64, Error> {
-    let failed = || io_error("read", &disk.path);
-    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(&disk.path).map_err(failed())?;
+pub(super) fn virtual_size(disk: &str, path: &Path) -> Result<u64, Error> {
+    let failed = || io_error("read", path);
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path).map_err(failed())?;
     let mut header = Vec::with_capacity(HEADER_BYTES);
     file.take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed())?;
-    format::qcow2_size(&header).ok_or_else(|| Error::Tool {
-        disk: disk.name.clone(),
-        words: format!("{} is no qcow2 file", disk.path.display()),
-    })
+    format::qcow2_size(&header)
+        .ok_or_else(|| Error::Tool { disk: disk.to_owned(), words: format!("{} is no qcow2 file", path.display()) })
 }

@@ -13,6 +13,7 @@ mod bring;
 mod check;
 mod claim;
 mod copies;
+mod copy;
 pub mod disks;
 pub mod format;
 mod grow;
@@ -53,6 +54,8 @@ use crate::vm::{
 const WORTH_TELLING: u64 = 1 << 20;
 /// So many qemu-img processes run at once.
 const TOOLS_AT_ONCE: usize = 4;
+/// So many disks are copied at once. A copy keeps the pool busy for minutes, so it takes neither a turn to start nor one of the above.
+const COPIES_AT_ONCE: usize = 2;
 
 /// Why storage could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +161,33 @@ pub enum Error {
         /// Id of the snapshot.
         snapshot: uuid::Uuid,
     },
+    /// P5: what a clone is to be a copy of is not there.
+    #[error("disk {disk} of VM {vm}, which is to be copied, is missing in pool {pool}; delete the clone")]
+    OriginMissing {
+        /// The disk.
+        disk: String,
+        /// Whose it is.
+        vm: VmId,
+        /// The pool.
+        pool: String,
+    },
+    /// The pool has too little room for a copy.
+    #[error(
+        "pool {pool} has {free_mib} MiB left, of which {reserve_mib} MiB stay free for the disks that are there: the copy of disk \
+         {disk} may need {needed_mib} MiB and is not made; make room in the pool"
+    )]
+    NoRoomToCopy {
+        /// The pool.
+        pool: String,
+        /// The disk.
+        disk: String,
+        /// What the copied disk takes up, with its snapshots.
+        needed_mib: u64,
+        /// What is free.
+        free_mib: u64,
+        /// What stays free.
+        reserve_mib: u64,
+    },
     /// qemu-img failed.
     #[error("qemu-img: disk {disk}: {words}")]
     Tool {
@@ -181,6 +211,8 @@ impl Error {
             | Self::Full { .. }
             | Self::NoRoom { .. }
             | Self::NoSnapshot { .. }
+            | Self::OriginMissing { .. }
+            | Self::NoRoomToCopy { .. }
             | Self::Io { .. }
             | Self::NoFirmware { .. }
             | Self::Tool { .. } => Io,
@@ -226,6 +258,7 @@ pub struct Storage {
     /// How far the images of the VMs are that wait for one, in words.
     progress: watch::Sender<BTreeMap<VmId, String>>,
     tools: Semaphore,
+    copying: Semaphore,
     starts: Starts,
 }
 
@@ -261,6 +294,7 @@ impl Storage {
             images: Images::new(env),
             progress: watch::Sender::default(),
             tools: Semaphore::new(TOOLS_AT_ONCE),
+            copying: Semaphore::new(COPIES_AT_ONCE),
             starts,
         }
     }
@@ -271,7 +305,7 @@ impl Storage {
         self.images.clone()
     }
 
-    /// Fetches images, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
+    /// Fetches images, copies what a clone is made of, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
     ///
     /// # Errors
     ///
@@ -285,6 +319,13 @@ impl Storage {
         for fetch in &plan.fetches {
             let said = |p: &images::Progress| telling.say(&fetch.image, p);
             self.images.fetch(fetch.clone(), said).await.map_err(Error::Fetch)?;
+        }
+        let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
+        for disk in &plan.disks {
+            if let Some(origin) = &disk.origin {
+                let _copy = self.copying.acquire().await.expect("it is never closed");
+                copy::copy(disk, origin, tool, &|percent| telling.copying(disk, percent)).await?;
+            }
         }
         drop(telling);
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
@@ -383,6 +424,15 @@ impl Telling<'_> {
                 format!("fetching image {image}: {percent} % of {} MiB", total >> 20)
             }
         };
+        self.tell(words);
+    }
+
+    /// Likewise.
+    fn copying(&self, disk: &plan::DiskPlan, percent: u8) {
+        self.tell(format!("copying disk {}: {} %", disk.name, percent / 5 * 5));
+    }
+
+    fn tell(&self, words: String) {
         self.storage.progress.send_if_modified(|all| all.insert(self.vm, words.clone()).as_ref() != Some(&words));
     }
 }

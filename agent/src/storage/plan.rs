@@ -15,9 +15,10 @@ use uncloud_proto::{
     ids::{ImageId, VmId},
     names,
 };
+use uuid::Uuid;
 
 use super::pools::Pool;
-use crate::vm::desired::{Desired, Disk, Firmware, Format, Image, Role, Spec};
+use crate::vm::desired::{Desired, Disk, DisksExpected, Firmware, Format, Image, Role, Spec};
 
 /// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
 const MOST_GENERATIONS: u32 = 1000;
@@ -120,6 +121,19 @@ pub struct DiskPlan {
     pub base: Option<Base>,
     /// Its virtual size; 0 means the base's.
     pub size_bytes: u64,
+    /// The disk that it is made a copy of.
+    pub origin: Option<Origin>,
+}
+
+/// A disk of another VM, in the same pool, that is copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The VM.
+    pub vm: VmId,
+    /// The disk's file.
+    pub path: PathBuf,
+    /// What of it. Absent: the disk as it is.
+    pub snapshot: Option<Uuid>,
 }
 
 /// The image below a disk.
@@ -198,7 +212,15 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
                 Some(Base { path: format!("../../images/{id}/{}", Role::Disk.file_name()), format })
             }
         };
-        plan.disks.push(disk_plan(vm, disk, desired.disk_generation, pool, base)?);
+        let origin = match (desired.disks, desired.clone_from) {
+            (DisksExpected::New, Some(from)) => Some(Origin {
+                vm: from.vm,
+                path: disks_dir(&pool.path, from.vm).join(file_name(disk, from.disk_generation)?),
+                snapshot: from.snapshot,
+            }),
+            (DisksExpected::New | DisksExpected::Exist, _) => None,
+        };
+        plan.disks.push(DiskPlan { origin, ..disk_plan(vm, disk, desired.disk_generation, pool, base)? });
     }
     plan.kernel = kernel(spec, desired, pools, &mut plan)?;
     plan.firmware_vars = match spec.firmware {
@@ -239,6 +261,7 @@ fn disk_plan(vm: VmId, disk: &Disk, generation: u32, pool: &Pool, base: Option<B
         path: dir.join(file),
         base,
         size_bytes: disk.size_bytes,
+        origin: None,
     })
 }
 

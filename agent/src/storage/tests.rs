@@ -23,6 +23,9 @@ use crate::vm::{
     starts::Starts,
 };
 
+#[path = "copy_tests.rs"]
+mod copy_tests;
+
 struct Place {
     dir: tempfile::TempDir,
     storage: Storage,

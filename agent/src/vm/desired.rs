@@ -16,7 +16,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use super::{
-    disks::{Orders, Revert, SnapshotOrder, Wanted},
+    disks::{CloneFrom, Orders, Revert, SnapshotOrder, Wanted},
     migration::MigrateTo,
 };
 use crate::lease::LeaseClass;
@@ -65,6 +65,9 @@ pub struct Desired {
     /// What is to be done to its disks.
     #[serde(default)]
     pub orders: Orders,
+    /// For Run, if its disks are not made yet: what they are copies of.
+    #[serde(default)]
+    pub clone_from: Option<CloneFrom>,
 }
 
 /// What to do with a VM.
@@ -478,6 +481,12 @@ impl Desired {
             migration_secret,
             pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
             orders: parse_orders(disposition, m)?,
+            clone_from: match (disposition, &m.clone_from) {
+                (Disposition::Run, Some(c)) if !m.disks_exist => Some(parse_clone_from(c)?),
+                // Disks that exist are copied from nothing, and what does not start makes none.
+                (Disposition::Run, _) => None,
+                (Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming, _) => None,
+            },
         })
     }
 }
@@ -624,6 +633,15 @@ fn parse_orders(disposition: Disposition, m: &v1::DesiredVm) -> Result<Orders, U
         }
     };
     Ok(Orders { snapshots, revert })
+}
+
+fn parse_clone_from(c: &v1::CloneFrom) -> Result<CloneFrom, Unusable> {
+    let vm = c.vm_id.parse().map_err(|e| unusable("clone_from.vm_id", format!("{e}")))?;
+    let snapshot = match c.snapshot_id.as_str() {
+        "" => None,
+        id => Some(Uuid::try_parse(id).map_err(|e| unusable("clone_from.snapshot_id", format!("{e}")))?),
+    };
+    Ok(CloneFrom { vm, disk_generation: c.disk_generation, snapshot })
 }
 
 /// It ends up in a file that QEMU reads line by line.
@@ -782,6 +800,24 @@ mod tests {
         assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
         assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");
         assert_eq!(field_of(&v1::DesiredVm { spec: None, ..good() }), "spec");
+    }
+
+    #[test]
+    fn only_disks_that_are_not_made_are_copied() {
+        let id = "00000000-0000-4000-8000-000000000005";
+        let from = v1::CloneFrom { vm_id: id.into(), disk_generation: 2, snapshot_id: id.into() };
+        let with = |clone_from: &v1::CloneFrom| v1::DesiredVm { clone_from: Some(clone_from.clone()), ..good() };
+        let read = |m: &v1::DesiredVm| Desired::from_proto(Incarnation(1), m).unwrap().clone_from;
+        let uuid = Uuid::try_parse(id).unwrap();
+        let expected = CloneFrom { vm: VmId::from_uuid(uuid), disk_generation: 2, snapshot: Some(uuid) };
+        assert_eq!(read(&with(&from)), Some(expected));
+        let as_it_is = v1::CloneFrom { snapshot_id: String::new(), ..from.clone() };
+        assert_eq!(read(&with(&as_it_is)), Some(CloneFrom { snapshot: None, ..expected }));
+        assert_eq!(read(&v1::DesiredVm { disks_exist: true, ..with(&from) }), None);
+        assert_eq!(read(&v1::DesiredVm { disposition: v1::Disposition::Stop.into(), ..with(&from) }), None);
+        assert_eq!(field_of(&with(&v1::CloneFrom { vm_id: "../x".into(), ..from.clone() })), "clone_from.vm_id");
+        let bad = v1::CloneFrom { snapshot_id: "s,snapshot.id=1".into(), ..from };
+        assert_eq!(field_of(&with(&bad)), "clone_from.snapshot_id");
     }
 
     /// P5: what runs is never put back.

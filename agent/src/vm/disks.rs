@@ -2,6 +2,7 @@
 //! `storage/` and `qemu/disks.rs` act.
 
 use serde::{Deserialize, Serialize};
+use uncloud_proto::ids::VmId;
 use uuid::Uuid;
 
 /// What the leader wants done to the disks of a VM.
@@ -41,6 +42,18 @@ pub struct Revert {
     pub snapshot: Uuid,
     /// Tells it from those before.
     pub number: u64,
+}
+
+/// Whose disks those of a VM are copies of, as long as they are not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneFrom {
+    /// The VM that they belong to.
+    pub vm: VmId,
+    /// Part of their file names.
+    pub disk_generation: u32,
+    /// The snapshot that is copied. Absent: the disks as they are.
+    #[serde(default)]
+    pub snapshot: Option<Uuid>,
 }
 
 /// What has been done to the disks of a VM.

@@ -46,6 +46,7 @@ named!(
     CreateSnapshotResponse,
     DeleteSnapshotResponse,
     RevertToSnapshotResponse,
+    CloneVmResponse,
     RemoveHostResponse,
     RestartVmResponse,
     ResumeVmResponse,

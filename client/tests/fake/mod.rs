@@ -153,6 +153,10 @@ impl VmService for Fake {
         not_here()
     }
 
+    async fn clone_vm(&self, _: Request<v1::CloneVmRequest>) -> Result<Response<v1::CloneVmResponse>, Status> {
+        not_here()
+    }
+
     async fn cancel_migration(
         &self,
         _: Request<v1::CancelMigrationRequest>,

@@ -24,7 +24,7 @@ use crate::{
     scheduler::{self, Limits},
     state::{
         self, State, VmEntry,
-        command::{Answer, Command, PowerChange, Refusal, RequestId},
+        command::{Answer, Command, NewClone, PowerChange, Refusal, RequestId},
     },
 };
 
@@ -78,6 +78,28 @@ impl Vms {
         }
         unreachable!("the last attempt returns")
     }
+
+    async fn copy(&self, request: v1::CloneVmRequest) -> Result<v1::Vm, Status> {
+        let request_id = clone_request_id(&request);
+        let validate::CloneVm { vm, snapshot, name } = validate::clone_vm(request)?;
+        let source = self.resolve(&vm).await?;
+        let leader = self.context.leader()?;
+        let id = VmId::from_uuid(Uuid::new_v4());
+        for attempt in 1.. {
+            let clone = NewClone { id, name: name.clone(), macs: validate::macs(&mut rand::random) };
+            let (request, snapshot, clone) = (request_id.clone(), snapshot.clone(), Box::new(clone));
+            match leader.writer.submit(Command::CloneVm { request, source, snapshot, clone }).await {
+                Ok(Committed { answer: Answer::Vm(record), revision, replayed }) => {
+                    let revision = replayed.unwrap_or(revision);
+                    return Ok(leader.mirror.read(|state| convert::created_vm(state, &record, revision)));
+                }
+                Ok(Committed { answer: Answer::Done | Answer::Image(_), .. }) => return Err(wrong_answer()),
+                Err(WriteError::Refused(Refusal::MacTaken(_))) if attempt < MINTS => {}
+                Err(error) => return Err(self.context.write_failed(error)),
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
 }
 
 /// The VM after a change. One that went with it is shown as it was at the end.
@@ -112,6 +134,17 @@ fn request_id(request: &v1::CreateVmRequest) -> Option<RequestId> {
     let labels = std::mem::take(&mut rest.labels);
     let host_labels = rest.spec.as_mut().map(|s| std::mem::take(&mut s.host_labels)).unwrap_or_default();
     Some(RequestId { id, fingerprint: fingerprint(&rest.encode_to_vec(), [labels, host_labels]) })
+}
+
+/// The same. That it is not a request to create a VM is part of the digest.
+fn clone_request_id(request: &v1::CloneVmRequest) -> Option<RequestId> {
+    if request.request_id.is_empty() {
+        return None;
+    }
+    let mut rest = request.clone();
+    let id = std::mem::take(&mut rest.request_id);
+    let message = [b"clone".as_slice(), &rest.encode_to_vec()].concat();
+    Some(RequestId { id, fingerprint: fingerprint(&message, []) })
 }
 
 /// A digest that says whether two requests are the same.
@@ -359,6 +392,11 @@ impl VmService for Vms {
         let (vm, name) = validate::snapshot(vm, owner, snapshot)?;
         let vm = self.change(&vm, |vm| Command::RevertToSnapshot { vm, name }).await?;
         Ok(Response::new(v1::RevertToSnapshotResponse { vm }))
+    }
+
+    async fn clone_vm(&self, request: Request<v1::CloneVmRequest>) -> Result<Response<v1::CloneVmResponse>, Status> {
+        let vm = timely(self.copy(request.into_inner())).await?;
+        Ok(Response::new(v1::CloneVmResponse { vm: Some(vm) }))
     }
 
     type WatchVmsStream = watch::Stream<v1::WatchVmsResponse>;

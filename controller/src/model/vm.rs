@@ -68,6 +68,9 @@ pub struct VmRecord {
     /// Part of the disks' file names. Grows when lost disks are given up and made anew.
     #[serde(default)]
     pub disk_generation: u32,
+    /// Whose disks its own are copies of. Goes when `disks_exist` comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clone_of: Option<CloneOf>,
     /// Snapshots of its disks, oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub snapshots: Vec<Snapshot>,
@@ -82,6 +85,21 @@ pub struct VmRecord {
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// What the disks of a VM are to be copies of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneOf {
+    /// The VM that they belong to.
+    pub vm: VmId,
+    /// Its name when the clone was made.
+    pub name: String,
+    /// Its `disk_generation` then.
+    pub disk_generation: u32,
+    /// The snapshot that is copied. `null`: the disks as they are, and that VM does not run meanwhile.
+    pub snapshot: Option<Uuid>,
+    /// Where its disks lie. The copies lie there, too.
+    pub home: DiskHome,
 }
 
 /// A snapshot of all disks of a VM.

@@ -106,6 +106,7 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        clone_of: None,
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,

@@ -158,6 +158,11 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
             .revert
             .filter(|_| record.desired != Desired::Deleted)
             .map(|r| v1::RevertOrder { snapshot_id: r.snapshot.to_string(), number: r.number }),
+        clone_from: record.clone_of.as_ref().filter(|_| !record.disks_exist).map(|c| v1::CloneFrom {
+            vm_id: c.vm.to_string(),
+            disk_generation: c.disk_generation,
+            snapshot_id: c.snapshot.map(|s| s.to_string()).unwrap_or_default(),
+        }),
     }
 }
 
@@ -178,6 +183,7 @@ fn arriving(state: &State, entry: &VmEntry, migration: &Migration) -> v1::Desire
         // The guest has them open.
         disks_exist: true,
         migrate_to: None,
+        clone_from: None,
         migration_secret: migration.secret.clone(),
         ..as_recorded(state, entry)
     }

@@ -171,6 +171,9 @@ impl State {
             self.view.release(host, id);
             self.recount(host);
         }
+        if let Some(clone) = &entry.record.clone_of {
+            unindex(&mut self.clones, &clone.vm, id);
+        }
         if let Some(migration) = &entry.record.migration {
             let target = migration.target;
             if let Some(vms) = self.incoming.get_mut(&target) {
@@ -200,6 +203,9 @@ impl State {
                 self.pending.insert(id);
             }
             None => {}
+        }
+        if let Some(clone) = &entry.record.clone_of {
+            self.clones.entry(clone.vm).or_default().insert(id);
         }
         // Promised on both, until it is known which has it.
         if let Some(migration) = &entry.record.migration {
@@ -287,11 +293,11 @@ impl State {
     }
 }
 
-fn unindex<Id: Ord>(index: &mut BTreeMap<String, BTreeSet<Id>>, name: &str, id: Id) {
-    if let Some(ids) = index.get_mut(name) {
+fn unindex<K: Ord, Id: Ord>(index: &mut BTreeMap<K, BTreeSet<Id>>, key: &K, id: Id) {
+    if let Some(ids) = index.get_mut(key) {
         ids.remove(&id);
         if ids.is_empty() {
-            index.remove(name);
+            index.remove(key);
         }
     }
 }

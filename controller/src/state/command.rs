@@ -64,6 +64,8 @@ pub enum Command {
     DeleteSnapshot { vm: VmId, name: String },
     /// A user wants a VM's disks put back to a snapshot.
     RevertToSnapshot { vm: VmId, name: String },
+    /// A user wants another VM with copies of the disks of this one, as they are or as they were in a snapshot.
+    CloneVm { request: Option<RequestId>, source: VmId, snapshot: Option<String>, clone: Box<NewClone> },
     /// A user deletes a VM.
     DeleteVm { vm: VmId },
     /// Somebody moves a running VM to another host, or to this one.
@@ -200,6 +202,17 @@ pub struct NewVm {
     pub image_names: Vec<(ImageUse, String)>,
     /// Running or Stopped.
     pub desired: Desired,
+}
+
+/// A VM to be created like another one. Everything has been checked that can be checked without the state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewClone {
+    /// Minted at the edge.
+    pub id: VmId,
+    /// Its name.
+    pub name: String,
+    /// Likewise minted, all different; as many as a VM may have network interfaces. Those that are not needed are nobody's.
+    pub macs: Vec<String>,
 }
 
 /// What to change of a VM; what is absent stays as it is. Everything has been checked that can be checked without the state.

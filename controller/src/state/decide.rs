@@ -5,7 +5,7 @@ use std::sync::Arc;
 use uncloud_proto::ids::VmId;
 
 use super::{
-    REQUESTS_FORGOTTEN_MS, State,
+    REQUESTS_FORGOTTEN_MS, State, clone,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
@@ -50,6 +50,12 @@ impl State {
             Command::CreateSnapshot { vm, id, name } => snapshots::create(&mut draft, *vm, *id, name)?,
             Command::DeleteSnapshot { vm, name } => snapshots::delete(&mut draft, *vm, name)?,
             Command::RevertToSnapshot { vm, name } => snapshots::revert(&mut draft, *vm, name)?,
+            Command::CloneVm { request, source, snapshot, clone } => {
+                if let Some(replayed) = self.replay(request.as_ref(), cx)? {
+                    return Ok(replayed);
+                }
+                clone::create(&mut draft, request.as_ref(), *source, snapshot.as_deref(), clone)?
+            }
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
             Command::MigrateVm { vm, to, secret, bytes_per_second } => {
                 migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second)?

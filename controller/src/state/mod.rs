@@ -13,6 +13,7 @@
 //! * A change has a key at most once, and never has a key whose record cannot be read.
 
 mod absorb;
+mod clone;
 pub mod command;
 mod decide;
 mod disks;
@@ -88,6 +89,8 @@ pub struct State {
     pending: BTreeSet<VmId>,
     /// Migrations under way, by their targets.
     incoming: BTreeMap<HostId, BTreeSet<VmId>>,
+    /// VMs whose disks are not copied yet, by the VMs that they are copied from.
+    clones: BTreeMap<VmId, BTreeSet<VmId>>,
     unreadable: BTreeMap<String, String>,
     view: ClusterView,
 }

@@ -28,7 +28,7 @@ use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
-        vm::{CpuModel, Failover, OnDiskLoss, Placement},
+        vm::{CpuModel, DiskHome, Failover, OnDiskLoss, Placement},
     },
     scheduler::{self, Arrival, Choice, Home, Place, Request, Unplaceable},
 };
@@ -54,6 +54,18 @@ pub fn home(vm: &VmRecord) -> Home {
         // Written by a program that did not keep it. The host that has the VM has its disks.
         return vm.placement.host.map_or(Home::SharedPools { ids: BTreeMap::new() }, Home::OnlyHost);
     };
+    at(disk_home, vm)
+}
+
+/// Where it can be started: where its disks are, or those are that they are to be copies of.
+fn start_home(vm: &VmRecord) -> Home {
+    match &vm.clone_of {
+        Some(clone) if !vm.disks_exist && !vm.spec.disks.is_empty() => at(&clone.home, vm),
+        Some(_) | None => home(vm),
+    }
+}
+
+fn at(disk_home: &DiskHome, vm: &VmRecord) -> Home {
     let mut ids = BTreeMap::new();
     for disk in &vm.spec.disks {
         match disk_home.pools.get(&disk.pool) {
@@ -83,7 +95,7 @@ pub fn request(vm: &VmRecord) -> Request {
         bridges: next.bridges(),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
-        home: home(vm),
+        home: start_home(vm),
         prefer: None,
         cpu: next.cpu,
         arrival: Arrival::Start,

@@ -203,7 +203,7 @@ fn note_disks(draft: &mut Draft<'_>, entry: VmEntry, host: HostId, report: &VmOb
     let pools: BTreeMap<_, _> =
         entry.record.spec.disks.iter().map(|disk| (disk.pool.clone(), shared_id(&disk.pool))).collect();
     let disk_home = Some(DiskHome { host, pools });
-    let record = VmRecord { disks_exist: true, disk_home, ..(*entry.record).clone() };
+    let record = VmRecord { disks_exist: true, disk_home, clone_of: None, ..(*entry.record).clone() };
     let record = draft.put_vm(record)?;
     Ok(VmEntry { record, ..entry })
 }

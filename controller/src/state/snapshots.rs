@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use super::{
     VmEntry,
+    clone::{self, Use},
     command::{Answer, Refusal, VmObservation},
     draft::Draft,
     placement, vms,
@@ -36,7 +37,7 @@ use crate::{
 pub const MAX_SNAPSHOTS: usize = 32;
 
 /// The VM, if something may be done to its disks now.
-fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
+pub(super) fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     let entry = draft.vm(vm)?;
     let record = &entry.record;
     let name = &record.name;
@@ -56,7 +57,7 @@ fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     Ok(entry)
 }
 
-fn reverting(record: &VmRecord) -> Refusal {
+pub(super) fn reverting(record: &VmRecord) -> Refusal {
     Refusal::Precondition(format!(
         "the disks of VM `{}` are being put back to a snapshot; wait until that is done",
         record.name
@@ -72,6 +73,18 @@ fn find<'a>(record: &'a VmRecord, name: &str) -> Result<&'a Snapshot, Refusal> {
             problem: format!("names no snapshot of VM `{}`; {has}", record.name),
         }
     })
+}
+
+/// The snapshot, if it is there to go back to.
+pub(super) fn when_taken<'a>(record: &'a VmRecord, name: &str) -> Result<&'a Snapshot, Refusal> {
+    let snapshot = find(record, name)?;
+    match snapshot.state {
+        SnapshotState::Ready => Ok(snapshot),
+        SnapshotState::Creating => {
+            Err(Refusal::Precondition(format!("snapshot `{name}` is not taken yet; wait until it is READY")))
+        }
+        SnapshotState::Deleting => Err(Refusal::Precondition(format!("snapshot `{name}` is being deleted"))),
+    }
 }
 
 /// A user wants a snapshot.
@@ -112,6 +125,7 @@ pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answ
     if entry.record.revert.is_some_and(|r| r.snapshot == snapshot.id) {
         return Err(reverting(&entry.record));
     }
+    clone::check_unused(draft, &entry.record, Use::DeleteSnapshot(snapshot))?;
     let (id, mut record) = (snapshot.id, (*entry.record).clone());
     for snapshot in record.snapshots.iter_mut().filter(|s| s.id == id) {
         snapshot.state = SnapshotState::Deleting;
@@ -122,18 +136,12 @@ pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answ
 /// A user wants the disks as they were.
 pub(super) fn revert(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answer, Refusal> {
     let entry = ready(draft, vm)?;
-    let snapshot = find(&entry.record, name)?;
-    match snapshot.state {
-        SnapshotState::Ready => {}
-        SnapshotState::Creating => {
-            return Err(Refusal::Precondition(format!("snapshot `{name}` is not taken yet; wait until it is READY")));
-        }
-        SnapshotState::Deleting => return Err(Refusal::Precondition(format!("snapshot `{name}` is being deleted"))),
-    }
+    let snapshot = when_taken(&entry.record, name)?;
     // Again, while it is under way.
     if entry.record.revert.is_some_and(|r| r.snapshot == snapshot.id) {
         return Ok(Answer::Vm(entry.record));
     }
+    clone::check_unused(draft, &entry.record, Use::Revert)?;
     let mut record = (*entry.record).clone();
     record.reverts += 1;
     record.revert = Some(Revert { snapshot: snapshot.id, number: record.reverts });

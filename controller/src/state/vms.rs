@@ -6,6 +6,7 @@ use uncloud_proto::ids::{ImageId, Incarnation, VmId};
 
 use super::{
     VmEntry,
+    clone::{self, Use},
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
     images, migration,
@@ -18,12 +19,19 @@ use crate::{
     model::{
         Desired, EventType, Extra, ImageRecord, Key, Phase, Record, RequestAnswer, VmRecord,
         image::{FileRole, ImageKind},
-        vm::{Placement, VmSpec},
+        vm::{CloneOf, Placement, VmSpec},
     },
     scheduler::{Choice, Home},
 };
 
 pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &NewVm) -> Result<Answer, Refusal> {
+    check_free(draft, new)?;
+    let spec = resolved(draft, new)?;
+    store(draft, request, new, spec, None)
+}
+
+/// Whether nobody has the id, the name and the MAC addresses of a new VM.
+pub(super) fn check_free(draft: &Draft<'_>, new: &NewVm) -> Result<(), Refusal> {
     let id = new.id;
     for key in [Key::Vm(id), Key::VmStatus(id)] {
         if draft.state.is_unreadable(&key) {
@@ -45,14 +53,25 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
             return Err(Refusal::MacTaken(nic.mac.clone()));
         }
     }
+    Ok(())
+}
 
+/// Makes the records of a new VM of which everything has been checked, and finds a host for it.
+pub(super) fn store(
+    draft: &mut Draft<'_>,
+    request: Option<&RequestId>,
+    new: &NewVm,
+    spec: VmSpec,
+    clone_of: Option<CloneOf>,
+) -> Result<Answer, Refusal> {
+    let id = new.id;
     let now = draft.cx.now;
     let mut record = VmRecord {
         id,
         name: new.name.clone(),
         owner: new.owner.clone(),
         labels: new.labels.clone(),
-        spec: resolved(draft, new)?,
+        spec,
         pending: None,
         desired: new.desired,
         placement: Placement { host: None, incarnation: Incarnation::NONE, why: String::new(), since: now },
@@ -66,13 +85,18 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        clone_of,
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,
         created: now,
         extra: Extra::new(),
     };
-    draft.vm_event(&record, EventType::Created, format!("created by owner `{}`", record.owner));
+    let message = match &record.clone_of {
+        None => format!("created by owner `{}`", record.owner),
+        Some(clone) => format!("created by owner `{}` as a copy of VM `{}`", record.owner, clone.name),
+    };
+    draft.vm_event(&record, EventType::Created, message);
     match new.desired {
         Desired::Running => match schedule(draft, &placement::request(&record)) {
             Ok(choice) => {
@@ -91,7 +115,7 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
     }
 
     let record = draft.put_vm(record)?;
-    draft.put(name_key, Record::VmName(id))?;
+    draft.put(Key::VmName { owner: new.owner.clone(), name: new.name.clone() }, Record::VmName(id))?;
     for nic in &record.spec.nics {
         draft.put(Key::Mac(nic.mac.clone()), Record::Mac(id))?;
     }
@@ -221,6 +245,7 @@ fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
         };
     }
 
+    clone::check_unused(draft, &record, Use::Start)?;
     record.desired = Desired::Running;
     record.stop_force = false;
     draft.vm_event(&record, EventType::StartRequested, "a user asked for it".into());
@@ -334,6 +359,7 @@ pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId) -> Result<Answer, Refusal>
     if entry.record.desired == Desired::Deleted {
         return Ok(Answer::Vm(entry.record));
     }
+    clone::check_unused(draft, &entry.record, Use::Delete)?;
     let entry = migration::give_up(draft, &entry, "a user deleted the VM")?;
     let mut record = (*entry.record).clone();
     record.desired = Desired::Deleted;

@@ -750,6 +750,7 @@ impl Desired {
             migration_secret: String::new(),
             pause: Pause::GoOn,
             orders: Default::default(),
+            clone_from: None,
         }
     }
 }

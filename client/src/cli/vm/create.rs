@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use tonic::Code;
+use tonic::{Code, Status};
 use uncloud_proto::{names, v1};
 
 use super::{
@@ -228,7 +228,18 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<(), E
     let stopped = request.desired() == v1::PowerState::Stopped;
     let goal = if stopped { Goal::Stopped } else { Goal::Running };
     let request_id = request.request_id.clone();
-    let mut answer = context.client.create_vm(request).await.map_err(|status| match status.code() {
+    let mut answer = context.client.create_vm(request).await.map_err(|status| again(status, &request_id))?;
+    if wait.wait
+        && let Some(vm) = answer.vm.take()
+    {
+        answer.vm = wait_for(context, vm, &goal, wait).await?;
+    }
+    context.print(&answer, |a| super::row(context, a.vm.as_ref()))
+}
+
+/// Says how to repeat a command whose answer was lost.
+pub(super) fn again(status: Status, request_id: &str) -> Error {
+    match status.code() {
         Code::Unavailable | Code::DeadlineExceeded => Error::StatusWithHint {
             status,
             hint: format!(
@@ -237,13 +248,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<(), E
             ),
         },
         _ => Error::Status(status),
-    })?;
-    if wait.wait
-        && let Some(vm) = answer.vm.take()
-    {
-        answer.vm = wait_for(context, vm, &goal, wait).await?;
     }
-    context.print(&answer, |a| super::row(context, a.vm.as_ref()))
 }
 
 /// Makes the request from a file that describes one VM.

@@ -1,5 +1,6 @@
 //! `uncloud vm`.
 
+mod clone;
 mod cloud_init;
 mod console;
 mod create;
@@ -51,6 +52,8 @@ pub(crate) enum Command {
     /// Snapshots of a VM's disks.
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// Creates a VM like another one, with copies of its disks, and starts it.
+    Clone(clone::Arguments),
     /// Deletes a VM and its disks.
     Delete(power::Delete),
     /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
@@ -91,6 +94,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Migrate(arguments) => migrate::run(context, arguments).await,
         Command::ResizeDisk(arguments) => disk::resize(context, arguments).await,
         Command::Snapshot(command) => snapshot::run(context, command).await,
+        Command::Clone(arguments) => clone::run(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,
         Command::Update(arguments) => update::run(context, *arguments).await,

@@ -85,6 +85,7 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
             .and_then(|r| record.snapshots.iter().find(|s| s.id == r.snapshot))
             .map(|s| s.name.clone())
             .unwrap_or_default(),
+        cloning_from: record.clone_of.as_ref().map(|c| c.vm.to_string()).unwrap_or_default(),
     }
 }
 

@@ -194,6 +194,24 @@ pub(crate) fn snapshot(vm: String, owner: String, snapshot: String) -> Result<(V
     check.finish((vm, name))
 }
 
+/// A VM to be copied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CloneVm {
+    pub(crate) vm: VmRef,
+    pub(crate) snapshot: Option<String>,
+    pub(crate) name: String,
+}
+
+/// Checks a request to copy a VM.
+pub(crate) fn clone_vm(request: v1::CloneVmRequest) -> Result<CloneVm, Violations> {
+    let mut check = Checker::default();
+    check.request_id(&request.request_id);
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let name = check.name("name", request.name);
+    let snapshot = (!request.snapshot.is_empty()).then(|| check.name("snapshot", request.snapshot));
+    check.finish(CloneVm { vm, snapshot, name })
+}
+
 /// The least that a migration may be limited to, in bytes per second. With less, no guest gets there within an hour.
 const MIN_MIGRATION_RATE: u64 = 1 << 20;
 
@@ -482,8 +500,17 @@ mod tests {
         }
         assert_eq!(fields(resize_disk(v1::ResizeDiskRequest { disk: "../x".into(), ..good })), ["disk"]);
         assert!(snapshot("web".into(), String::new(), "before-upgrade".into()).is_ok());
+        let clone = |name: &str, snapshot: &str| {
+            let (name, snapshot) = (name.to_owned(), snapshot.to_owned());
+            clone_vm(v1::CloneVmRequest { vm: "web".into(), name, snapshot, ..Default::default() })
+        };
+        assert!(clone("copy", "before-upgrade").is_ok() && clone("copy", "").is_ok());
         for name in ["", "a/b", "a\u{1b}[31m", &"x".repeat(100)] {
             assert_eq!(fields(snapshot("web".into(), String::new(), name.into())), ["snapshot"]);
+            assert_eq!(fields(clone(name, "")), ["name"]);
         }
+        assert_eq!(fields(clone("", "a/b")), ["name", "snapshot"]);
+        let long = v1::CloneVmRequest { request_id: "x".repeat(129), ..Default::default() };
+        assert_eq!(fields(clone_vm(long)), ["request_id", "vm", "name"]);
     }
 }

@@ -69,17 +69,22 @@ pub(crate) fn create_vm(
 
 /// Gives every network interface a new MAC address, all different.
 pub(crate) fn mint_macs(spec: &mut VmSpec, random: &mut dyn FnMut() -> [u8; 5]) {
-    let mut seen = BTreeSet::new();
-    for nic in &mut spec.nics {
-        loop {
-            let [b, c, d, e, f] = random();
-            let mac = format!("{MAC_PREFIX:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
-            if seen.insert(mac.clone()) {
-                nic.mac = mac;
-                break;
-            }
+    for (nic, mac) in spec.nics.iter_mut().zip(macs(random)) {
+        nic.mac = mac;
+    }
+}
+
+/// As many MAC addresses as a VM can have, all different.
+pub(crate) fn macs(random: &mut dyn FnMut() -> [u8; 5]) -> Vec<String> {
+    let mut macs = Vec::with_capacity(MAX_NICS);
+    while macs.len() < MAX_NICS {
+        let [b, c, d, e, f] = random();
+        let mac = format!("{MAC_PREFIX:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
+        if !macs.contains(&mac) {
+            macs.push(mac);
         }
     }
+    macs
 }
 
 fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse, String)>) -> VmSpec {

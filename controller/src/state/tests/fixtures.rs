@@ -18,7 +18,10 @@ use crate::{
         host::{Accelerator, AcceleratorKind, Pool},
         image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
         migration::MigrationProgress,
-        vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{
+            Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, SnapshotState,
+            VmSpec,
+        },
     },
     scheduler::Resources,
     sessions::desired::{self, Wanted},
@@ -253,6 +256,22 @@ impl World {
             let told = desired::message(&self.state, host, *id, Wanted::AsRecorded(Revision(0))).unwrap();
             assert_ne!(told.disposition(), v1::Disposition::Run, "{id} may run, and its disks are to be put back");
         }
+        // CL1
+        for (id, entry) in self.state.vms().filter(|(_, e)| e.record.desired != Desired::Deleted) {
+            let Some(clone) = &entry.record.clone_of else { continue };
+            assert!(!entry.record.disks_exist, "{id} has its disks, and holds those of another VM still");
+            let source = self.record(clone.vm);
+            assert_ne!(source.desired, Desired::Deleted, "{id} is to be copied from it");
+            match clone.snapshot {
+                None => assert!(source.desired == Desired::Stopped && source.revert.is_none(), "copied to {id}"),
+                Some(snapshot) => assert!(
+                    // Disks of an older generation are lost to that VM: nobody touches them any more.
+                    source.disk_generation > clone.disk_generation
+                        || source.snapshots.iter().any(|s| s.id == snapshot && s.state == SnapshotState::Ready),
+                    "{id} is to be copied from a snapshot that goes"
+                ),
+            }
+        }
         for (id, host) in self.state.hosts() {
             let tenants: BTreeSet<VmId> =
                 self.state.vms().filter(|(_, vm)| vm.record.placement.host == Some(*id)).map(|(&vm, _)| vm).collect();
@@ -395,6 +414,7 @@ fn assert_same(a: &State, b: &State) {
     assert_eq!(a.host_names, b.host_names);
     assert_eq!(a.orphans, b.orphans);
     assert_eq!(a.incoming, b.incoming);
+    assert_eq!(a.clones, b.clones);
     assert_eq!(a.images, b.images);
     assert_eq!(a.image_names, b.image_names);
     assert_eq!(a.requests, b.requests);

@@ -14,7 +14,9 @@ use crate::{
     },
     state::{
         VmEntry,
-        command::{Command, DrainStep, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
+        command::{
+            Command, DrainStep, HostFacts, Lapsed, NewClone, ObservedState, PowerChange, VmObservation, VmUpdate,
+        },
         lease_lapsed,
     },
 };
@@ -44,6 +46,7 @@ enum Step {
     CancelMigration { vm: u128 },
     TargetReports { vm: u128, state: u8 },
     Snapshot { vm: VmNumber, what: u8 },
+    Clone { vm: VmNumber, of: VmNumber, snapshot: bool },
     Place,
 }
 
@@ -76,6 +79,7 @@ fn step() -> impl Strategy<Value = Step> {
             }),
         3 => Just(Step::Place),
         4 => (1..=VMS, 0..4_u8).prop_map(|(vm, what)| Step::Snapshot { vm, what }),
+        4 => (1..=VMS, 1..=VMS, any::<bool>()).prop_map(|(vm, of, snapshot)| Step::Clone { vm, of, snapshot }),
         6 => (1..=VMS, 0..=HOSTS).prop_map(|(vm, to)| Step::Migrate { vm, to }),
         1 => (1..=VMS).prop_map(|vm| Step::CancelMigration { vm }),
         6 => (1..=VMS, prop_oneof![Just(11_u8), Just(12), Just(12), 0..13_u8])
@@ -214,6 +218,12 @@ impl Step {
                     1 => Command::DeleteSnapshot { vm: vm(n), name },
                     _ => Command::RevertToSnapshot { vm: vm(n), name },
                 }
+            }
+            Self::Clone { vm: n, of, snapshot } => {
+                let clone =
+                    NewClone { id: vm(n), name: format!("vm-{n}"), macs: vec![format!("42:00:00:00:00:{n:02}")] };
+                let snapshot = snapshot.then(|| "s".to_owned());
+                Command::CloneVm { request: None, source: vm(of), snapshot, clone: Box::new(clone) }
             }
             Self::Place => {
                 let vms = world.state.vms().map(|(&vm, _)| vm).collect();
