@@ -14,11 +14,13 @@ mod check;
 mod claim;
 mod copies;
 pub mod disks;
+pub mod exports;
 pub mod format;
 pub mod http;
 pub mod images;
 pub mod inspect;
 mod outside;
+pub mod place;
 pub mod plan;
 pub mod pools;
 pub mod source;
@@ -32,6 +34,7 @@ use tokio::sync::{Semaphore, watch};
 use uncloud_proto::ids::{HostId, VmId};
 
 use self::{
+    exports::Exports,
     http::Http,
     images::{Env, Images},
     plan::Plan,
@@ -130,6 +133,9 @@ pub enum Error {
         /// Why it cannot be read.
         source: std::io::Error,
     },
+    /// A disk that is to be deleted is still served to hosts.
+    #[error("{0}")]
+    StillServed(String),
     /// qemu-img failed.
     #[error("qemu-img could not make disk {disk}: {words}")]
     Tool {
@@ -153,6 +159,7 @@ impl Error {
             | Self::Full { .. }
             | Self::Io { .. }
             | Self::NoFirmware { .. }
+            | Self::StillServed(_)
             | Self::Tool { .. } => Io,
         };
         source::problem(kind, self.reason())
@@ -197,6 +204,7 @@ pub struct Storage {
     progress: watch::Sender<BTreeMap<VmId, String>>,
     tools: Semaphore,
     starts: Starts,
+    exports: Exports,
 }
 
 /// What a start needs, and the turn that bounds how many are under way.
@@ -232,6 +240,7 @@ impl Storage {
             progress: watch::Sender::default(),
             tools: Semaphore::new(TOOLS_AT_ONCE),
             starts,
+            exports: Exports::default(),
         }
     }
 
@@ -239,6 +248,41 @@ impl Storage {
     #[must_use]
     pub fn images(&self) -> Images {
         self.images.clone()
+    }
+
+    /// What this host serves over the network.
+    #[must_use]
+    pub fn exports(&self) -> Exports {
+        self.exports.clone()
+    }
+
+    /// Makes those disks of a VM that lie in pools that this host exports, for whoever runs it. Idempotent, and may be dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Storage::prepare`].
+    pub async fn serve(&self, vm: VmId, desired: &Desired) -> Result<Vec<exports::plan::Disk>, Error> {
+        let plan = plan::exported(vm, desired, &self.pools)?;
+        self.check_pools(plan.pools()).await?;
+        disks::check_expected(&plan.disks, desired.disks).await?;
+        for fetch in &plan.fetches {
+            self.images.fetch(fetch.clone(), |_| ()).await.map_err(Error::Fetch)?;
+        }
+        self.make(&plan, desired).await?;
+        let served = |d: &plan::DiskPlan| exports::plan::Disk {
+            name: d.name.clone(),
+            node: plan::node_of(vm, &d.name, desired.disk_generation),
+            path: d.path.clone(),
+        };
+        Ok(plan.disks.iter().map(served).collect())
+    }
+
+    async fn make(&self, plan: &Plan, desired: &Desired) -> Result<(), Error> {
+        for disk in &plan.disks {
+            let _tool = self.tools.acquire().await.expect("it is never closed");
+            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
+        }
+        Ok(())
     }
 
     /// Fetches images, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
@@ -259,10 +303,7 @@ impl Storage {
         drop(telling);
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
         let turn = self.starts.turn(priority).await;
-        for disk in &plan.disks {
-            let _tool = self.tools.acquire().await.expect("it is never closed");
-            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
-        }
+        self.make(&plan, desired).await?;
         if let Some(vars) = &plan.firmware_vars {
             disks::make_vars(vars, self.user, &self.uefi_vars).await?;
         }
@@ -291,7 +332,15 @@ impl Storage {
     pub async fn delete(&self, vm: VmId, desired: &Desired) -> Result<(), Error> {
         let removals = plan::removals(vm, desired, &self.pools)?;
         self.check_pools(removals.iter().map(|r| r.pool.clone()).collect()).await?;
-        disks::remove(removals).await
+        let exported = plan::exported_nodes(vm, desired, &self.pools);
+        if exported.is_empty() {
+            return disks::remove(removals).await;
+        }
+        // P5, and a guest that is still to be killed elsewhere: nobody has a file open that is not there any more.
+        self.exports.withdraw(vm, desired.incarnation, exported).await.map_err(Error::StillServed)?;
+        disks::remove(removals).await?;
+        self.exports.forget(vm);
+        Ok(())
     }
 
     async fn check_pools(&self, names: Vec<String>) -> Result<(), Error> {

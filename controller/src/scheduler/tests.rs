@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::*;
 use crate::model::{
     Extra, HostMode, HostRecord, Liveness,
-    host::{Accelerator, AcceleratorKind, Cpu, Pool},
+    host::{Accelerator, AcceleratorKind, Cpu, Pool, PoolAccess},
 };
 
 const POOL: Uuid = Uuid::from_u128(0x700);
@@ -36,7 +36,13 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         labels: BTreeMap::new(),
         vcpus,
         memory_mib,
-        pools: vec![Pool { name: "default".into(), shared_id: Some(POOL), capacity_bytes: 1, problem: String::new() }],
+        pools: vec![Pool {
+            name: "default".into(),
+            shared_id: Some(POOL),
+            capacity_bytes: 1,
+            problem: String::new(),
+            access: PoolAccess::Directory,
+        }],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
         mode_reason: String::new(),

@@ -117,7 +117,7 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
     }
 }
 
-fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
+pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
     let record = &entry.record;
     let disposition = match record.desired {
         Desired::Running => v1::Disposition::Run,
@@ -145,6 +145,7 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         }),
         migration_secret: String::new(),
         paused: record.paused,
+        network_pools: Vec::new(),
     }
 }
 

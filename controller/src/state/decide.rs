@@ -8,7 +8,7 @@ use super::{
     REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     draft::Draft,
-    hosts, images, migration, placement, reports, update, vms,
+    exports, hosts, images, migration, placement, reports, update, vms,
 };
 use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
@@ -66,6 +66,9 @@ impl State {
             Command::ForgetImage { image } => images::forget(&mut draft, *image)?,
             Command::RegisterHost { host } => hosts::register(&mut draft, host)?,
             Command::UpdatePools { host, pools } => hosts::update_pools(&mut draft, *host, pools)?,
+            Command::NoteServed { host, vm, incarnation } => {
+                exports::note_served(&mut draft, *host, *vm, *incarnation)?
+            }
             Command::Report { host, reports } => {
                 if reports.len() > MAX_REPORTS {
                     let message = format!("at most {MAX_REPORTS} reports at once");

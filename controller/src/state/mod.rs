@@ -17,6 +17,7 @@ pub mod command;
 mod decide;
 mod draft;
 mod effective;
+pub mod exports;
 mod hosts;
 mod images;
 mod migration;
