@@ -15,6 +15,7 @@ use harness::{
     proc_table::{self, Kind, Proc},
     process::{kill_pid, signal_pid},
 };
+use uncloud_proto::v1::VmPhase;
 
 const POOL: &str = "net";
 
@@ -178,11 +179,13 @@ async fn a_frozen_host_that_is_thawed_never_writes_to_a_disk_that_was_given_on()
     stage.cluster.finish().await
 }
 
-/// N3: whatever becomes of the storage host's agent, its daemon and its network, the guest waits and goes on.
+/// N3: whatever becomes of the storage host, its agent, its daemon and the leader, the guest waits and goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_waits_for_its_storage_host_and_goes_on() -> anyhow::Result<()> {
     let mut stage = Stage::set_up().await?;
-    let vm = stage.cluster.run(Stage::request("waits")).await?;
+    // Its lease outlives the restart of the only controller.
+    let patient = |s: &mut v1::VmSpec| s.set_failover(v1::FailoverPolicy::Patient);
+    let vm = stage.cluster.run(specs::with(Stage::request("waits"), patient)).await?;
     let qemu = stage.qemu(&vm)?;
     let daemon = stage.daemon()?;
     let alive = |qemu: &Proc| proc_table::is_alive(qemu.pid, qemu.start);
@@ -209,8 +212,35 @@ async fn a_guest_waits_for_its_storage_host_and_goes_on() -> anyhow::Result<()> 
     stage.cluster.checker.wait_beats(&vm.id, 4, secs(60)).await?;
     assert!(stage.cluster.checker.count(&vm.id) >= stalled + 4);
 
+    // The leader: a new one knows of no grant, and asks.
+    stage.cluster.controller.kill();
+    stage.cluster.controller.start_again().await?;
+    stage.cluster.wait_hosts().await?;
+    stage.cluster.checker.wait_beats(&vm.id, 3, secs(30)).await?;
     assert!(alive(&qemu), "it is the same QEMU all along");
     let same = stage.cluster.api.vm(&vm.id).await?;
     assert_eq!(incarnation_of(&same), incarnation_of(&vm));
+
+    // Agent and daemon at once, and then a new incarnation.
+    let daemon = stage.daemon()?;
+    stage.cluster.host("host-2")?.kill();
+    kill_pid(daemon);
+    stage.cluster.api.stop(&vm.id).await?;
+    stage.cluster.api.wait_phase(&vm.id, VmPhase::Stopped, secs(40)).await?;
+    let count = stage.cluster.checker.count(&vm.id);
+    stage.cluster.api.start(&vm.id).await?;
+    let explain = v1::ExplainVmRequest { vm: vm.id.clone(), owner: String::new() };
+    let why = stage.cluster.api.vms().explain_vm(explain).await?.into_inner().summary;
+    assert!(why.contains("storage host `host-2`"), "{why}");
+    assert!(!stage.cluster.executes(&vm.id), "nobody has given it access");
+    stage.cluster.host("host-2")?.start_again()?;
+    stage.cluster.api.wait_running(&vm.id, secs(40)).await?;
+    stage.cluster.checker.wait_beats(&vm.id, 2, secs(30)).await?;
+    assert!(stage.cluster.checker.count(&vm.id) > count);
+
+    // What does not work says so.
+    let migrate = v1::MigrateVmRequest { vm: vm.id.clone(), ..Default::default() };
+    let refused = stage.cluster.api.vms().migrate_vm(migrate).await.expect_err("it is refused");
+    assert!(refused.message().contains("over the network"), "{refused:?}");
     stage.cluster.finish().await
 }
