@@ -2,11 +2,13 @@
 #
 #   make demo    a whole cluster on this machine that loses a host and brings its VMs back
 #   make test    every test, with real etcd and real QEMU guests
-#   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind
+#   make chaos   faults at random on real processes: MINUTES=10 SEED=...; `target/release/uncloud-chaos trials` for one kind,
+#                `migration-faults` for what can go wrong in a migration
 #   make lint    formatting, clippy, the protocol files
 #   make sim     the simulation over many seeds: SEEDS=10000 FROM=1
 #   make mutants breaks each safety rule in turn, and says whether a test notices
 #   make bench   the numbers, as a table and in target/bench.json
+#   make tour    what an operator does with a VM, typed into a real cluster with a Debian guest: docs/tour.md (CHECK=yes: compares)
 #
 # Each of them first installs what is missing (make setup) and says what that is.
 
@@ -36,6 +38,10 @@ $(GUESTS)/micro.img: integration-tests/guests/micro/micro.S integration-tests/gu
 $(GUESTS)/initrd.img: integration-tests/guests/linux/init.c integration-tests/guests/linux/build .ci/setup
 	@integration-tests/guests/linux/build $(GUESTS)
 
+# An ordinary Debian with cloud-init, for the tour. Needs root.
+$(GUESTS)/debian.qcow2: integration-tests/guests/debian/build
+	@integration-tests/guests/debian/build $(GUESTS)
+
 .PHONY: build
 build: setup
 	$(CARGO) build --workspace
@@ -53,6 +59,13 @@ test: setup
 	@$(MAKE) --no-print-directory guests
 	$(CARGO) build --workspace --all-targets
 	$(CARGO) test --workspace
+
+# Needs root, for network namespaces and the guest's file system.
+.PHONY: tour
+tour: setup
+	@$(MAKE) --no-print-directory guests $(GUESTS)/debian.qcow2
+	$(CARGO) build --workspace
+	$(TARGET)/debug/uncloud-tour $(if $(CHECK),--check)
 
 .PHONY: lint
 lint: setup

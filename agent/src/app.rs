@@ -307,6 +307,7 @@ fn identity(config: &Config, host: HostId, boot: Uuid, finding: &Finding, cpu: v
         accelerator: v1::Accelerator { kind: kind.into(), why: finding.why.clone() },
         migration_address: config.migration.map(|m| m.address),
         cpu,
+        bridges: config.bridges.clone(),
     }
 }
 

@@ -104,6 +104,9 @@ pub struct Options {
     /// Memory for VMs in MiB. All of the machine's but 512, if not given.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<u64>,
+    /// A bridge of this host that VMs may be connected to. May be repeated. None, if not given.
+    #[arg(long, value_name = "NAME")]
+    pub bridge: Vec<String>,
     /// How guests execute: auto (measured, the default), kvm or tcg.
     #[arg(long)]
     pub accelerator: Option<String>,
@@ -139,6 +142,8 @@ pub struct Options {
     pub migration_ports: Option<String>,
 }
 
+/// How many bridges a host may offer. The controller takes no more.
+const MAX_BRIDGES: usize = 64;
 /// Where Debian's package ovmf puts them.
 const UEFI_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 const UEFI_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
@@ -201,6 +206,8 @@ pub struct Config {
     pub parallel_starts: usize,
     /// Where VMs that migrate to this host arrive.
     pub migration: Option<Listen>,
+    /// Bridges that VMs may be connected to.
+    pub bridges: Vec<String>,
 }
 
 /// What serves the pools that this host exports.
@@ -255,6 +262,7 @@ impl Options {
             label: list(self.label, file.label),
             vcpus: self.vcpus.or(file.vcpus),
             memory_mib: self.memory_mib.or(file.memory_mib),
+            bridge: list(self.bridge, file.bridge),
             accelerator: self.accelerator.or(file.accelerator),
             vm_user: self.vm_user.or(file.vm_user),
             keeper: self.keeper.or(file.keeper),
@@ -337,6 +345,7 @@ impl Options {
             uefi_code: self.uefi_code.unwrap_or_else(|| UEFI_CODE.into()),
             uefi_vars: self.uefi_vars.unwrap_or_else(|| UEFI_VARS.into()),
             parallel_starts,
+            bridges: parse_bridges(self.bridge)?,
             migration: parse_migration(self.migration_address.as_deref(), self.migration_ports.as_deref())?,
         })
     }
@@ -422,6 +431,21 @@ fn parse_network_pools(texts: &[String], pools: &[Pool]) -> Result<Vec<NetworkPo
         found.push(pool);
     }
     Ok(found)
+}
+
+fn parse_bridges(names: Vec<String>) -> Result<Vec<String>, Error> {
+    for (i, name) in names.iter().enumerate() {
+        if let Err(problem) = names::check_interface(name) {
+            return wrong("--bridge", format!("`{}` {problem}", name.escape_debug()));
+        }
+        if names[..i].contains(name) {
+            return wrong("--bridge", format!("{name} is given twice"));
+        }
+    }
+    if names.len() > MAX_BRIDGES {
+        return wrong("--bridge", format!("is given {} times; at most {MAX_BRIDGES} are possible", names.len()));
+    }
+    Ok(names)
 }
 
 fn parse_migration(address: Option<&str>, ports: Option<&str>) -> Result<Option<Listen>, Error> {
@@ -588,6 +612,9 @@ mod tests {
             (problem(|o| o.pool = vec!["../a=/x".into()]), "--pool: "),
             (problem(|o| o.pool = vec!["a=/x".into(), "a=/y".into()]), "--pool: "),
             (problem(|o| o.pool = vec!["a=/x".into(), "b=/x,shared".into()]), "--pool: "),
+            (problem(|o| o.bridge = vec!["br0,fd=3".into()]), "--bridge: "),
+            (problem(|o| o.bridge = vec!["a-bridge-too-long".into()]), "--bridge: "),
+            (problem(|o| o.bridge = vec!["br0".into(), "br0".into()]), "--bridge: "),
             (problem(|o| o.label = vec!["k".into()]), "--label: "),
             (problem(|o| o.label = vec!["k=1".into(), "k=2".into()]), "--label: "),
             (problem(|o| o.vcpus = Some(0)), "--vcpus: "),

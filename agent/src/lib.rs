@@ -7,6 +7,7 @@ pub mod config;
 pub mod host;
 pub mod keeper;
 pub mod lease;
+pub mod network;
 pub mod qemu;
 pub mod records;
 pub mod session;

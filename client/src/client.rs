@@ -157,6 +157,14 @@ calls! {
     migrate_vm(MigrateVmRequest) -> MigrateVmResponse, vms, Once;
     /// Gives up a migration. Not tried again when the answer was lost: it would be refused.
     cancel_migration(CancelMigrationRequest) -> CancelMigrationResponse, vms, Once;
+    /// Makes a disk larger. The same call again finds it done.
+    resize_disk(ResizeDiskRequest) -> ResizeDiskResponse, vms, Repeatable;
+    /// Takes a snapshot. Not tried again when the answer was lost: its name would be taken.
+    create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, vms, Once;
+    /// Deletes a snapshot. Not tried again when the answer was lost: another may have its name by then.
+    delete_snapshot(DeleteSnapshotRequest) -> DeleteSnapshotResponse, vms, Once;
+    /// Puts disks back. Never tried again by itself: what the guest has written since would be lost.
+    revert_to_snapshot(RevertToSnapshotRequest) -> RevertToSnapshotResponse, vms, Once;
     /// Says why a VM is where it is.
     explain_vm(ExplainVmRequest) -> ExplainVmResponse, vms, Repeatable;
     /// Lists hosts.
@@ -238,6 +246,15 @@ impl Client {
             all.next_page_token = page.next_page_token;
         }
         Ok(all)
+    }
+
+    /// Has a host emptied, or shows how that goes. Only the opening is tried again.
+    ///
+    /// # Errors
+    ///
+    /// The server's refusal, or that nobody could be reached.
+    pub async fn drain_host(&self, request: v1::DrainHostRequest) -> Result<Streaming<v1::DrainHostResponse>, Status> {
+        self.call(Safety::Repeatable, request, |c, r| async move { hosts(c).drain_host(r).await }).await
     }
 
     /// Opens the serial log. Only the opening is tried again.

@@ -44,7 +44,10 @@ fn running() -> v1::Vm {
             v1::Disk { name: "disk0".into(), pool: "default".into(), size_bytes: 10 << 30, image: id(8) },
             v1::Disk { name: "data".into(), pool: "fast".into(), size_bytes: 16 << 20, ..Default::default() },
         ],
-        nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:01".into() }],
+        nics: vec![
+            v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:01".into(), bridge: String::new() },
+            v1::Nic { r#type: v1::NicType::Bridge.into(), mac: "42:00:00:00:00:02".into(), bridge: "br0".into() },
+        ],
         restart: v1::RestartPolicy::OnFailure.into(),
         failover: v1::FailoverPolicy::Fast.into(),
         on_disk_loss: v1::DiskLossPolicy::Recreate.into(),

@@ -98,6 +98,7 @@ pub async fn control<S>(
         store: known,
         clock: clock.clone(),
         cpu_overcommit_percent: config.cpu_overcommit,
+        disk_overcommit_percent: config.disk_overcommit,
         address: config.address(),
         dial: edge.dial,
     };
@@ -148,6 +149,7 @@ async fn elections(
     let settings = Settings {
         timings: config.timings(),
         cpu_overcommit_percent: config.cpu_overcommit,
+        disk_overcommit_percent: config.disk_overcommit,
         address: config.address(),
         controllers,
     };

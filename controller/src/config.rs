@@ -44,6 +44,10 @@ pub struct Config {
     /// vCPUs promised per CPU thread, such as 4 or 1.5.
     #[arg(long, value_name = "RATIO", default_value = "4", value_parser = ratio)]
     pub cpu_overcommit: u32,
+    /// Bytes of disks promised per byte of a pool: a disk takes room only as its guest writes. A guest whose pool is full stops until
+    /// there is room again.
+    #[arg(long, value_name = "RATIO", default_value = "2", value_parser = ratio)]
+    pub disk_overcommit: u32,
     /// Serve on other addresses than loopback although there is no encryption: everybody who reaches the port may do everything.
     #[arg(long)]
     pub insecure_no_tls: bool,
@@ -163,7 +167,7 @@ mod tests {
         let config = parse(&[]);
         assert_eq!(config.validate(), Ok(()));
         assert_eq!(config.fast_lease, Duration::from_secs(6));
-        assert_eq!(config.cpu_overcommit, 400);
+        assert_eq!((config.cpu_overcommit, config.disk_overcommit), (400, 200));
         assert_eq!(config.address(), "127.0.0.1:7400");
     }
 

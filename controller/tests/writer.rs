@@ -159,6 +159,7 @@ async fn fields_of_a_newer_program_survive_a_rewrite() {
         restarts_done: 0,
         paused: false,
         migration: None,
+        disks: Default::default(),
     };
     let host = host_facts(1).id;
     let running = Command::Report { host, reports: vec![report(1, ObservedState::Running)] };

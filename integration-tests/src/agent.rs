@@ -26,7 +26,7 @@ pub struct HostOptions {
     pub labels: Vec<String>,
     /// `auto` lets the agent probe.
     pub accelerator: String,
-    /// Where VMs that migrate to it arrive.
+    /// Where VMs that migrate to it arrive. Empty: none can come.
     pub migration_address: String,
     /// Further arguments.
     pub args: Vec<String>,
@@ -81,7 +81,9 @@ impl Agent {
         flag("--memory-mib", options.memory_mib.to_string());
         flag("--vcpus", options.vcpus.to_string());
         flag("--accelerator", options.accelerator.clone());
-        flag("--migration-address", options.migration_address.clone());
+        if !options.migration_address.is_empty() {
+            flag("--migration-address", options.migration_address.clone());
+        }
         for label in &options.labels {
             flag("--label", label.clone());
         }

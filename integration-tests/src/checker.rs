@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom},
+    ops::RangeInclusive,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -80,6 +81,8 @@ struct Seen {
     instances: Vec<Instance>,
     lines: Vec<Line>,
     problems: Vec<String>,
+    /// Counters that a VM may go back to, because its disks were put back.
+    returns: Vec<(String, RangeInclusive<u64>)>,
     longest_gap: Duration,
 }
 
@@ -102,6 +105,7 @@ impl Checker {
             others: HashMap::new(),
             reported: HashSet::new(),
             logs: BTreeMap::new(),
+            cut_lines: HashMap::new(),
         };
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
@@ -198,6 +202,11 @@ impl Checker {
         .await
     }
 
+    /// The VM's disks are about to be put back: once, its counter may go back to one of these.
+    pub fn expect_return(&self, vm: &str, to: RangeInclusive<u64>) {
+        lock(&self.seen, |s| s.returns.push((vm.to_owned(), to)));
+    }
+
     /// Ends the watch and judges what was seen.
     ///
     /// # Errors
@@ -208,13 +217,21 @@ impl Checker {
         let seen = guard(&self.seen);
         let mut problems = seen.problems.clone();
         let mut counters: BTreeMap<&str, Continuity> = BTreeMap::new();
+        let mut returns = seen.returns.clone();
         for line in &seen.lines {
             if guest::is_alarm(&line.text) {
                 problems.push(format!("guest {} on {}: {}", line.vm, line.host, line.text));
             }
             if let Some(said) = guest::parse(&line.text)
-                && let Err(problem) = counters.entry(&line.vm).or_default().next(said)
+                && let Err(problem) = counters.entry(&line.vm).or_default().next(said.clone())
             {
+                let fits = |(vm, to): &(String, RangeInclusive<u64>)| *vm == line.vm && to.contains(&said.n);
+                if said.kind == guest::Kind::Started
+                    && let Some(at) = returns.iter().position(fits)
+                {
+                    returns.remove(at);
+                    continue;
+                }
                 problems.push(format!("guest {} on {}: {problem}", line.vm, line.host));
             }
         }
@@ -263,7 +280,6 @@ struct Log {
     host: String,
     file: File,
     offset: u64,
-    partial: Vec<u8>,
 }
 
 /// The part that runs in the thread.
@@ -276,6 +292,8 @@ struct Watcher {
     reported: HashSet<(u32, u32)>,
     /// By device and inode, so that a log which was made anew is a new one.
     logs: BTreeMap<(u64, u64), Log>,
+    /// By VM: what it has said of a line. A guest may be moved in the middle of one, and ends it on the other host.
+    cut_lines: HashMap<String, Vec<u8>>,
 }
 
 impl Watcher {
@@ -374,7 +392,7 @@ impl Watcher {
                 if !self.logs.contains_key(&key)
                     && let Ok(file) = File::open(&path)
                 {
-                    let log = Log { vm: name_of(&vm), host: name_of(&host), file, offset: 0, partial: Vec::new() };
+                    let log = Log { vm: name_of(&vm), host: name_of(&host), file, offset: 0 };
                     self.logs.insert(key, log);
                 }
             }
@@ -386,14 +404,14 @@ impl Watcher {
         logs.sort_by_key(|(written, _)| *written);
         let mut lines = Vec::new();
         for (_, log) in logs {
-            log.read(&mut lines);
+            log.read(&mut lines, &mut self.cut_lines);
         }
         lines
     }
 }
 
 impl Log {
-    fn read(&mut self, lines: &mut Vec<Line>) {
+    fn read(&mut self, lines: &mut Vec<Line>, cut_lines: &mut HashMap<String, Vec<u8>>) {
         let length = self.file.metadata().map_or(0, |m| m.len());
         if length < self.offset {
             // It was trimmed.
@@ -405,10 +423,11 @@ impl Log {
         let mut bytes = Vec::new();
         let Ok(n) = (&mut self.file).take(length - self.offset).read_to_end(&mut bytes) else { return };
         self.offset += n as u64;
-        self.partial.extend_from_slice(&bytes);
+        let partial = cut_lines.entry(self.vm.clone()).or_default();
+        partial.extend_from_slice(&bytes);
         let at = Instant::now();
-        while let Some(end) = self.partial.iter().position(|b| *b == b'\n') {
-            let line: Vec<u8> = self.partial.drain(..=end).collect();
+        while let Some(end) = partial.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = partial.drain(..=end).collect();
             // A guest that was killed in the middle of a line is followed by the next one on the same line.
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             let text =
@@ -519,5 +538,22 @@ mod tests {
         checker.wait_line(VM, "SPLITBRAIN", Instant::now() - SOON, SOON).await.unwrap();
         let problem = checker.finish().unwrap_err().to_string();
         assert!(problem.contains("does not go on") && problem.contains("SPLITBRAIN"), "{problem}");
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_begun_on_one_host_and_ended_on_another_is_one() {
+        let root = tempfile::tempdir().unwrap();
+        let mut checker = Checker::start(root.path());
+        for (host, text) in
+            [("host-1", "MICRO 00000000 aaaaaaaa\r\nHB 000000"), ("host-2", "01 aaaaaaaa\r\nHB 00000002 aaaaaaaa\r\n")]
+        {
+            let run = root.path().join(host).join("state/vms").join(VM).join("run");
+            fs::create_dir_all(&run).unwrap();
+            fs::write(run.join("serial.log"), text).unwrap();
+            checker.wait_line(VM, "MICRO", Instant::now() - SOON, SOON).await.unwrap();
+        }
+        checker.wait_line(VM, "HB 00000002", Instant::now() - SOON, SOON).await.unwrap();
+        assert_eq!(checker.beats(VM).iter().map(|b| b.said.n).collect::<Vec<_>>(), [0, 1, 2]);
+        checker.finish().unwrap();
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     controller::Controller,
     etcd::{Fsync, TestEtcd},
     logs,
-    netns::Network,
+    netns::{self, Guests, Network},
     paths,
     proc_table::{self, Kind},
     slots::{Share, Slot},
@@ -44,6 +44,8 @@ pub struct Options {
     pub share: Share,
     /// Each host in a network namespace of its own.
     pub namespaces: bool,
+    /// Whether the guests have a network; only with `namespaces`.
+    pub guests: Guests,
     /// With the image of the Linux guest.
     pub linux: bool,
     /// The controller supervises an etcd of its own.
@@ -70,6 +72,7 @@ impl Options {
             controller: Vec::new(),
             share: Share::One,
             namespaces: false,
+            guests: Guests::Alone,
             linux: false,
             embedded_etcd: false,
             fsync: Fsync::Off,
@@ -121,6 +124,14 @@ impl Options {
     pub fn namespaces(mut self) -> Self {
         self.namespaces = true;
         self
+    }
+
+    /// Each host in a network namespace of its own, with a bridge for its VMs; all of these are joined.
+    #[must_use]
+    pub fn bridges(mut self) -> Self {
+        self.guests = Guests::Joined;
+        let bridge = ["--bridge", netns::GUEST_BRIDGE].map(str::to_owned);
+        self.namespaces().each_host(|_, host| host.args.extend(bridge.clone()))
     }
 
     /// The controller supervises an etcd of its own.
@@ -190,6 +201,18 @@ impl Drop for Root {
     }
 }
 
+/// Gives a host its namespace, if hosts have them, and the address where VMs arrive there.
+fn place(
+    network: Option<&mut Network>,
+    at: usize,
+    options: &HostOptions,
+) -> anyhow::Result<(Option<String>, HostOptions)> {
+    let Some(network) = network else { return Ok((None, options.clone())) };
+    let netns = network.add_host()?;
+    let migration_address = network.address_of(u32::try_from(at)? + 1);
+    Ok((Some(netns), HostOptions { migration_address, ..options.clone() }))
+}
+
 impl Cluster {
     async fn start(options: Options) -> anyhow::Result<Self> {
         let slot = Slot::take(options.share).await?;
@@ -206,7 +229,7 @@ impl Cluster {
             Command::new(agent).arg("init-pool").arg(path.join("pool")).args(["--name", specs::SHARED]).output()?;
         ensure!(marker.status.success(), "init-pool: {}", String::from_utf8_lossy(&marker.stderr));
 
-        let mut network = if options.namespaces { Some(Network::new()?) } else { None };
+        let mut network = if options.namespaces { Some(Network::new(options.guests)?) } else { None };
         let etcd = if options.embedded_etcd {
             None
         } else {
@@ -224,8 +247,8 @@ impl Cluster {
 
         let mut hosts = Vec::new();
         for (i, host) in options.hosts.iter().enumerate() {
-            let netns = network.as_mut().map(Network::add_host).transpose()?;
-            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &addresses.join(","), netns, host)?);
+            let (netns, host) = place(network.as_mut(), i, host)?;
+            hosts.push(Agent::start(&path, &format!("host-{}", i + 1), &addresses.join(","), netns, &host)?);
         }
         let mut cluster = Self {
             controller,
@@ -288,8 +311,8 @@ impl Cluster {
     /// It does not come up.
     pub async fn add_host(&mut self, options: &HostOptions) -> anyhow::Result<()> {
         let name = format!("host-{}", self.hosts.len() + 1);
-        let netns = self.network.as_mut().map(Network::add_host).transpose()?;
-        self.hosts.push(Agent::start(&self.root.path, &name, &self.addresses.join(","), netns, options)?);
+        let (netns, options) = place(self.network.as_mut(), self.hosts.len(), options)?;
+        self.hosts.push(Agent::start(&self.root.path, &name, &self.addresses.join(","), netns, &options)?);
         self.wait_hosts().await
     }
 
@@ -326,6 +349,22 @@ impl Cluster {
         &self.root.path
     }
 
+    /// The namespace from which guests are reached.
+    ///
+    /// # Errors
+    ///
+    /// The cluster was made without a network for guests.
+    pub fn users(&self) -> anyhow::Result<String> {
+        let network = self.network.as_ref().filter(|_| self.options.guests == Guests::Joined);
+        Ok(network.context("this cluster was made without `bridges`")?.users())
+    }
+
+    /// The address at which hosts and users reach this machine, if they have namespaces; the loopback otherwise.
+    #[must_use]
+    pub fn address(&self) -> String {
+        self.network.as_ref().map_or("127.0.0.1".to_owned(), Network::address)
+    }
+
     /// The directory of the shared pool.
     #[must_use]
     pub fn pool(&self) -> PathBuf {
@@ -347,6 +386,18 @@ impl Cluster {
         let names: Vec<String> = self.hosts.iter().map(|h| h.name().to_owned()).collect();
         let found = self.hosts.iter_mut().find(|h| h.name() == name);
         found.with_context(|| format!("no host `{name}`; there are {names:?}"))
+    }
+
+    /// The address of a host in the network of the namespaces; `None` for that of the controllers.
+    ///
+    /// # Errors
+    ///
+    /// There is no such host, or the cluster was made without namespaces.
+    pub fn address_of(&self, host: Option<&str>) -> anyhow::Result<String> {
+        let network = self.network.as_ref().context("this cluster was made without namespaces")?;
+        let Some(name) = host else { return Ok(network.address()) };
+        let at = self.hosts.iter().position(|h| h.name() == name).with_context(|| format!("no host `{name}`"))?;
+        Ok(network.address_of(u32::try_from(at)? + 1))
     }
 
     /// The host that a VM was given.

@@ -39,7 +39,7 @@ pub fn parse(line: &str) -> Option<Said> {
 /// A line that must never appear.
 #[must_use]
 pub fn is_alarm(line: &str) -> bool {
-    line.contains("SPLITBRAIN") || line.contains("DISKERROR")
+    ["SPLITBRAIN", "DISKERROR", "MEMORYLOST"].iter().any(|alarm| line.contains(alarm))
 }
 
 /// Follows the counters of one VM through all its starts and hosts.

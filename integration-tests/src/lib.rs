@@ -19,6 +19,7 @@ pub mod etcd;
 pub mod guest;
 pub mod listing;
 pub mod logs;
+pub mod migration;
 pub mod netns;
 pub mod netsim;
 pub mod paths;
@@ -30,6 +31,8 @@ pub mod sim;
 pub mod site;
 pub mod slots;
 pub mod specs;
+pub mod tour;
+pub mod typed;
 pub mod wait;
 
 pub use api::{Api, error_fields};

@@ -3,12 +3,14 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    fs,
+    io::{self, AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
     time,
@@ -29,6 +31,8 @@ pub enum Page {
     Stalls { content: Vec<u8>, after: usize },
     /// A whole file to who only looks at its beginning the first time; then more than that, without saying how much.
     GrowsWithoutEnd { content: Vec<u8> },
+    /// A file of this machine, whole, read while it is sent: for what is too large to be held in memory.
+    Disk(PathBuf),
     /// Another place.
     Redirect(String),
     /// A status alone.
@@ -77,7 +81,16 @@ impl Site {
     ///
     /// There is no free port.
     pub async fn start() -> anyhow::Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        Self::start_at("127.0.0.1").await
+    }
+
+    /// Starts one at an address of this machine.
+    ///
+    /// # Errors
+    ///
+    /// There is no free port, or no such address.
+    pub async fn start_at(address: &str) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind((address, 0)).await?;
         let address = listener.local_addr()?;
         let inner = Arc::new(Inner::default());
         let serving = Arc::clone(&inner);
@@ -170,6 +183,13 @@ async fn answer(page: Page, hit: &Hit, number: usize, stream: &mut TcpStream) ->
             loop {
                 stream.write_all(&content).await?;
             }
+        }
+        Page::Disk(path) => {
+            let mut file = fs::File::open(path).await?;
+            let size = file.metadata().await?.len();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n");
+            stream.write_all(head.as_bytes()).await?;
+            io::copy(&mut file, stream).await.map(drop)
         }
         Page::Redirect(to) => {
             let head =

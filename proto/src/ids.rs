@@ -80,8 +80,28 @@ pub struct MalformedId {
 
 /// Counts how many times a VM has been given a host (docs/fencing.md). 0: never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct Incarnation(pub u64);
+
+/// The largest incarnation that a record may have: there are always larger ones, and every JSON parser keeps it exactly.
+const MAX_INCARNATION: u64 = (1 << 53) - 1;
+
+impl TryFrom<u64> for Incarnation {
+    type Error = String;
+
+    fn try_from(value: u64) -> Result<Self, String> {
+        if value > MAX_INCARNATION {
+            return Err(format!("{value} is not an incarnation: it is larger than {MAX_INCARNATION}"));
+        }
+        Ok(Self(value))
+    }
+}
+
+impl From<Incarnation> for u64 {
+    fn from(incarnation: Incarnation) -> Self {
+        incarnation.0
+    }
+}
 
 impl Incarnation {
     /// No host yet.
@@ -131,6 +151,17 @@ impl fmt::Display for Revision {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whatever is in a record, there is a next one.
+    #[test]
+    fn an_incarnation_that_leaves_no_room_for_more_is_not_read() {
+        let largest: Incarnation = serde_json::from_str("9007199254740991").unwrap();
+        assert_eq!(
+            (largest.next().0, serde_json::to_string(&largest).unwrap().as_str()),
+            (1 << 53, "9007199254740991")
+        );
+        assert!(serde_json::from_str::<Incarnation>("18446744073709551615").is_err());
+    }
 
     #[test]
     fn an_id_has_one_spelling() {

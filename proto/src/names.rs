@@ -2,9 +2,13 @@
 //!
 //! Names end up in etcd keys, file names and tables, so the rule is narrow: a letter or digit, then
 //! letters, digits, `-`, `_` and `.`. A name must not look like a UUID, because wherever a name will do, a UUID does, too.
+//!
+//! Names of network interfaces are the operating system's: the same characters, but shorter.
 
 /// The longest name, in bytes.
 pub const MAX_NAME: usize = 63;
+/// The longest name of a network interface on Linux, in bytes.
+pub const MAX_INTERFACE: usize = 15;
 
 /// Why a string is not a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -15,6 +19,9 @@ pub enum BadName {
     /// It is longer than [`MAX_NAME`].
     #[error("is longer than {MAX_NAME} characters")]
     TooLong,
+    /// It is longer than [`MAX_INTERFACE`], as the name of a network interface.
+    #[error("is longer than {MAX_INTERFACE} characters, as no network interface's name is")]
+    TooLongForInterface,
     /// It has a character that is not allowed.
     #[error("may have only letters, digits, `-`, `_` and `.`, and begins with a letter or digit")]
     Characters,
@@ -45,6 +52,16 @@ pub fn check(name: &str) -> Result<(), BadName> {
     Ok(())
 }
 
+/// Checks the name of a network interface of a host, such as a bridge.
+///
+/// # Errors
+///
+/// Says what is wrong, as [`check`] does.
+pub fn check_interface(name: &str) -> Result<(), BadName> {
+    check(name)?;
+    if name.len() > MAX_INTERFACE { Err(BadName::TooLongForInterface) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,5 +78,9 @@ mod tests {
         }
         assert_eq!(check("00000000-0000-0000-0000-000000000abc"), Err(BadName::LooksLikeUuid));
         assert_eq!(check("00000000000000000000000000000abc"), Err(BadName::LooksLikeUuid));
+        assert_eq!(check_interface("br-0.12"), Ok(()));
+        assert_eq!(check_interface(&"x".repeat(15)), Ok(()));
+        assert_eq!(check_interface(&"x".repeat(16)), Err(BadName::TooLongForInterface));
+        assert_eq!(check_interface("br0,fd=3"), Err(BadName::Characters));
     }
 }

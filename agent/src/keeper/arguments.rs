@@ -40,9 +40,14 @@ pub struct Arguments {
     /// A descriptor of the VM's lock file that the parent has locked already, so that the VM is never without a lock
     /// between the parent's decision and the keeper's first step.
     pub lock_fd: Option<i32>,
+    /// Further descriptors that the parent has opened for QEMU, under the numbers that QEMU's arguments name.
+    pub pass_fds: Vec<i32>,
     /// QEMU and its arguments.
     pub command: Vec<CString>,
 }
+
+/// How many descriptors may be passed on: one for each network interface.
+const MAX_PASSED: usize = 8;
 
 /// Why a command line is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -74,7 +79,9 @@ impl Arguments {
         const UID: &str = "--uid";
         const GID: &str = "--gid";
         const LOCK_FD: &str = "--lock-fd";
-        const FLAGS: [&str; 9] = [VM, INCARNATION, VM_DIR, CLASS, LEASE_FILE, LEASE_GENERATION, UID, GID, LOCK_FD];
+        const PASS_FDS: &str = "--pass-fds";
+        const FLAGS: [&str; 10] =
+            [VM, INCARNATION, VM_DIR, CLASS, LEASE_FILE, LEASE_GENERATION, UID, GID, LOCK_FD, PASS_FDS];
 
         let mut rest = arguments.into_iter();
         let mut given: Vec<(&'static str, OsString)> = Vec::with_capacity(FLAGS.len());
@@ -105,6 +112,13 @@ impl Arguments {
         if lock_fd.is_some_and(|fd| fd < 3) {
             return Err(BadArguments::Value(LOCK_FD));
         }
+        let pass_fds: Vec<i32> = take(PASS_FDS)
+            .map(|list| list.to_str()?.split(',').map(|fd| fd.parse().ok()).collect::<Option<_>>())
+            .map_or(Some(Vec::new()), |list| list)
+            .ok_or(BadArguments::Value(PASS_FDS))?;
+        if pass_fds.len() > MAX_PASSED || pass_fds.iter().any(|&fd| fd < 3 || Some(fd) == lock_fd) {
+            return Err(BadArguments::Value(PASS_FDS));
+        }
         Ok(Self {
             vm: required(VM, take(VM))?,
             incarnation: Incarnation(required(INCARNATION, take(INCARNATION))?),
@@ -114,6 +128,7 @@ impl Arguments {
             lease_generation: required(LEASE_GENERATION, take(LEASE_GENERATION))?,
             user,
             lock_fd,
+            pass_fds,
             command,
         })
     }
@@ -140,7 +155,8 @@ mod tests {
 
     #[test]
     fn a_whole_command_line_is_understood() {
-        let a = parse(&format!("{GOOD} --uid 65534 --gid 100 --lock-fd 7 -- /bin/qemu --vm x -- y")).unwrap();
+        let a = parse(&format!("{GOOD} --uid 65534 --gid 100 --lock-fd 7 --pass-fds 12,5 -- /bin/qemu --vm x -- y"))
+            .unwrap();
         assert_eq!(a.vm.to_string(), VM);
         assert_eq!(a.incarnation, Incarnation(3));
         assert_eq!(a.vm_dir, PathBuf::from("/d"));
@@ -148,7 +164,7 @@ mod tests {
         assert_eq!(a.lease_file, PathBuf::from("/l"));
         assert_eq!(a.lease_generation, u16::MAX);
         assert_eq!(a.user, Some(User { uid: 65534, gid: 100 }));
-        assert_eq!(a.lock_fd, Some(7));
+        assert_eq!((a.lock_fd, a.pass_fds), (Some(7), vec![12, 5]));
         let command: Vec<_> = a.command.iter().map(|c| c.to_str().unwrap()).collect();
         assert_eq!(command, ["/bin/qemu", "--vm", "x", "--", "y"]);
         assert_eq!(parse(&format!("{GOOD} -- q")).unwrap().user, None);
@@ -165,6 +181,10 @@ mod tests {
         assert_eq!(parse(&format!("{GOOD} --class slow -- q")), Err(Unexpected("--class".into())), "given twice");
         assert_eq!(parse(&format!("{GOOD} --lock-fd 2 -- q")), Err(Value("--lock-fd")));
         assert_eq!(parse(&format!("{GOOD} --lock-fd")), Err(Value("--lock-fd")));
+        for wrong in [",", "1", "5,", "5,x", "5,6,7,8,9,10,11,12,13", "4,7"] {
+            let line = format!("{GOOD} --lock-fd 7 --pass-fds {wrong} -- q");
+            assert_eq!(parse(&line), Err(Value("--pass-fds")), "{wrong}");
+        }
         assert_eq!(parse("--what -- q"), Err(Unexpected("--what".into())));
         assert_eq!(parse(&GOOD.replace("65535", "65536")), Err(Missing("the command after `--`")));
         assert_eq!(parse(&format!("{} -- q", GOOD.replace("65535", "65536"))), Err(Value("--lease-generation")));

@@ -44,7 +44,7 @@ pub fn main() -> ExitCode {
             return EXIT_USAGE.into();
         }
     };
-    sys::close_inherited(arguments.lock_fd);
+    sys::close_inherited(arguments.lock_fd.into_iter().chain(arguments.pass_fds.iter().copied()));
     match keep(&arguments) {
         Ok(code) => code.into(),
         Err(e) => {

@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     process::Command,
@@ -76,21 +76,24 @@ fn check(result: c_int) -> io::Result<c_int> {
     if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Closes every file descriptor from 3 on, but not `keep`.
-pub(crate) fn close_inherited(keep: Option<RawFd>) {
+/// Closes every file descriptor from 3 on, but not those in `keep`.
+pub(crate) fn close_inherited(keep: impl IntoIterator<Item = RawFd>) {
     let close = |from: u32, to: u32| {
         if from <= to {
             // SAFETY: called first thing in `main`, before this program has opened any descriptor of its own.
             unsafe { libc::close_range(from, to, 0) };
         }
     };
-    match keep.and_then(|fd| u32::try_from(fd).ok()).filter(|fd| *fd >= 3) {
-        Some(fd) => {
-            close(3, fd - 1);
-            close(fd + 1, u32::MAX);
+    let mut keep: Vec<u32> = keep.into_iter().filter_map(|fd| u32::try_from(fd).ok()).filter(|fd| *fd >= 3).collect();
+    keep.sort_unstable();
+    let mut from = 3;
+    for fd in keep {
+        if fd >= from {
+            close(from, fd - 1);
+            from = fd + 1;
         }
-        None => close(3, u32::MAX),
     }
+    close(from, u32::MAX);
 }
 
 /// Takes over a descriptor that the parent left open for this program.
@@ -337,15 +340,16 @@ pub(crate) fn reap(child: i32) -> io::Result<Option<Ended>> {
     }
 }
 
-/// Lets `command` begin a session of its own, with `keep` still open in it under the same number.
-pub(crate) fn detach(command: &mut Command, keep: &File) {
-    let keep = keep.as_fd().as_raw_fd();
-    // SAFETY: between fork and exec only two system calls on numbers; `keep` is open in the caller until the command
-    // has been spawned.
+/// Lets `command` begin a session of its own, with `keep` still open in it under the same numbers.
+pub(crate) fn detach(command: &mut Command, keep: Vec<RawFd>) {
+    // SAFETY: between fork and exec only system calls on numbers; `keep` is open in the caller until the command has been spawned.
     unsafe {
         command.pre_exec(move || {
             check(libc::setsid())?;
-            check(libc::fcntl(keep, libc::F_SETFD, 0)).map(drop)
+            for fd in &keep {
+                check(libc::fcntl(*fd, libc::F_SETFD, 0))?;
+            }
+            Ok(())
         });
     }
 }

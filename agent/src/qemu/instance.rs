@@ -24,6 +24,7 @@ use uncloud_proto::ids::{Incarnation, VmId};
 
 use super::{
     command_line::{QMP_SOCKETS, qmp_socket},
+    disks,
     files::{self, Exit, KeeperRecord},
     guest_agent,
     pidfd::Process,
@@ -51,6 +52,10 @@ pub enum InstanceEvent {
     GuestAddresses(Vec<IpAddr>),
     /// Its migration is further, or over.
     MigrationMoved,
+    /// A disk's pool is full, and QEMU holds the guest still.
+    Stalled,
+    /// A disk could not be read or written, and the guest was told so. What and why, in words.
+    DiskFailed(String),
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }
@@ -211,6 +216,8 @@ struct Untold {
     moved: bool,
     panicked: bool,
     shutdown: bool,
+    stalled: bool,
+    disk_failed: Option<String>,
     addresses: Option<Vec<IpAddr>>,
     ended: Option<Exit>,
 }
@@ -227,6 +234,8 @@ impl Facts {
             InstanceEvent::MigrationMoved => untold.moved = true,
             InstanceEvent::GuestPanicked => untold.panicked = true,
             InstanceEvent::GuestShutdown => untold.shutdown = true,
+            InstanceEvent::Stalled => untold.stalled = true,
+            InstanceEvent::DiskFailed(words) => untold.disk_failed = Some(words),
             InstanceEvent::GuestAddresses(addresses) => untold.addresses = Some(addresses),
             InstanceEvent::Ended(exit) => untold.ended = Some(exit),
         }
@@ -245,6 +254,10 @@ impl Facts {
             Some(InstanceEvent::GuestPanicked)
         } else if std::mem::take(&mut untold.shutdown) {
             Some(InstanceEvent::GuestShutdown)
+        } else if std::mem::take(&mut untold.stalled) {
+            Some(InstanceEvent::Stalled)
+        } else if let Some(words) = untold.disk_failed.take() {
+            Some(InstanceEvent::DiskFailed(words))
         } else if let Some(addresses) = untold.addresses.take() {
             Some(InstanceEvent::GuestAddresses(addresses))
         } else {
@@ -309,6 +322,7 @@ impl Watcher {
             Ok(answer) => match answer["status"].as_str() {
                 Some("shutdown") => self.facts.add(InstanceEvent::GuestShutdown),
                 Some("guest-panicked") => self.facts.add(InstanceEvent::GuestPanicked),
+                Some("io-error") => self.facts.add(InstanceEvent::Stalled),
                 Some(_) | None => {}
             },
             Err(e) => {
@@ -374,6 +388,7 @@ fn meaning(event: &Event) -> Option<InstanceEvent> {
         "RESET" if by_guest => Some(InstanceEvent::GuestReset),
         "MIGRATION" => Some(InstanceEvent::MigrationMoved),
         "GUEST_PANICKED" => Some(InstanceEvent::GuestPanicked),
+        "BLOCK_IO_ERROR" => Some(disks::failure(&event.data)),
         _ => None,
     }
 }

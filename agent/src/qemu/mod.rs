@@ -6,6 +6,7 @@
 
 pub mod command_line;
 pub mod console;
+pub mod disks;
 mod files;
 mod guest_agent;
 mod instance;

@@ -11,9 +11,13 @@
 use std::{
     ffi::OsString,
     fmt, fs, io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    },
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -78,6 +82,8 @@ pub struct Launch {
     pub keeper: PathBuf,
     /// QEMU and its arguments.
     pub argv: Vec<OsString>,
+    /// What QEMU finds open, under the numbers that its arguments name. Closed here as soon as the start is over.
+    pub pass: Vec<Arc<OwnedFd>>,
 }
 
 /// Why a VM was not started. Nothing of it runs then, unless it is [`LaunchError::Busy`].
@@ -181,7 +187,6 @@ async fn lock(vm_dir: &Path) -> Result<fs::File, LaunchError> {
 }
 
 fn spawn_keeper(launch: &Launch, lock: &fs::File) -> Result<Child, LaunchError> {
-    use std::os::fd::AsRawFd;
     // For what goes wrong before the keeper has opened it itself. It belongs to this start, since the lock is held.
     let log = fs::OpenOptions::new()
         .append(true)
@@ -203,6 +208,11 @@ fn spawn_keeper(launch: &Launch, lock: &fs::File) -> Result<Child, LaunchError> 
     if let Some(user) = launch.user {
         command.args(["--uid", &user.uid.to_string(), "--gid", &user.gid.to_string()]);
     }
+    let pass: Vec<RawFd> = launch.pass.iter().map(|fd| fd.as_raw_fd()).collect();
+    if !pass.is_empty() {
+        let numbers: Vec<String> = pass.iter().map(ToString::to_string).collect();
+        command.args(["--pass-fds", &numbers.join(",")]);
+    }
     // Nothing of the agent's environment is QEMU's business.
     command
         .arg("--")
@@ -212,7 +222,7 @@ fn spawn_keeper(launch: &Launch, lock: &fs::File) -> Result<Child, LaunchError> 
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
-    sys::detach(&mut command, lock);
+    sys::detach(&mut command, pass.into_iter().chain([lock.as_raw_fd()]).collect());
     Command::from(command)
         .spawn()
         .map_err(|e| LaunchError::failed(format_args!("the keeper {} cannot be started", launch.keeper.display()), e))

@@ -98,6 +98,9 @@ impl Entry {
             next_attempt: r.next_attempt.map(|t| t.to_proto()),
             restarts_done: r.restarts_done,
             addresses: r.addresses.clone(),
+            snapshots_made: r.disks.made.iter().map(ToString::to_string).collect(),
+            snapshots_removed: r.disks.removed.iter().map(ToString::to_string).collect(),
+            reverted: r.disks.reverted,
             migration: r.migration.as_ref().map(|m| v1::MigrationReport {
                 incarnation: m.incarnation.0,
                 address: m.address.map(|a| a.to_string()).unwrap_or_default(),
@@ -187,6 +190,7 @@ mod tests {
             addresses: Vec::new(),
             migration: None,
             paused: false,
+            disks: Default::default(),
         }
     }
 

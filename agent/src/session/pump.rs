@@ -94,6 +94,8 @@ pub struct Identity {
     pub migration_address: Option<IpAddr>,
     /// The CPU that guests can have.
     pub cpu: v1::Cpu,
+    /// Bridges that VMs may be connected to.
+    pub bridges: Vec<String>,
 }
 
 /// How a session ended.
@@ -211,6 +213,7 @@ impl<H: Hypervisor> Session<H> {
             agent_instance: id.instance.to_string(),
             migration_address: id.migration_address.map(|a| a.to_string()).unwrap_or_default(),
             cpu: Some(id.cpu.clone()),
+            bridges: id.bridges.clone(),
         }
     }
 
@@ -440,6 +443,7 @@ impl<H: Hypervisor> Session<H> {
                         addresses: Vec::new(),
                         migration: None,
                         paused: false,
+                        disks: Default::default(),
                     };
                     self.manager.host().outbox.put(vm, report);
                 }

@@ -317,6 +317,7 @@ impl Machine {
                 accelerator: v1::Accelerator::default(),
                 migration_address: None,
                 cpu: v1::Cpu::default(),
+                bridges: Vec::new(),
             },
             gate: Gate::new(agent.get().newest_term, incarnations),
             manager: Arc::clone(&manager),

@@ -22,13 +22,14 @@ use super::{
     is_full,
     plan::{DiskPlan, Removal, VarsPlan},
     pools::User,
+    room::Space,
 };
 use crate::vm::desired::DisksExpected;
 
 /// Making an overlay takes milliseconds; a pool that takes longer than this hangs.
 const TOOL_TIMEOUT: Duration = Duration::from_secs(60);
 
-fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Io { what, path, source }
 }
@@ -70,7 +71,11 @@ pub async fn make(disk: &DiskPlan, expected: DisksExpected, user: Option<User>, 
         return Ok(());
     }
     let begin = disk.clone();
-    blocking(move || make_ready(&begin, user)).await?;
+    blocking(move || {
+        make_ready(&begin, user)?;
+        check_room(&begin)
+    })
+    .await?;
     let made = run_tool(disk, user, tool).await;
     let end = disk.clone();
     match made {
@@ -125,6 +130,21 @@ fn copy_vars(vars: &VarsPlan, user: Option<User>, template: &Path) -> Result<(),
     Ok(())
 }
 
+/// The disks that are there come first.
+fn check_room(disk: &DiskPlan) -> Result<(), Error> {
+    let dir = disk.path.parent().expect("a disk lies in its VM's directory");
+    let space = Space::of(dir).map_err(io_error("look at", dir))?;
+    if space.beside_reserve() > 0 {
+        return Ok(());
+    }
+    Err(Error::NoRoom {
+        pool: disk.pool.clone(),
+        disk: disk.name.clone(),
+        free_mib: space.free() >> 20,
+        reserve_mib: space.reserve() >> 20,
+    })
+}
+
 fn make_ready(disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
     ready(&disk.path, &disk.temporary, user)
 }
@@ -153,6 +173,16 @@ async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<()
     if disk.size_bytes > 0 {
         command.arg(disk.size_bytes.to_string());
     }
+    run(command, disk, user).await
+}
+
+/// Runs qemu-img on a disk, as the user that QEMU runs as and for a bounded time.
+pub(super) async fn run(command: Command, disk: &DiskPlan, user: Option<User>) -> Result<(), Error> {
+    output_of(command, disk, user).await.map(drop)
+}
+
+/// The same, and gives what it printed.
+pub(super) async fn output_of(mut command: Command, disk: &DiskPlan, user: Option<User>) -> Result<Vec<u8>, Error> {
     if let Some(user) = user {
         // Supplementary groups go, too: the standard library sees to it when it changes the user as root.
         command.uid(user.uid).gid(user.gid);
@@ -162,11 +192,14 @@ async fn run_tool(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<()
     let failed = |words: String| Error::Tool { disk: disk.name.clone(), words };
     let output = match time::timeout(TOOL_TIMEOUT, command.output()).await {
         Ok(Ok(output)) => output,
-        Ok(Err(e)) => return Err(failed(format!("{} cannot be run: {e}", tool.display()))),
+        Ok(Err(e)) => {
+            let tool = command.as_std().get_program().to_string_lossy().into_owned();
+            return Err(failed(format!("{tool} cannot be run: {e}")));
+        }
         Err(_) => return Err(failed(format!("it took longer than {} s", TOOL_TIMEOUT.as_secs()))),
     };
     if output.status.success() {
-        return Ok(());
+        return Ok(output.stdout);
     }
     let words: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(500).collect();
     if words.contains("No space left on device") || words.contains("Disk quota exceeded") {

@@ -100,6 +100,13 @@ pub fn check(format: Format, header: &[u8]) -> Result<(), Refused> {
     }
 }
 
+/// The size that a guest sees of a disk of ours, which may have a backing file. `None`: it is no qcow2 file.
+#[must_use]
+pub(super) fn qcow2_size(header: &[u8]) -> Option<u64> {
+    let size = header.get(24..32).filter(|_| header.starts_with(MAGIC))?;
+    Some(u64::from_be_bytes(size.try_into().ok()?))
+}
+
 fn qcow2(header: &[u8]) -> Result<u64, Refused> {
     let u32_at = |at: usize| header.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
     let u64_at = |at: usize| u32_at(at).zip(u32_at(at + 4)).map(|(high, low)| u64::from(high) << 32 | u64::from(low));

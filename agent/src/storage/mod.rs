@@ -16,6 +16,7 @@ mod copies;
 pub mod disks;
 pub mod exports;
 pub mod format;
+mod grow;
 pub mod http;
 pub mod images;
 pub mod inspect;
@@ -23,6 +24,8 @@ mod outside;
 pub mod place;
 pub mod plan;
 pub mod pools;
+pub(crate) mod room;
+mod snapshots;
 pub mod source;
 #[cfg(test)]
 mod tests;
@@ -39,10 +42,12 @@ use self::{
     images::{Env, Images},
     plan::Plan,
     pools::{Pool, User},
+    room::Space,
     source::Roots,
 };
 use crate::vm::{
-    desired::Desired,
+    desired::{Desired, DisksExpected, Disposition},
+    disks::Done,
     runner::chain,
     starts::{Starts, Turn},
 };
@@ -81,6 +86,21 @@ pub enum Error {
         pool: String,
         /// What did not fit.
         what: String,
+    },
+    /// The pool is nearly full.
+    #[error(
+        "pool {pool} has {free_mib} MiB left, of which {reserve_mib} MiB stay free for the disks that are there: disk {disk} is not \
+         made; make room in the pool, or choose another"
+    )]
+    NoRoom {
+        /// The pool.
+        pool: String,
+        /// The disk that was to be made.
+        disk: String,
+        /// What is free.
+        free_mib: u64,
+        /// What stays free.
+        reserve_mib: u64,
     },
     /// The file is not the image.
     #[error("image {image}: {source_name} has the sha256 {found}, not {expected}")]
@@ -136,8 +156,16 @@ pub enum Error {
     /// A disk that is to be deleted is still served to hosts.
     #[error("{0}")]
     StillServed(String),
+    /// P5: it is not there, so nothing is put back.
+    #[error("disk {disk} has no snapshot {snapshot}; no disk was changed")]
+    NoSnapshot {
+        /// The disk.
+        disk: String,
+        /// Id of the snapshot.
+        snapshot: uuid::Uuid,
+    },
     /// qemu-img failed.
-    #[error("qemu-img could not make disk {disk}: {words}")]
+    #[error("qemu-img: disk {disk}: {words}")]
     Tool {
         /// The disk.
         disk: String,
@@ -157,6 +185,8 @@ impl Error {
             | Self::Pool { .. }
             | Self::DiskMissing { .. }
             | Self::Full { .. }
+            | Self::NoRoom { .. }
+            | Self::NoSnapshot { .. }
             | Self::Io { .. }
             | Self::NoFirmware { .. }
             | Self::StillServed(_)
@@ -304,10 +334,44 @@ impl Storage {
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
         let turn = self.starts.turn(priority).await;
         self.make(&plan, desired).await?;
+        // A guest that comes from another host has them open there; what is to grow grows when it goes on here.
+        if desired.disposition != Disposition::Incoming {
+            for disk in &plan.disks {
+                let _tool = self.tools.acquire().await.expect("it is never closed");
+                grow::grow(disk, self.user, &self.qemu_img).await?;
+            }
+        }
         if let Some(vars) = &plan.firmware_vars {
             disks::make_vars(vars, self.user, &self.uefi_vars).await?;
         }
         Ok(Prepared { plan, turn })
+    }
+
+    /// Takes, removes and puts back snapshots of disks that nobody has open. Idempotent, and may be dropped.
+    ///
+    /// # Errors
+    ///
+    /// A disk is missing or in use, a snapshot to go back to is not there, or qemu-img failed.
+    pub async fn tend(&self, vm: VmId, desired: &Desired) -> Result<Done, Error> {
+        let plan = plan::disks(vm, desired, &self.pools)?;
+        self.check_pools(plan.iter().map(|d| d.pool.clone()).collect()).await?;
+        disks::check_expected(&plan, DisksExpected::Exist).await?;
+        let _tool = self.tools.acquire().await.expect("it is never closed");
+        let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
+        snapshots::tend(tool, &plan, &desired.orders).await?;
+        Ok(desired.orders.done())
+    }
+
+    /// Names a pool of this VM's that is full. `None`: all have room, as far as can be said.
+    pub async fn full_pool(&self, desired: &Desired) -> Option<String> {
+        for disk in desired.spec.iter().flat_map(|s| &s.disks) {
+            let Some(pool) = self.pools.get(&disk.pool) else { continue };
+            let path = pool.path.clone();
+            if blocking(move || Space::of(&path)).await.is_ok_and(|space| !space.lets_go_on()) {
+                return Some(pool.name.clone());
+            }
+        }
+        None
     }
 
     /// Waits until there is something else than `last` to say of how far a VM's image is. Cancel safe.

@@ -74,6 +74,9 @@ pub enum Problem {
     /// There is nothing to plan for.
     #[error("the VM has no spec")]
     NoSpec,
+    /// What serves its disks has them open.
+    #[error("the disks in pool {0} are served over the network, so they do not grow and have no snapshots")]
+    Exported(String),
 }
 
 /// The files that a VM needs.
@@ -256,6 +259,23 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
         }
     };
     Ok(plan)
+}
+
+/// Where the disks of a VM are that lie in files of this host, in the guest's order, whatever they are overlays of.
+///
+/// # Errors
+///
+/// A pool is not there, or is reached over the network.
+pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Vec<DiskPlan>, Problem> {
+    let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
+    let one = |d: &Disk| {
+        let pool = pool(&d.pool, pools)?;
+        match pool.kind {
+            Kind::Local | Kind::Shared => disk_plan(vm, d, desired.disk_generation, pool, None),
+            Kind::Exported(_) => Err(Problem::Exported(pool.name.clone())),
+        }
+    };
+    spec.disks.iter().map(one).collect()
 }
 
 /// Plans what this host has to make of a VM that may run elsewhere: its disks in pools that this host exports.
@@ -538,6 +558,11 @@ mod tests {
         assert_eq!(plan(vm(), &desired, &pools).unwrap().places, here.places);
         desired.network_pools.clear();
         assert_eq!(plan(vm(), &desired, &pools).unwrap_err(), Problem::NotServed("net".into()));
+        assert_eq!(
+            disks(vm(), &desired, &pools),
+            Err(Problem::Exported("net".into())),
+            "what serves them has them open"
+        );
         assert_eq!(removals(vm(), &desired, &pools).unwrap()[0].files.len(), 4);
         let nodes = exported_nodes(vm(), &desired, &pools);
         assert!(nodes.len() == 1 && nodes[0].len() == 31, "{nodes:?}");

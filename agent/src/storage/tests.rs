@@ -17,7 +17,8 @@ use super::{
     pools::{Kind, Pool, User},
 };
 use crate::vm::{
-    desired::{Desired, Disk, DisksExpected, Firmware, Format, Image, ImageFile, Role},
+    desired::{Desired, Disk, DisksExpected, Disposition, Firmware, Format, Image, ImageFile, Role},
+    disks::{Orders, Revert, SnapshotOrder, Wanted},
     fake,
     starts::Starts,
 };
@@ -219,6 +220,72 @@ async fn a_tool_that_fails_leaves_nothing_and_its_words_are_passed_on() {
     assert_eq!(place.names(), [""; 0]);
     let place = Place::with(tool("broken", "qemu-img: it is Monday"));
     let error = place.prepare(&place.desired()).await.unwrap_err();
-    assert_eq!(error, "qemu-img could not make disk root: qemu-img: it is Monday");
+    assert_eq!(error, "qemu-img: disk root: qemu-img: it is Monday");
     assert_eq!(place.names(), [""; 0]);
+}
+
+fn io(path: &Path, command: &str) {
+    let done = Command::new("qemu-io").args(["-f", "qcow2", "-c", command]).arg(path).output().unwrap();
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success() && !text.contains("failed"), "{command}: {text}");
+}
+
+fn snapshots_of(path: &Path) -> Vec<String> {
+    let list = info(path)["snapshots"].as_array().cloned().unwrap_or_default();
+    list.iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+}
+
+/// P5: an old size is never enforced.
+#[tokio::test]
+async fn a_disk_grows_before_it_is_used_and_never_shrinks() {
+    let place = Place::new();
+    place.prepare(&place.desired()).await.unwrap();
+    let data = place.disks().join("data.0.qcow2");
+    let mut desired = place.desired();
+    desired.disks = DisksExpected::Exist;
+    for (wanted, found) in [(2 << 20, 2 << 20), (1 << 20, 2 << 20)] {
+        desired.spec.as_mut().unwrap().disks[1].size_bytes = wanted;
+        place.prepare(&desired).await.unwrap();
+        assert_eq!(info(&data)["virtual-size"], found);
+    }
+    // What another host has open is as large as that host made it.
+    desired.spec.as_mut().unwrap().disks[1].size_bytes = 4 << 20;
+    desired.disposition = Disposition::Incoming;
+    place.prepare(&desired).await.unwrap();
+    assert_eq!(info(&data)["virtual-size"], 2 << 20);
+}
+
+#[tokio::test]
+async fn snapshots_are_taken_put_back_and_removed_on_all_disks() {
+    let place = Place::new();
+    let mut desired = place.desired();
+    place.prepare(&desired).await.unwrap();
+    let files = ["root.0.qcow2", "data.0.qcow2"].map(|f| place.disks().join(f));
+    let id = Uuid::from_u128(77);
+    let order = |wanted| Orders { snapshots: vec![SnapshotOrder { id, wanted }], revert: None };
+    let tend = async |desired: &Desired| place.storage.tend(vm(), desired).await.map_err(|e| e.reason());
+    io(&files[1], "write -P 1 0 512");
+    // Half of one, of an agent that died: it is taken anew.
+    let half = Command::new("qemu-img").args(["snapshot", "-c", &id.to_string()]).arg(&files[1]).status().unwrap();
+    assert!(half.success());
+    io(&files[1], "write -P 2 0 512");
+    desired.orders = order(Wanted::There);
+    for _ in 0..2 {
+        assert_eq!(tend(&desired).await, Ok(desired.orders.done()));
+        assert!(files.iter().all(|f| snapshots_of(f) == [id.to_string()]), "once, on each");
+    }
+    io(&files[1], "write -P 3 0 512");
+    let revert = |snapshot| Orders { snapshots: vec![], revert: Some(Revert { snapshot, number: 1 }) };
+    desired.orders = revert(Uuid::from_u128(78));
+    assert!(tend(&desired).await.unwrap_err().contains("no disk was changed"));
+    desired.orders = revert(id);
+    tend(&desired).await.unwrap();
+    io(&files[1], "read -P 2 0 512");
+    desired.orders = order(Wanted::Gone);
+    for _ in 0..2 {
+        tend(&desired).await.unwrap();
+        assert!(files.iter().all(|f| snapshots_of(f).is_empty()));
+    }
+    fs::remove_file(&files[0]).unwrap();
+    assert!(tend(&desired).await.unwrap_err().contains("missing"));
 }

@@ -21,11 +21,14 @@ use super::{
     format,
     http::Sink,
     images::{Progress, hex},
+    room::Space,
     source::{Error, problem},
 };
 
 /// Pieces that may wait to be written.
 const PIECES: usize = 8;
+/// After so many bytes the room in the pool is looked at again: others write into it, too.
+const LOOK_EVERY: u64 = 64 << 20;
 
 enum Piece {
     Bytes(Bytes),
@@ -97,6 +100,8 @@ fn write(path: &Path, mut pieces: mpsc::Receiver<Piece>) -> io::Result<Written> 
     let mut hasher = Sha256::new();
     let mut header = Vec::with_capacity(format::HEADER_BYTES);
     let mut length = 0;
+    // Bytes that may be written before the room is looked at again.
+    let mut left = 0_u64;
     while let Some(piece) = pieces.blocking_recv() {
         let bytes = match piece {
             Piece::Bytes(bytes) => bytes,
@@ -115,6 +120,15 @@ fn write(path: &Path, mut pieces: mpsc::Receiver<Piece>) -> io::Result<Written> 
         if bytes.iter().all(|b| *b == 0) {
             file.seek(SeekFrom::Current(i64::try_from(bytes.len()).expect("a piece is small")))?;
         } else {
+            let size = bytes.len() as u64;
+            if left < size {
+                let room = Space::of_file(&file)?.beside_reserve();
+                if room < size {
+                    return Err(io::ErrorKind::StorageFull.into());
+                }
+                left = room.min(LOOK_EVERY.max(size));
+            }
+            left -= size;
             file.write_all(&bytes)?;
         }
     }

@@ -16,8 +16,12 @@ use uncloud_proto::{
     ids::{ImageId, Incarnation, VmId},
     names, v1,
 };
+use uuid::Uuid;
 
-use super::migration::MigrateTo;
+use super::{
+    disks::{Orders, Revert, SnapshotOrder, Wanted},
+    migration::MigrateTo,
+};
 use crate::lease::LeaseClass;
 
 /// What one VM should be on this host.
@@ -61,6 +65,9 @@ pub struct Desired {
     /// For Run: what its user wants of the guest.
     #[serde(default)]
     pub pause: Pause,
+    /// What is to be done to its disks.
+    #[serde(default)]
+    pub orders: Orders,
     /// Where the network pools of its disks are served, by their names.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub network_pools: BTreeMap<String, SocketAddr>,
@@ -262,11 +269,25 @@ pub struct Disk {
     pub image: Option<ImageId>,
 }
 
-/// A network interface in QEMU's user network.
+/// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nic {
     /// Its MAC address.
     pub mac: String,
+    /// What it is connected to.
+    #[serde(default)]
+    pub link: Link,
+}
+
+/// What a network interface is connected to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// QEMU's user network.
+    #[default]
+    User,
+    /// A bridge of this host, by its name.
+    Bridge(String),
 }
 
 /// What happens when a VM ends by itself.
@@ -398,6 +419,8 @@ fn unusable(field: impl Into<String>, problem: impl Into<String>) -> Unusable {
 const MAX_COMMAND_LINE: usize = 2048;
 /// Most disks, and most network interfaces.
 const MAX_DISKS: usize = 16;
+/// Snapshots of one VM that are to be taken or removed.
+const MAX_SNAPSHOTS: usize = 32;
 const MAX_NICS: usize = 8;
 /// Most bytes of all that cloud-init is told. The disk that carries it has a fixed size ([`crate::qemu::seed`]).
 const MAX_CLOUD_INIT: usize = 512 * 1024;
@@ -460,6 +483,7 @@ impl Desired {
             migrate_to,
             migration_secret,
             pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
+            orders: parse_orders(disposition, m)?,
             network_pools: m.network_pools.iter().map(parse_network_pool).collect::<Result<_, _>>()?,
         })
     }
@@ -593,6 +617,29 @@ fn parse_migrate_to(own: Incarnation, m: &v1::MigrateTo) -> Result<MigrateTo, Un
     Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second })
 }
 
+fn parse_orders(disposition: Disposition, m: &v1::DesiredVm) -> Result<Orders, Unusable> {
+    if m.snapshots.len() > MAX_SNAPSHOTS {
+        return Err(unusable("snapshots", format!("has more than {MAX_SNAPSHOTS} entries")));
+    }
+    let id = |field: String, text: &str| Uuid::try_parse(text).map_err(|e| unusable(field, format!("{e}")));
+    let order = |(i, s): (usize, &v1::SnapshotOrder)| {
+        let wanted = if s.remove { Wanted::Gone } else { Wanted::There };
+        Ok(SnapshotOrder { id: id(format!("snapshots[{i}].id"), &s.id)?, wanted })
+    };
+    let snapshots = m.snapshots.iter().enumerate().map(order).collect::<Result<Vec<_>, Unusable>>()?;
+    let revert = match (&m.revert, disposition) {
+        (None, _) | (Some(_), Disposition::Forget) => None,
+        (Some(r), Disposition::Stop) => {
+            Some(Revert { snapshot: id("revert.snapshot_id".to_owned(), &r.snapshot_id)?, number: r.number })
+        }
+        // P5: what the guest has written since would be lost.
+        (Some(_), Disposition::Run | Disposition::Incoming | Disposition::Delete) => {
+            return Err(unusable("revert", "comes for a VM that is not to be stopped"));
+        }
+    };
+    Ok(Orders { snapshots, revert })
+}
+
 /// It ends up in a file that QEMU reads line by line.
 fn secret(field: &str, text: &str) -> Result<String, Unusable> {
     let hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
@@ -635,15 +682,22 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
 }
 
 fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {
-    if n.r#type() != v1::NicType::User {
-        return Err(unusable(format!("spec.nics[{i}].type"), "is not one that this agent knows"));
-    }
+    let link = match v1::NicType::try_from(n.r#type) {
+        Ok(v1::NicType::User) => Link::User,
+        Ok(v1::NicType::Bridge) => {
+            names::check_interface(&n.bridge).map_err(|e| unusable(format!("spec.nics[{i}].bridge"), e.to_string()))?;
+            Link::Bridge(n.bridge.clone())
+        }
+        Ok(v1::NicType::Unspecified) | Err(_) => {
+            return Err(unusable(format!("spec.nics[{i}].type"), "is not one that this agent knows"));
+        }
+    };
     let bytes: Vec<&str> = n.mac.split(':').collect();
     let hex = |b: &&str| b.len() == 2 && b.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c));
     if bytes.len() != 6 || !bytes.iter().all(hex) {
         return Err(unusable(format!("spec.nics[{i}].mac"), "is not of the form 42:00:00:00:00:01 in lower case"));
     }
-    Ok(Nic { mac: n.mac.clone() })
+    Ok(Nic { mac: n.mac.clone(), link })
 }
 
 fn parse_image(m: &v1::Image) -> Result<Image, Unusable> {
@@ -690,7 +744,11 @@ mod tests {
                 memory_mib: 64,
                 machine: "q35".into(),
                 disks: vec![v1::Disk { name: "disk0".into(), pool: "p".into(), size_bytes: 512, image: String::new() }],
-                nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:0a".into() }],
+                nics: vec![v1::Nic {
+                    r#type: v1::NicType::User.into(),
+                    mac: "42:00:00:00:00:0a".into(),
+                    bridge: String::new(),
+                }],
                 restart: v1::RestartPolicy::OnFailure.into(),
                 failover: v1::FailoverPolicy::Fast.into(),
                 stop_grace_seconds: 60,
@@ -738,6 +796,23 @@ mod tests {
         assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
         assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");
         assert_eq!(field_of(&v1::DesiredVm { spec: None, ..good() }), "spec");
+    }
+
+    /// P5: what runs is never put back.
+    #[test]
+    fn disks_are_put_back_only_of_what_is_to_be_stopped() {
+        let id = "00000000-0000-4000-8000-000000000005";
+        let with = |disposition: v1::Disposition| v1::DesiredVm {
+            disposition: disposition.into(),
+            revert: Some(v1::RevertOrder { snapshot_id: id.into(), number: 3 }),
+            ..good()
+        };
+        assert_eq!(field_of(&with(v1::Disposition::Run)), "revert");
+        let stop = Desired::from_proto(Incarnation(1), &with(v1::Disposition::Stop)).unwrap();
+        assert_eq!(stop.orders.revert, Some(Revert { snapshot: id.parse().unwrap(), number: 3 }));
+        let order = |id: &str| v1::SnapshotOrder { id: id.into(), remove: false };
+        assert_eq!(field_of(&v1::DesiredVm { snapshots: vec![order("../x")], ..good() }), "snapshots[0].id");
+        assert_eq!(field_of(&v1::DesiredVm { snapshots: vec![order(id); 33], ..good() }), "snapshots");
     }
 
     #[test]

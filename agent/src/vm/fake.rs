@@ -58,6 +58,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         migration_secret: String::new(),
         pause: Pause::GoOn,
         network_pools: std::collections::BTreeMap::new(),
+        orders: Default::default(),
     }
 }
 

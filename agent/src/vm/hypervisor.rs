@@ -12,6 +12,7 @@ use uncloud_proto::{
 
 use super::{
     desired::Desired,
+    disks::Done,
     migration::{Standing, Step},
 };
 
@@ -48,6 +49,31 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Has QEMU take a step of a migration. Bounded in time; what came of it is seen by [`Instance::standing`].
     fn step(&self, vm: VmId, instance: &Self::Instance, step: Step) -> impl Future<Output = Result<(), String>> + Send;
 
+    /// Makes the disks of a VM that executes as its desired state says: their sizes, their snapshots. Bounded in time; idempotent.
+    /// The error is a reason for people.
+    fn tend_disks(
+        &self,
+        instance: &Self::Instance,
+        desired: &Desired,
+    ) -> impl Future<Output = Result<Done, String>> + Send {
+        let _ = instance;
+        std::future::ready(Ok(desired.orders.done()))
+    }
+
+    /// The same for a VM that does not execute: takes, removes and puts back snapshots. May be dropped at any time, and then does
+    /// nothing more.
+    fn tend_idle(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<Done, String>> + Send {
+        let _ = vm;
+        std::future::ready(Ok(desired.orders.done()))
+    }
+
+    /// Lets a guest go on that QEMU holds still because a pool is full, if there is room by now. Bounded in time. The error is a
+    /// reason for people.
+    fn go_on(&self, instance: &Self::Instance, desired: &Desired) -> impl Future<Output = Result<Hold, String>> + Send {
+        let _ = (instance, desired);
+        std::future::ready(Ok(Hold::Over))
+    }
+
     /// Deletes the disks of this VM that its spec names, and nothing else. Idempotent. The error is a reason for people.
     fn delete_disks(&self, vm: VmId, desired: &Desired) -> impl Future<Output = Result<(), String>> + Send;
 }
@@ -74,6 +100,15 @@ pub trait Instance: Send + Sync + 'static {
     fn next_event(&mut self) -> impl Future<Output = InstanceEvent> + Send;
 }
 
+/// Whether a guest is still held still.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// It is not.
+    Over,
+    /// It is: this pool is full.
+    Full(String),
+}
+
 /// What happens to a VM that executes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InstanceEvent {
@@ -87,6 +122,10 @@ pub enum InstanceEvent {
     GuestAddresses(Vec<String>),
     /// Its migration is further, or over.
     MigrationMoved,
+    /// A disk's pool is full, and QEMU holds the guest still.
+    Stalled,
+    /// A disk could not be read or written, and the guest was told so. What and why, in words.
+    DiskFailed(String),
     /// QEMU and its keeper are gone.
     Ended(Exit),
 }

@@ -5,6 +5,7 @@
 
 pub mod backoff;
 pub mod desired;
+pub mod disks;
 pub mod hypervisor;
 pub mod mailbox;
 pub mod manager;

@@ -1,6 +1,11 @@
 //! The real [`Hypervisor`]: QEMU under a keeper, disks in pools.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    os::fd::{AsRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time;
 use tracing::warn;
@@ -11,15 +16,18 @@ use uncloud_proto::{
 
 use super::{
     desired::{CpuModel, Desired, Display, Disposition, GuestAgent, Machine},
-    hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
+    disks::Done,
+    hypervisor::{Adoption, Exit, ExitKind, Hold, Hypervisor, Instance, InstanceEvent, LaunchError},
     migration::{Standing, Step},
 };
 use crate::{
+    network,
     qemu::{
         command_line::{
             self, AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
-            Screen, UserNic,
+            NetBackend, Nic, Screen,
         },
+        disks,
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
         seed,
@@ -79,6 +87,7 @@ impl Hypervisor for Qemu {
             .as_ref()
             .map(|vars| FirmwareFiles { code: self.uefi_code.clone(), vars: vars.path.clone() });
         spec.seed = self.seed(vm, desired).await.map_err(LaunchError::Failed)?;
+        let pass = connect(vm, desired, &mut spec).map_err(LaunchError::Failed)?;
         let launch = Launch {
             vm,
             incarnation: desired.incarnation,
@@ -89,6 +98,7 @@ impl Hypervisor for Qemu {
             user: self.user,
             keeper: self.keeper.clone(),
             argv: command_line::command_line(&self.qemu, &spec),
+            pass,
         };
         // `prepared` holds the turn until QEMU runs.
         process::launch(&launch).await.map_err(|e| match e {
@@ -118,6 +128,28 @@ impl Hypervisor for Qemu {
         migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
     }
 
+    async fn tend_disks(&self, instance: &process::Instance, desired: &Desired) -> Result<Done, String> {
+        let disks = desired.spec.iter().flat_map(|s| &s.disks);
+        let sizes: Vec<_> = disks.map(|d| (d.name.as_str(), d.size_bytes)).collect();
+        disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
+        disks::snapshots(instance, sizes.len(), &desired.orders).await.map_err(|e| e.to_string())?;
+        Ok(desired.orders.done())
+    }
+
+    async fn tend_idle(&self, vm: VmId, desired: &Desired) -> Result<Done, String> {
+        self.storage.tend(vm, desired).await.map_err(|e| e.reason())
+    }
+
+    async fn go_on(&self, instance: &process::Instance, desired: &Desired) -> Result<Hold, String> {
+        if !disks::is_stalled(instance).await.map_err(|e| e.to_string())? {
+            return Ok(Hold::Over);
+        }
+        if let Some(pool) = self.storage.full_pool(desired).await {
+            return Ok(Hold::Full(pool));
+        }
+        disks::go_on(instance).await.map(|()| Hold::Over).map_err(|e| e.to_string())
+    }
+
     async fn delete_disks(&self, vm: VmId, desired: &Desired) -> Result<(), String> {
         self.storage.delete(vm, desired).await.map_err(|e| e.reason())
     }
@@ -134,6 +166,20 @@ impl Qemu {
             .map_err(|e| format!("the disk for cloud-init cannot be made: {e}"))?;
         Ok(Some(PathBuf::from("..").join(seed::FILE)))
     }
+}
+
+/// Makes the taps of the VM's network interfaces, and says in `machine` which has which. They last as long as the descriptors that
+/// this gives.
+fn connect(vm: VmId, desired: &Desired, machine: &mut MachineSpec) -> Result<Vec<Arc<OwnedFd>>, String> {
+    let Some(spec) = &desired.spec else { return Ok(Vec::new()) };
+    let mut taps = Vec::new();
+    for (plan, nic) in network::plan(vm, desired.incarnation, &spec.nics).iter().zip(&mut machine.nics) {
+        let Some(plan) = plan else { continue };
+        let tap = network::open(plan).map_err(|e| e.reason())?;
+        nic.backend = NetBackend::Tap(tap.as_raw_fd());
+        taps.push(Arc::new(tap));
+    }
+    Ok(taps)
 }
 
 fn machine(
@@ -169,7 +215,7 @@ fn machine(
         firmware: None,
         seed: None,
         disks: plan.places.iter().map(|(name, place)| DiskFile { name: name.clone(), place: place.clone() }).collect(),
-        nics: spec.nics.iter().map(|n| UserNic { mac: n.mac.clone() }).collect(),
+        nics: spec.nics.iter().map(|n| Nic { mac: n.mac.clone(), backend: NetBackend::User }).collect(),
         screen: match spec.display {
             Display::None => Screen::None,
             Display::Standard => Screen::Vga,
@@ -243,6 +289,8 @@ impl Instance for process::Instance {
                 InstanceEvent::GuestAddresses(addresses.iter().map(ToString::to_string).collect())
             }
             process::InstanceEvent::MigrationMoved => InstanceEvent::MigrationMoved,
+            process::InstanceEvent::Stalled => InstanceEvent::Stalled,
+            process::InstanceEvent::DiskFailed(words) => InstanceEvent::DiskFailed(words),
             process::InstanceEvent::Ended(exit) => InstanceEvent::Ended(from_exit(exit)),
         }
     }

@@ -10,6 +10,7 @@ use std::{
     future::{Future, pending},
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use tokio::time;
@@ -22,6 +23,7 @@ use uncloud_proto::{
 
 use super::{
     desired::Desired,
+    disks::Done as DisksDone,
     hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
     mailbox::{Generations, Mail, Mailbox},
     migration::Step,
@@ -32,6 +34,9 @@ use crate::{
     records::{Record, VmDirs},
     session::outbox::SharedOutbox,
 };
+
+/// How often the lease is looked at while disks are worked on that nobody has open. The leader allows more for a kill.
+const LEASE_LOOK: Duration = Duration::from_millis(50);
 
 /// The mailboxes of the VMs that have a task.
 pub(super) type Directory = Arc<Mutex<BTreeMap<VmId, Mailbox>>>;
@@ -69,6 +74,7 @@ enum Done<H: Hypervisor> {
     Launched(Result<H::Instance, LaunchError>),
     Adopted(Adoption<H::Instance>),
     Deleted(Result<(), String>),
+    Tended(Result<DisksDone, String>),
 }
 
 type Work<H> = Pin<Box<dyn Future<Output = Done<H>> + Send>>;
@@ -166,6 +172,11 @@ impl<H: Hypervisor> Runner<H> {
             Done::Launched(Err(LaunchError::Failed(reason))) => Event::StartFailed(reason),
             Done::Adopted(Adoption::Ended(exit)) => Event::NotFound(Some(exit)),
             Done::Adopted(Adoption::Never) => Event::NotFound(None),
+            Done::Tended(Ok(done)) => Event::DisksTended(done),
+            Done::Tended(Err(reason)) => {
+                warn!("the disks are not as they should be: {reason}");
+                Event::TendFailed(reason)
+            }
             Done::Deleted(Ok(())) => Event::DisksDeleted,
             Done::Deleted(Err(reason)) => Event::DeleteFailed(reason),
         }
@@ -178,6 +189,11 @@ impl<H: Hypervisor> Runner<H> {
             InstanceEvent::GuestReset => debug!("the machine was reset"),
             InstanceEvent::GuestAddresses(addresses) => self.handle(Event::GuestAddresses(addresses)).await,
             InstanceEvent::MigrationMoved => self.handle(Event::MigrationMoved).await,
+            InstanceEvent::Stalled => self.handle(Event::Stalled).await,
+            InstanceEvent::DiskFailed(words) => {
+                warn!("{words}");
+                self.handle(Event::DiskFailed(words)).await;
+            }
             InstanceEvent::Ended(exit) => {
                 info!(incarnation = %exit.incarnation, "{}", exit.kind);
                 self.instance = None;
@@ -290,11 +306,25 @@ impl<H: Hypervisor> Runner<H> {
                         events.extend(take_step(&*self.host.hypervisor, self.vm, instance, desired, *effect).await);
                     }
                 }
+                Effect::TendDisks => {
+                    if let Some(instance) = &self.instance {
+                        let desired = &self.state.record().desired;
+                        events.push(tend_disks(&*self.host.hypervisor, instance, desired).await);
+                    }
+                }
+                Effect::GoOn => {
+                    if let Some(instance) = &self.instance {
+                        let held = self.host.hypervisor.go_on(instance, &self.state.record().desired).await;
+                        events.push(Event::Held(held));
+                    }
+                }
                 Effect::Prepare
                 | Effect::CancelPrepare
                 | Effect::Launch { .. }
                 | Effect::Adopt
                 | Effect::Kill
+                | Effect::TendIdle { .. }
+                | Effect::CancelTend
                 | Effect::DeleteDisks => self.perform_one(*effect),
             }
         }
@@ -310,7 +340,17 @@ impl<H: Hypervisor> Runner<H> {
                 self.said.clear();
                 self.work = Some(Box::pin(async move { Done::Prepared(hypervisor.prepare(vm, &desired).await) }));
             }
-            Effect::CancelPrepare => self.work = None,
+            Effect::CancelPrepare | Effect::CancelTend => self.work = None,
+            Effect::TendIdle { lease_generation } => {
+                let over = self.lease_over(desired.class(), lease_generation);
+                self.work = Some(Box::pin(async move {
+                    tokio::select! {
+                        done = hypervisor.tend_idle(vm, &desired) => Done::Tended(done),
+                        // P1: from then on the disks may be another host's.
+                        () = over => Done::Tended(Err("the host's lease ran out".to_owned())),
+                    }
+                }));
+            }
             Effect::Launch { incarnation, lease_generation } => {
                 let Some(prepared) = self.prepared.take() else {
                     unreachable!("the state machine launches only when it hears that all is prepared")
@@ -330,9 +370,19 @@ impl<H: Hypervisor> Runner<H> {
                     instance.kill();
                 }
             }
-            Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit => {}
+            Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit | Effect::TendDisks | Effect::GoOn => {}
             Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel => {}
             Effect::Resume | Effect::Pause => {}
+        }
+    }
+
+    /// Waits until the lease is over, or another one.
+    fn lease_over(&self, class: LeaseClass, generation: u16) -> impl Future<Output = ()> + Send + 'static {
+        let (lease, clock) = (Arc::clone(&self.host.lease), self.host.clock.clone());
+        async move {
+            while lease.word(class).permits(generation, clock.now()) {
+                time::sleep(LEASE_LOOK).await;
+            }
         }
     }
 
@@ -365,6 +415,10 @@ async fn command(instance: &impl Instance, effect: Effect) {
         | Effect::Cancel
         | Effect::Resume
         | Effect::Pause
+        | Effect::TendDisks
+        | Effect::TendIdle { .. }
+        | Effect::CancelTend
+        | Effect::GoOn
         | Effect::DeleteDisks => Ok(()),
     };
     // What does not obey is killed when its grace is over.
@@ -409,6 +463,10 @@ async fn take_step<H: Hypervisor>(
         | Effect::Reset
         | Effect::Quit
         | Effect::Kill
+        | Effect::TendDisks
+        | Effect::TendIdle { .. }
+        | Effect::CancelTend
+        | Effect::GoOn
         | Effect::DeleteDisks => return None,
     };
     info!(incarnation = %instance.incarnation(), "telling QEMU: {effect:?}");
@@ -417,6 +475,17 @@ async fn take_step<H: Hypervisor>(
         warn!("QEMU does not obey {effect:?}: {reason}");
         Event::StepFailed(reason)
     })
+}
+
+/// Has QEMU put the disks in order.
+async fn tend_disks<H: Hypervisor>(hypervisor: &H, instance: &H::Instance, desired: &Desired) -> Event {
+    match hypervisor.tend_disks(instance, desired).await {
+        Ok(done) => Event::DisksTended(done),
+        Err(reason) => {
+            warn!("the disks are not as they should be: {reason}");
+            Event::TendFailed(reason)
+        }
+    }
 }
 
 async fn do_work<H: Hypervisor>(work: &mut Option<Work<H>>) -> Done<H> {

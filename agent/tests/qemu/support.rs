@@ -106,6 +106,7 @@ impl Host {
             user,
             keeper: env!("CARGO_BIN_EXE_uncloud-keeper").into(),
             argv: vec![],
+            pass: vec![],
         };
         let mut host = Self { dir, vm, lease, launch, spec };
         host.launch.lease_generation = host.renew(Duration::from_secs(60)).generation;

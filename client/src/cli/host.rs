@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use uncloud_proto::v1::{self, watch_hosts_response::Event};
 
-use super::{Context, Error};
+use super::{Context, Error, drain};
 use crate::{output, watch::Step};
 
 #[derive(Debug, Subcommand)]
@@ -12,9 +12,14 @@ pub(crate) enum Command {
     List,
     /// Shows one host and its VMs.
     Show(Named),
-    /// Lets a host take no new VMs; those it has stay.
+    /// Lets a host take no new VMs; those it has stay. Ends a drain.
     Cordon(Cordon),
-    /// Lets a host take VMs again.
+    /// Empties a host: its VMs migrate to other hosts, and it takes no new ones.
+    ///
+    /// Says how that goes until nothing executes there any more, and fails if something is left that cannot leave. The drain
+    /// goes on without this command; `uncordon` ends it.
+    Drain(drain::Arguments),
+    /// Lets a host take VMs again. Ends a drain.
     Uncordon(Named),
     /// Forgets a host that is down and has no VMs.
     Remove(Named),
@@ -70,6 +75,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
             let answer = client.cordon_host(v1::CordonHostRequest { host, reason }).await?;
             context.print(&answer, |a| row(&a.host))
         }
+        Command::Drain(arguments) => drain::run(context, arguments).await,
         Command::Uncordon(Named { host }) => {
             let answer = client.uncordon_host(v1::UncordonHostRequest { host }).await?;
             context.print(&answer, |a| row(&a.host))

@@ -5,6 +5,7 @@
 mod apply;
 mod completions;
 mod dev;
+mod drain;
 mod error;
 mod events;
 mod failover;

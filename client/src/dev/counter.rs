@@ -97,14 +97,22 @@ impl Book {
         self.counts.iter().filter(|(_, c)| c.said == Said::Count && c.boot == boot).count()
     }
 
-    /// When it first said something in another boot than this.
+    /// When it first said something in a boot after this one.
     pub(super) fn first_word_after(&self, boot: &str) -> Option<Duration> {
-        self.counts.iter().find(|(_, c)| c.boot != boot).map(|(at, _)| *at)
+        self.after(boot).next().map(|(at, _)| *at)
     }
 
-    /// The first number that it wrote in another boot than this.
+    /// The first number that it wrote in a boot after this one.
     pub(super) fn first_count_after(&self, boot: &str) -> Option<u64> {
-        self.counts.iter().find(|(_, c)| c.said == Said::Count && c.boot != boot).map(|(_, c)| c.number)
+        self.after(boot).find(|(_, c)| c.said == Said::Count).map(|(_, c)| c.number)
+    }
+
+    /// What it said in boots after this one. The log is read from its beginning again and again, so lines of an earlier boot may
+    /// stand behind those of this one.
+    fn after<'a>(&'a self, boot: &'a str) -> impl Iterator<Item = &'a (Duration, Count)> {
+        let before: Vec<&str> =
+            self.counts.iter().map(|(_, c)| c.boot.as_str()).take_while(|said| *said != boot).collect();
+        self.counts.iter().filter(move |(_, c)| c.boot != boot && !before.contains(&c.boot.as_str()))
     }
 }
 
@@ -145,7 +153,14 @@ mod tests {
         assert_eq!(book.first_count_after("a"), Some(3));
         assert_eq!(book.last().unwrap().number, 3);
         assert_eq!((book.lines.len(), book.split_brain.as_ref()), (5, None));
-        book.note(Duration::from_secs(11), "SPLITBRAIN 9 boot b".to_owned());
+        // Read once more from the beginning: nothing of it is new.
+        for (at, line) in said {
+            book.note(Duration::from_secs(10 + at), line.to_owned());
+        }
+        assert_eq!((book.first_word_after("b"), book.first_count_after("b")), (None, None));
+        book.note(Duration::from_secs(21), "COUNT 4 boot c".to_owned());
+        assert_eq!(book.first_count_after("b"), Some(4));
+        book.note(Duration::from_secs(22), "SPLITBRAIN 9 boot b".to_owned());
         assert!(book.split_brain.is_some());
     }
 }

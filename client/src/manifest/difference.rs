@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use uncloud_proto::v1;
 
-use super::{Desired, Document};
+use super::{Desired, Document, Nic};
 use crate::units;
 
 /// The ids of images by what a document calls them.
@@ -212,10 +212,11 @@ fn compare_fixed(document: &Document, now: &v1::VmSpec, images: &Images, changes
         }
     }
     if let Some(nics) = &document.nics {
-        let kinds = |kinds: Vec<&'static str>| kinds.join(", ");
-        let is = now.nics.iter().map(|n| n.r#type().as_str_name()).collect();
-        let wanted = nics.iter().map(|n| n.kind.to_proto().as_str_name()).collect();
-        differ("nics", kinds(is), Some(kinds(wanted)));
+        let words = |nics: &mut dyn Iterator<Item = v1::Nic>| {
+            nics.map(|n| crate::output::nic(&n)).collect::<Vec<_>>().join(", ")
+        };
+        let wanted = words(&mut nics.iter().map(Nic::to_proto));
+        differ("nics", words(&mut now.nics.iter().cloned()), Some(wanted));
     }
     let host_labels = document.host_labels.as_ref().map(|l| l.clone().into_iter().collect::<HashMap<_, _>>());
     differ(

@@ -126,6 +126,17 @@ pub struct Nic {
     /// How it is connected.
     #[serde(rename = "type")]
     pub kind: NicKind,
+    /// With type `bridge`: the bridge's name.
+    pub bridge: Option<String>,
+}
+
+impl Nic {
+    /// As the API has it.
+    #[must_use]
+    pub fn to_proto(&self) -> v1::Nic {
+        let bridge = self.bridge.clone().unwrap_or_default();
+        v1::Nic { r#type: self.kind.to_proto().into(), mac: String::new(), bridge }
+    }
 }
 
 /// Declares words of a document and what they are in the API.
@@ -164,7 +175,7 @@ words! {
     /// What happens when a host takes the disks with it.
     OnDiskLoss => DiskLossPolicy { Wait = "wait", Recreate = "recreate", }
     /// How a network interface is connected.
-    NicKind => NicType { User = "user", }
+    NicKind => NicType { User = "user", Bridge = "bridge", }
     /// A screen.
     Display => DisplayType { None = "none", Standard = "standard", }
     /// What boots a machine.
@@ -260,7 +271,6 @@ impl Document {
             size_bytes: d.size.map_or(0, |s| s.0),
             image: d.image.clone().unwrap_or_default(),
         });
-        let nics = self.nics.iter().flatten();
         let map = |labels: &Option<BTreeMap<String, String>>| labels.clone().unwrap_or_default().into_iter().collect();
         v1::CreateVmRequest {
             request_id: String::new(),
@@ -277,7 +287,7 @@ impl Document {
                     command_line: k.append.clone().unwrap_or_default(),
                 }),
                 disks: disks.collect(),
-                nics: nics.map(|n| v1::Nic { r#type: n.kind.to_proto().into(), mac: String::new() }).collect(),
+                nics: self.nics.iter().flatten().map(Nic::to_proto).collect(),
                 restart: self.restart.map_or(v1::RestartPolicy::Unspecified, Restart::to_proto).into(),
                 failover: self.failover.map_or(v1::FailoverPolicy::Unspecified, Failover::to_proto).into(),
                 on_disk_loss: self.on_disk_loss.map_or(v1::DiskLossPolicy::Unspecified, OnDiskLoss::to_proto).into(),
@@ -318,7 +328,7 @@ kernel: {image: k, append: quiet}
 disks:
   - {image: debian, size: 10G, pool: fast}
   - {name: data, size: 1G}
-nics: [{type: user}]
+nics: [{type: user}, {type: bridge, bridge: br0}]
 restart: always
 failover: patient
 on_disk_loss: recreate
@@ -346,7 +356,10 @@ cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
                 v1::Disk { image: "debian".into(), size_bytes: 10 << 30, pool: "fast".into(), ..Default::default() },
                 v1::Disk { name: "data".into(), size_bytes: 1 << 30, ..Default::default() },
             ],
-            nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: String::new() }],
+            nics: vec![
+                v1::Nic { r#type: v1::NicType::User.into(), ..Default::default() },
+                v1::Nic { r#type: v1::NicType::Bridge.into(), bridge: "br0".into(), ..Default::default() },
+            ],
             restart: v1::RestartPolicy::Always.into(),
             failover: v1::FailoverPolicy::Patient.into(),
             on_disk_loss: v1::DiskLossPolicy::Recreate.into(),

@@ -70,6 +70,7 @@ pub fn show_host(answer: &v1::GetHostResponse, now: WallTime) -> String {
         ("Accelerator", accelerator(&h)),
         ("CPU", cpu(&h)),
         ("Because", h.accelerator.as_ref().map(|a| a.why.clone()).unwrap_or_default()),
+        ("Bridges", h.bridges.join(", ")),
         ("Agent", h.agent_version.clone()),
         ("Last heartbeat", heartbeat(&h)),
         ("Created", moment_and_age(h.created.as_ref(), now)),
@@ -128,6 +129,40 @@ pub fn what_if(answer: &v1::SimulateHostFailureResponse) -> String {
     }
     if answer.more > 0 {
         out.push_str(&format!("\nand {} more VMs\n", answer.more));
+    }
+    out
+}
+
+/// How far a drain is, in a line.
+#[must_use]
+pub fn drain_line(d: &v1::DrainHostResponse) -> String {
+    let mut line = format!("{}  {} to go, {} moving, {} moved", d.host_name, d.to_go, d.moving, d.moved);
+    if d.cannot > 0 {
+        line.push_str(&format!(", {} cannot leave", d.cannot));
+    }
+    super::clean(&line)
+}
+
+/// How a drain stands, and what is left.
+#[must_use]
+pub fn drain(d: &v1::DrainHostResponse) -> String {
+    let state = match d.state() {
+        v1::DrainState::Empty => "nothing executes there any more",
+        v1::DrainState::Stuck => "what is left cannot leave as things are",
+        v1::DrainState::Ended => "the drain was ended",
+        v1::DrainState::Draining | v1::DrainState::Unspecified => "is being drained",
+    };
+    let mut out = format!("{}: {state}\n", super::clean(&drain_line(d)));
+    if !d.left.is_empty() {
+        let row = |vm: &v1::DrainedVm| {
+            let state = word(vm.state().as_str_name(), "DRAINED_VM_STATE_").replace('_', " ");
+            vec![vm.owner.clone(), vm.name.clone(), state, vm.reason.clone()]
+        };
+        let rows: Vec<Vec<String>> = d.left.iter().map(row).collect();
+        out.push_str(&format!("\n{}\n", table(&["OWNER", "VM", "STATE", "BECAUSE"], &rows)));
+    }
+    if d.more > 0 {
+        out.push_str(&format!("\nand {} more VMs\n", d.more));
     }
     out
 }

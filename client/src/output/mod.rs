@@ -17,10 +17,10 @@ use comfy_table::{ContentArrangement, Table, presets};
 pub(crate) use self::vm::cloud_init;
 pub use self::{
     cluster::{event_line, events, status},
-    host::{host_line, hosts, show_host, what_if},
+    host::{drain, drain_line, host_line, hosts, show_host, what_if},
     image::{image_line, images, show_image},
     text::{clean, clean_lines},
-    vm::{Columns, explain, phase_word, show_vm, vm_line, vms},
+    vm::{Columns, explain, nic, phase_word, show_vm, snapshots, vm_line, vms},
 };
 
 /// In which form data is printed.

@@ -66,6 +66,17 @@ pub fn vms(vms: &[v1::Vm], columns: Columns, now: WallTime) -> String {
     table(&header, &rows)
 }
 
+/// A table of a VM's snapshots.
+#[must_use]
+pub fn snapshots(vm: &v1::Vm, now: WallTime) -> String {
+    let state = |s: &v1::Snapshot| match vm.reverting_to == s.name {
+        true => "Reverting".to_owned(),
+        false => word(s.state().as_str_name(), "SNAPSHOT_STATE_"),
+    };
+    let row = |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), age(s.created.as_ref(), now)];
+    table(&["NAME", "ID", "STATE", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
+}
+
 /// One VM in a line, for watches and progress.
 #[must_use]
 pub fn vm_line(vm: &v1::Vm) -> String {
@@ -187,11 +198,17 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         out.push_str(&format!("\n{}\n", table(&["DISK", "POOL", "SIZE", "IMAGE"], &rows)));
     }
     if !spec.nics.is_empty() {
-        let rows: Vec<Vec<String>> =
-            spec.nics.iter().map(|n| vec![word(n.r#type().as_str_name(), "NIC_TYPE_"), or_dash(&n.mac)]).collect();
+        let rows: Vec<Vec<String>> = spec.nics.iter().map(|n| vec![nic(n), or_dash(&n.mac)]).collect();
         out.push_str(&format!("\n{}\n", table(&["NIC", "MAC"], &rows)));
     }
     out
+}
+
+/// A network interface, as `vm create --nic` takes it.
+#[must_use]
+pub fn nic(nic: &v1::Nic) -> String {
+    let kind = word(nic.r#type().as_str_name(), "NIC_TYPE_");
+    if nic.bridge.is_empty() { kind } else { format!("{kind}={}", super::clean(&nic.bridge)) }
 }
 
 /// Why a VM is where it is.

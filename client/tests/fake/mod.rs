@@ -128,6 +128,31 @@ impl VmService for Fake {
         not_here()
     }
 
+    async fn resize_disk(&self, _: Request<v1::ResizeDiskRequest>) -> Result<Response<v1::ResizeDiskResponse>, Status> {
+        not_here()
+    }
+
+    async fn create_snapshot(
+        &self,
+        _: Request<v1::CreateSnapshotRequest>,
+    ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
+        not_here()
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: Request<v1::DeleteSnapshotRequest>,
+    ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
+        not_here()
+    }
+
+    async fn revert_to_snapshot(
+        &self,
+        _: Request<v1::RevertToSnapshotRequest>,
+    ) -> Result<Response<v1::RevertToSnapshotResponse>, Status> {
+        not_here()
+    }
+
     async fn cancel_migration(
         &self,
         _: Request<v1::CancelMigrationRequest>,

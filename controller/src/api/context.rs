@@ -29,6 +29,8 @@ pub(crate) struct Context {
     pub(crate) clock: Clock,
     /// vCPUs promised per CPU thread, in percent.
     pub(crate) cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent.
+    pub(crate) disk_overcommit_percent: u32,
 }
 
 /// How new an answer must be.

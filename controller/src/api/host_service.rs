@@ -9,7 +9,7 @@ use uncloud_proto::{
 use super::{
     context::{Context, Freshness, timely},
     convert::{self, HostExtras},
-    host_watch, validate, watch, what_if,
+    drain, host_watch, validate, watch, what_if,
 };
 use crate::{
     leadership::Leader,
@@ -98,6 +98,16 @@ impl HostService for Hosts {
         let (host, reason) = validate::cordon_host(request.into_inner())?;
         let host = self.set_mode(host, HostMode::Cordoned, reason).await?;
         Ok(Response::new(v1::CordonHostResponse { host }))
+    }
+
+    type DrainHostStream = watch::Stream<v1::DrainHostResponse>;
+
+    async fn drain_host(
+        &self,
+        request: Request<v1::DrainHostRequest>,
+    ) -> Result<Response<Self::DrainHostStream>, Status> {
+        let wanted = validate::drain_host(request.into_inner())?;
+        Ok(Response::new(timely(drain::open(&self.context, wanted)).await?))
     }
 
     async fn uncordon_host(

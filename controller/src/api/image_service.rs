@@ -97,6 +97,7 @@ fn answered(leader: &Leader, command: &Command) -> Result<Option<v1::Image>, Sta
         now: leader.clock.wall(),
         silent: Arc::default(),
         cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
+        disk_overcommit_percent: leader.settings.disk_overcommit_percent,
     };
     match leader.mirror.read(|state| state.decide(command, &cx))? {
         Decision { replayed: Some(revision), answer: Answer::Image(record), .. } => {

@@ -12,6 +12,7 @@ mod cluster_service;
 mod console;
 mod context;
 pub(crate) mod convert;
+mod drain;
 mod error;
 mod forward;
 mod host_service;
@@ -27,5 +28,7 @@ mod vm_service;
 mod vm_watch;
 mod watch;
 mod what_if;
+
+pub(crate) use vm_service::migration_secret;
 
 pub use server::{Error, Serving, accept, serve};

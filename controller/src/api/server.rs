@@ -79,6 +79,8 @@ pub struct Serving {
     pub clock: Clock,
     /// vCPUs promised per CPU thread, in percent.
     pub cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent.
+    pub disk_overcommit_percent: u32,
     /// Where others reach this controller, `HOST:PORT`.
     pub address: String,
     /// How it reaches others.
@@ -99,8 +101,15 @@ where
     S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let Serving { slot, copy, store, clock, cpu_overcommit_percent, address, dial } = serving;
-    let context = Context { slot: slot.clone(), copy: copy.clone(), store, clock, cpu_overcommit_percent };
+    let Serving { slot, copy, store, clock, cpu_overcommit_percent, disk_overcommit_percent, address, dial } = serving;
+    let context = Context {
+        slot: slot.clone(),
+        copy: copy.clone(),
+        store,
+        clock,
+        cpu_overcommit_percent,
+        disk_overcommit_percent,
+    };
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)

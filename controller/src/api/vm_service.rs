@@ -140,7 +140,11 @@ pub(super) fn fingerprint<const N: usize>(
 
 fn explain(leader: &Leader, state: &State, entry: &VmEntry) -> v1::ExplainVmResponse {
     let silent = leader.silent_hosts();
-    let limits = Limits { cpu_overcommit_percent: leader.settings.cpu_overcommit_percent, silent: &silent };
+    let limits = Limits {
+        cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
+        disk_overcommit_percent: leader.settings.disk_overcommit_percent,
+        silent: &silent,
+    };
     let explanation = scheduler::explain(state.view(), &state::request(&entry.record), &limits);
     let name =
         |id: &uncloud_proto::ids::HostId| state.host(*id).map_or_else(|| id.to_string(), |h| h.record.name.clone());
@@ -320,6 +324,45 @@ impl VmService for Vms {
         let v1::CancelMigrationRequest { vm, owner } = request.into_inner();
         let vm = self.change(&validate::vm_ref(vm, owner)?, |vm| Command::CancelMigration { vm }).await?;
         Ok(Response::new(v1::CancelMigrationResponse { vm }))
+    }
+
+    async fn resize_disk(
+        &self,
+        request: Request<v1::ResizeDiskRequest>,
+    ) -> Result<Response<v1::ResizeDiskResponse>, Status> {
+        let validate::ResizeDisk { vm, disk, size_bytes } = validate::resize_disk(request.into_inner())?;
+        let vm = self.change(&vm, |vm| Command::ResizeDisk { vm, disk, size_bytes }).await?;
+        Ok(Response::new(v1::ResizeDiskResponse { vm }))
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<v1::CreateSnapshotRequest>,
+    ) -> Result<Response<v1::CreateSnapshotResponse>, Status> {
+        let v1::CreateSnapshotRequest { vm, owner, snapshot } = request.into_inner();
+        let (vm, name) = validate::snapshot(vm, owner, snapshot)?;
+        let vm = self.change(&vm, |vm| Command::CreateSnapshot { vm, id: Uuid::new_v4(), name }).await?;
+        Ok(Response::new(v1::CreateSnapshotResponse { vm }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<v1::DeleteSnapshotRequest>,
+    ) -> Result<Response<v1::DeleteSnapshotResponse>, Status> {
+        let v1::DeleteSnapshotRequest { vm, owner, snapshot } = request.into_inner();
+        let (vm, name) = validate::snapshot(vm, owner, snapshot)?;
+        let vm = self.change(&vm, |vm| Command::DeleteSnapshot { vm, name }).await?;
+        Ok(Response::new(v1::DeleteSnapshotResponse { vm }))
+    }
+
+    async fn revert_to_snapshot(
+        &self,
+        request: Request<v1::RevertToSnapshotRequest>,
+    ) -> Result<Response<v1::RevertToSnapshotResponse>, Status> {
+        let v1::RevertToSnapshotRequest { vm, owner, snapshot } = request.into_inner();
+        let (vm, name) = validate::snapshot(vm, owner, snapshot)?;
+        let vm = self.change(&vm, |vm| Command::RevertToSnapshot { vm, name }).await?;
+        Ok(Response::new(v1::RevertToSnapshotResponse { vm }))
     }
 
     type WatchVmsStream = watch::Stream<v1::WatchVmsResponse>;

@@ -31,6 +31,8 @@ impl<T> Sink<T> {
 pub(crate) enum End {
     /// Nobody listens.
     ClientGone,
+    /// It is complete.
+    Done,
     /// The client is told.
     Because(Status),
 }
@@ -61,7 +63,7 @@ where
             end = body => end,
         };
         match end {
-            End::ClientGone => {}
+            End::ClientGone | End::Done => {}
             // If the client does not read, or has gone, there is nobody to tell.
             End::Because(status) => drop(time::timeout(FAREWELL, sender.send(Err(status))).await),
         }

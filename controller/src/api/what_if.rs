@@ -38,6 +38,7 @@ pub(super) async fn simulate(
         now: context.clock.wall(),
         silent: Arc::new(silent),
         cpu_overcommit_percent: context.cpu_overcommit_percent,
+        disk_overcommit_percent: context.disk_overcommit_percent,
     };
     let simulated = spawn_blocking(move || {
         // Also of one whose caller has gone.

@@ -32,6 +32,8 @@ pub struct Settings {
     pub timings: Timings,
     /// vCPUs promised per CPU thread, in percent.
     pub cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent.
+    pub disk_overcommit_percent: u32,
     /// Where this controller serves.
     pub address: String,
     /// Where all controllers serve.

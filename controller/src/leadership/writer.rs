@@ -236,6 +236,7 @@ impl Work {
             now: self.clock.wall(),
             silent: Arc::new(self.leader.silent_hosts()),
             cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
+            disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
         };
         let mut batch = Batch::default();
         let mut next = Some(first);

@@ -32,6 +32,9 @@ pub struct HostRecord {
     /// Why it is in this mode.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub mode_reason: String,
+    /// How it is being emptied, while it is.
+    #[serde(default, skip_serializing_if = "DrainHow::is_live_only")]
+    pub drain_how: DrainHow,
     /// What the leader has declared about it.
     pub liveness: Liveness,
     /// Since when, ms since 1970.
@@ -44,6 +47,9 @@ pub struct HostRecord {
     /// The CPU that its guests can have.
     #[serde(default, skip_serializing_if = "Cpu::is_unknown")]
     pub cpu: Cpu,
+    /// Its bridges that VMs may be connected to.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub bridges: BTreeSet<String>,
     /// The kernel's boot id: tells one machine from another that uses the same host id.
     pub boot_id: Uuid,
     /// When it first appeared, ms since 1970.
@@ -141,6 +147,24 @@ pub enum HostMode {
     Cordoned,
     /// It does not, and is being emptied.
     Draining,
+}
+
+/// What becomes of the VMs of a host that is being emptied, where they cannot migrate live.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainHow {
+    /// They stay.
+    #[default]
+    LiveOnly,
+    /// They are stopped, and started on another host.
+    StopAndMove,
+}
+
+impl DrainHow {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+    const fn is_live_only(&self) -> bool {
+        matches!(self, Self::LiveOnly)
+    }
 }
 
 /// What the leader has declared about a host's leases (docs/fencing.md).

@@ -1,6 +1,6 @@
 //! VMs as they are stored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
@@ -54,6 +54,10 @@ pub struct VmRecord {
     /// Its user wants the guest to stand still. Ends with a resume, a stop or a restart.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,
+    /// The incarnation that is being stopped so that the VM starts on another host (`state/drain.rs`). It says nothing about
+    /// any other.
+    #[serde(default, skip_serializing_if = "Incarnation::is_none")]
+    pub moving_out: Incarnation,
     /// A host has said that all disks are made: they may hold data, and are never made again under this `disk_generation`.
     #[serde(default)]
     pub disks_exist: bool,
@@ -64,6 +68,15 @@ pub struct VmRecord {
     /// Part of the disks' file names. Grows when lost disks are given up and made anew.
     #[serde(default)]
     pub disk_generation: u32,
+    /// Snapshots of its disks, oldest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub snapshots: Vec<Snapshot>,
+    /// Its disks are to be put back. While this stands the VM is not to execute (P5).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revert: Option<Revert>,
+    /// How often users have asked for that.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub reverts: u64,
     /// When it was created, ms since 1970.
     pub created: WallTime,
     /// Fields of a newer program.
@@ -71,7 +84,48 @@ pub struct VmRecord {
     pub extra: Extra,
 }
 
+/// A snapshot of all disks of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Random (version 4). Its name in the disks' files.
+    pub id: Uuid,
+    /// Unique among the VM's.
+    pub name: String,
+    /// When it was asked for, ms since 1970.
+    pub created: WallTime,
+    /// What it is.
+    pub state: SnapshotState,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotState {
+    /// To be taken.
+    Creating,
+    /// A host has said that it is there.
+    Ready,
+    /// To be removed.
+    Deleting,
+}
+
+/// Disks that are to be put back to a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revert {
+    /// The snapshot's id.
+    pub snapshot: Uuid,
+    /// Tells it from those before.
+    pub number: u64,
+}
+
 impl VmRecord {
+    /// Whether a host has been told to do something to the disks and has not said yet that it has. Until then the VM belongs to that
+    /// host as if it executed there.
+    #[must_use]
+    pub fn has_disk_orders(&self) -> bool {
+        self.revert.is_some() || self.snapshots.iter().any(|s| s.state != SnapshotState::Ready)
+    }
+
     /// What its next incarnation is made of.
     #[must_use]
     pub fn next_spec(&self) -> VmSpec {
@@ -80,6 +134,12 @@ impl VmRecord {
             pending.apply(&mut spec);
         }
         spec
+    }
+
+    /// Whether its present incarnation should run, and is being stopped so that the next one starts on another host.
+    #[must_use]
+    pub fn is_moving_out(&self) -> bool {
+        self.desired == Desired::Running && !self.moving_out.is_none() && self.moving_out == self.placement.incarnation
     }
 
     /// What was pending becomes what the VM is made of.
@@ -244,6 +304,18 @@ pub struct VmSpec {
     pub extra: Extra,
 }
 
+impl VmSpec {
+    /// The bridges that its host must have.
+    #[must_use]
+    pub fn bridges(&self) -> BTreeSet<String> {
+        let bridge = |nic: &Nic| match &nic.kind {
+            NicKind::User => None,
+            NicKind::Bridge { bridge } => Some(bridge.clone()),
+        };
+        self.nics.iter().filter_map(bridge).collect()
+    }
+}
+
 /// What says nothing is not written.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -368,19 +440,24 @@ pub struct Disk {
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Nic {
-    /// How it is connected.
-    #[serde(rename = "type")]
+    /// How it is connected: `type`, and what belongs to that.
+    #[serde(flatten)]
     pub kind: NicKind,
     /// Its MAC address.
     pub mac: String,
 }
 
 /// How a network interface is connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
 pub enum NicKind {
     /// QEMU's user-mode network.
     User,
+    /// A port of a bridge of the host.
+    Bridge {
+        /// The bridge's name.
+        bridge: String,
+    },
 }
 
 /// What happens when QEMU dies or the guest panics.
@@ -438,6 +515,9 @@ pub struct VmStatusRecord {
     /// When a failed start is tried again, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_attempt: Option<WallTime>,
+    /// The newest restart that the host has carried out.
+    #[serde(default)]
+    pub restarts_done: u64,
     /// The guest stands still, as its user wants. The phase is Running then.
     #[serde(default, skip_serializing_if = "is_false")]
     pub paused: bool,

@@ -11,15 +11,17 @@ use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::clock::Tick;
 
 use super::{
+    drain::{self, Drains, How},
     images,
     migrations::Migrations,
     plan::{self, Attempts, BATCH, Situation},
 };
 use crate::{
+    api::migration_secret,
     health::{BrakeState, Verdict},
     leadership::{Leader, WriteError},
     model::EventType,
-    state::command::{Command, Lapsed},
+    state::command::{Command, Context, DrainStep, Lapsed},
 };
 
 /// How often health is looked at. A failover takes up to this much longer; a shorter one costs CPU in a large cluster.
@@ -45,8 +47,13 @@ async fn passes(leader: &Leader) {
     let mut changed = leader.mirror.changed();
     let mut ticker = time::interval(PERIOD);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut driver =
-        Driver { leader, attempts: Attempts::default(), migrations: Migrations::default(), announced: false };
+    let mut driver = Driver {
+        leader,
+        attempts: Attempts::default(),
+        migrations: Migrations::default(),
+        drains: Drains::default(),
+        announced: false,
+    };
     loop {
         let result = tokio::select! {
             biased; // a busy cluster must not keep health from being looked at
@@ -73,6 +80,7 @@ struct Driver<'a> {
     leader: &'a Leader,
     attempts: Attempts,
     migrations: Migrations,
+    drains: Drains,
     /// What was last said about the brake.
     announced: bool,
 }
@@ -191,6 +199,36 @@ impl Driver<'_> {
             }
             self.submit(Command::Place { vms: vms.clone() }).await?;
             self.leader.mirror.read(|state| self.attempts.note(&vms, &situation, state, now));
+        }
+        self.drain().await
+    }
+
+    /// Has VMs leave hosts that are being drained.
+    async fn drain(&mut self) -> Result<(), Stop> {
+        for _ in 0..drain::STEPS {
+            let now = self.leader.clock.now();
+            if !self.leader.validity.holds(now) {
+                return Ok(());
+            }
+            let cx = Context {
+                now: self.leader.clock.wall(),
+                silent: Arc::new(self.leader.health().silent(now)),
+                cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
+                disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
+            };
+            let Some(drain::Step { vm, from, how }) =
+                self.leader.mirror.read(|state| self.drains.next(state, &cx, now))
+            else {
+                return Ok(());
+            };
+            let step = match how {
+                How::Migrate => DrainStep::Migrate { secret: migration_secret() },
+                How::Stop => DrainStep::Stop,
+            };
+            match self.submit(Command::DrainVm { vm, from, step }).await? {
+                Submitted::Stored => {}
+                Submitted::Refused => self.drains.refused(vm, now),
+            }
         }
         Ok(())
     }

@@ -26,6 +26,9 @@ pub const READY_LIMIT: Duration = Duration::from_secs(120);
 /// How long the guest may stand still on the source, which has sent everything, before the target has it. QEMU needs some
 /// milliseconds.
 pub const HANDED_OVER_LIMIT: Duration = Duration::from_secs(5);
+/// How long nothing may be sent, as far as the source says, which speaks every second. Only if the hosts do not reach each other:
+/// TCP alone would try for a quarter of an hour, and the guest could be moved nowhere meanwhile.
+pub const STALLED_LIMIT: Duration = Duration::from_secs(15);
 /// How long a migration may take in all. A guest that writes faster than the network carries never gets there.
 pub const MIGRATION_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -41,6 +44,9 @@ struct Seen {
     since: Tick,
     stage: Stage,
     stage_since: Tick,
+    /// Bytes that have been sent, by the newest report.
+    sent: u64,
+    sent_since: Tick,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,14 +75,22 @@ impl Migrations {
             let Some(entry) = state.vm(vm) else { continue };
             let Some(migration) = &entry.record.migration else { continue };
             let (incarnation, stage) = (migration.incarnation, Stage::of(migration));
-            let fresh = Seen { incarnation, since: now, stage, stage_since: now };
-            let known = match self.seen.get(&vm) {
+            let progress =
+                entry.status.as_ref().and_then(|s| s.migration.as_ref()).filter(|p| p.incarnation == incarnation);
+            let sent = progress.map_or(0, |p| p.transferred_bytes);
+            let fresh = Seen { incarnation, since: now, stage, stage_since: now, sent, sent_since: now };
+            let source = entry.record.placement.host;
+            let mut known = match self.seen.get(&vm) {
                 Some(known) if known.incarnation == incarnation && known.stage == stage => *known,
                 Some(known) if known.incarnation == incarnation => Seen { since: known.since, ..fresh },
                 Some(_) | None => fresh,
             };
+            // A source that is not heard may be sending all the same.
+            if known.sent != sent || source.is_some_and(|host| silent.contains(&host)) {
+                known = Seen { sent, sent_since: now, ..known };
+            }
             seen.insert(vm, known);
-            if let Some(why) = why_hopeless(state, silent, now, entry.record.placement.host, migration, known) {
+            if let Some(why) = why_hopeless(state, silent, now, source, migration, known) {
                 commands.push(Command::GiveUpMigration { vm, migration: incarnation, why });
             }
         }
@@ -109,6 +123,10 @@ fn why_hopeless(
             Some(format!("host `{}` has not got the guest in time", name(target)))
         }
         Stage::Preparing if in_stage > READY_LIMIT => Some(format!("host `{}` was not ready in time", name(target))),
+        Stage::Sending if now.since(seen.sent_since) > STALLED_LIMIT => {
+            let secs = STALLED_LIMIT.as_secs();
+            Some(format!("nothing has got to host `{}` for {secs} s; do the hosts reach each other?", name(target)))
+        }
         Stage::Preparing | Stage::Sending | Stage::HandedOver if now.since(seen.since) > MIGRATION_LIMIT => {
             Some(format!("it took longer than {} minutes", MIGRATION_LIMIT.as_secs() / 60))
         }

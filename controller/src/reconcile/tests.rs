@@ -48,10 +48,12 @@ fn host(n: u128, memory_mib: u64, liveness: Liveness) -> HostRecord {
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
         mode_reason: String::new(),
+        drain_how: Default::default(),
         liveness,
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -100,9 +102,13 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         restart_force: false,
         stop_force: false,
         paused: false,
+        moving_out: Incarnation::NONE,
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        snapshots: Vec::new(),
+        revert: None,
+        reverts: 0,
         created: WallTime(0),
         extra: Extra::new(),
     }
@@ -145,7 +151,12 @@ impl World {
     }
 
     fn submit(&mut self, command: &Command) {
-        let cx = Context { now: WallTime(1), silent: Arc::new(self.silent.clone()), cpu_overcommit_percent: 400 };
+        let cx = Context {
+            now: WallTime(1),
+            silent: Arc::new(self.silent.clone()),
+            cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
+        };
         let decision = self.state.decide(command, &cx).unwrap();
         if !decision.change.mutations.is_empty() {
             self.writes += 1;

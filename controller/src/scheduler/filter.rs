@@ -7,10 +7,10 @@ use uncloud_proto::{
     ids::{HostId, VmId},
 };
 
-use super::{Arrival, Home, HostView, Limits, Request, Resources};
+use super::{Arrival, ClusterView, Home, HostView, Limits, Request, Resources};
 use crate::model::{
     HostMode, Liveness,
-    host::{AcceleratorKind, PoolAccess},
+    host::{AcceleratorKind, Pool, PoolAccess},
 };
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
@@ -53,6 +53,8 @@ pub enum Rejection {
         /// The value it should have.
         value: String,
     },
+    /// It has no bridge of this name.
+    NoBridge(String),
     /// It has no pool of this name.
     NoPool(String),
     /// Its pool of this name has a problem.
@@ -76,6 +78,13 @@ pub enum Rejection {
     },
     /// It has not enough memory left.
     Memory {
+        /// How much is needed.
+        needed_mib: u64,
+    },
+    /// Its pool of this name has not enough left that is not promised to other disks.
+    PoolSpace {
+        /// The pool.
+        pool: String,
         /// How much is needed.
         needed_mib: u64,
     },
@@ -103,6 +112,7 @@ impl Rejection {
             Self::NoOwnCpu => format!("{has} no KVM, so a guest cannot see the host's own CPU"),
             Self::OtherCpu => format!("{has} another CPU than the host that it runs on, which the guest sees"),
             Self::Label { key, value } => format!("{lacks} label {key}={value}"),
+            Self::NoBridge(bridge) => format!("{lacks} bridge `{bridge}` (the agent's --bridge)"),
             Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
             Self::OtherPool(pool) => format!("{has} another pool `{pool}` than the one with its disks"),
@@ -120,6 +130,7 @@ impl Rejection {
             Self::Vcpus { needed: 1 } => format!("{lacks} 1 vCPU"),
             Self::Vcpus { needed } => format!("{lacks} {needed} vCPUs"),
             Self::Memory { needed_mib } => format!("{lacks} {needed_mib} MiB of memory"),
+            Self::PoolSpace { pool, needed_mib } => format!("{lacks} {needed_mib} MiB in pool `{pool}`"),
         }
     }
 }
@@ -141,7 +152,13 @@ const SINGULAR: Verbs = Verbs { is: "is", has: "has", lacks: "lacks", does: "doe
 const PLURAL: Verbs = Verbs { is: "are", has: "have", lacks: "lack", does: "do" };
 
 /// The first reason why `host` cannot take the VM.
-pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &Limits<'_>) -> Result<(), Rejection> {
+pub(super) fn check(
+    view: &ClusterView,
+    id: HostId,
+    host: HostView<'_>,
+    request: &Request,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
     match host.record.liveness {
         Liveness::Up => {}
         Liveness::FastLapsed | Liveness::Dead => return Err(Rejection::Down),
@@ -161,6 +178,9 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
             return Err(Rejection::Label { key: key.clone(), value: value.clone() });
         }
     }
+    if let Some(bridge) = request.bridges.iter().find(|b| !host.record.bridges.contains(*b)) {
+        return Err(Rejection::NoBridge(bridge.clone()));
+    }
     check_storage(id, host, request)?;
     if let Some(group) = &request.group
         && host.others_in_group(request.vm, group) > 0
@@ -168,7 +188,32 @@ pub(super) fn check(id: HostId, host: HostView<'_>, request: &Request, limits: &
         return Err(Rejection::Group(group.clone()));
     }
 
-    check_room(host, request.vm, request.needs().resources, limits)
+    check_room(host, request.vm, request.needs().resources, limits)?;
+    let new = request.pools.iter().filter(|(_, bytes)| **bytes > 0);
+    for (pool, &bytes) in
+        new.filter_map(|(name, bytes)| Some((host.record.pools.iter().find(|p| p.name == *name)?, bytes)))
+    {
+        check_disks(view, id, pool, request.vm, bytes, limits)?;
+    }
+    Ok(())
+}
+
+/// Whether a pool has room for disks of this size.
+pub(super) fn check_disks(
+    view: &ClusterView,
+    host: HostId,
+    pool: &Pool,
+    vm: VmId,
+    bytes: u64,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
+    // A pool that does not say how large it is has not been looked at yet, or is broken, which is told otherwise.
+    let room = u128::from(pool.capacity_bytes) * u128::from(limits.disk_overcommit_percent) / 100;
+    let promised = u128::from(view.disks_of_others(host, pool, vm)) + u128::from(bytes);
+    if pool.capacity_bytes > 0 && room < promised {
+        return Err(Rejection::PoolSpace { pool: pool.name.clone(), needed_mib: bytes.div_ceil(1 << 20) });
+    }
+    Ok(())
 }
 
 /// Whether there is room for a VM of this size.
@@ -229,7 +274,7 @@ fn check_cpu(host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
 }
 
 fn check_storage(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
-    for name in &request.pools {
+    for name in request.pools.keys() {
         let Some(pool) = host.record.pools.iter().find(|p| p.name == *name) else {
             return Err(Rejection::NoPool(name.clone()));
         };

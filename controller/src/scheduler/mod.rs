@@ -35,7 +35,7 @@ use crate::model::{host::AcceleratorKind, vm::CpuModel};
 pub use explain::{Explanation, Group, Unplaceable};
 pub use filter::Rejection;
 
-pub use view::{ClusterView, HostView, Needs, Resources};
+pub use view::{ClusterView, HostView, Needs, Place, Resources};
 
 /// A VM that wants a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +46,10 @@ pub struct Request {
     pub vcpus: u32,
     /// Memory in MiB.
     pub memory_mib: u64,
-    /// The pools that its disks lie in, or will.
-    pub pools: BTreeSet<String>,
+    /// The pools that its disks lie in, or will; and how large the disks may become that are yet to be made there, in bytes.
+    pub pools: BTreeMap<String, u64>,
+    /// The bridges that its network interfaces are ports of.
+    pub bridges: BTreeSet<String>,
     /// Labels that the host must have, each with exactly this value.
     pub host_labels: BTreeMap<String, String>,
     /// Its anti-affinity group: no host takes two VMs of one group.
@@ -109,6 +111,8 @@ pub enum Home {
 pub struct Limits<'a> {
     /// vCPUs promised per CPU thread, in percent (400: four).
     pub cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent (200: two).
+    pub disk_overcommit_percent: u32,
     /// Hosts whose heartbeats are late. Nothing is moved away from them, and nothing is placed there.
     pub silent: &'a BTreeSet<HostId>,
 }
@@ -131,7 +135,7 @@ pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Resu
     let mut best: Option<score::Score> = None;
     let mut candidates = 0_usize;
     for (id, host) in view.hosts() {
-        if filter::check(id, host, request, limits).is_ok() {
+        if filter::check(view, id, host, request, limits).is_ok() {
             let score = score::score(id, host, request);
             best = Some(best.map_or(score, |b| b.min(score)));
             candidates += 1;
@@ -157,13 +161,33 @@ pub fn room(
     view.host(host).map(|host| filter::check_room(host, vm, needed, limits))
 }
 
+/// Whether a host's pool has room for disks of `bytes` of a VM that may have some there already. Hosts and pools that are not
+/// known have room: whoever needs them finds out.
+///
+/// # Errors
+///
+/// It has not.
+pub fn disk_room(
+    view: &ClusterView,
+    host: HostId,
+    pool: &str,
+    vm: VmId,
+    bytes: u64,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
+    match view.host(host).and_then(|h| h.record.pools.iter().find(|p| p.name == pool)) {
+        Some(pool) => filter::check_disks(view, host, pool, vm, bytes, limits),
+        None => Ok(()),
+    }
+}
+
 /// Says whether this host can take the VM now.
 ///
 /// # Errors
 ///
 /// Why it cannot. A host that is not known is down.
 pub fn check(view: &ClusterView, host: HostId, request: &Request, limits: &Limits<'_>) -> Result<(), Rejection> {
-    view.host(host).map_or(Err(Rejection::Down), |found| filter::check(host, found, request, limits))
+    view.host(host).map_or(Err(Rejection::Down), |found| filter::check(view, host, found, request, limits))
 }
 
 /// Says of every host whether it could take the VM now, and if not, why.
@@ -172,7 +196,7 @@ pub fn explain(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Ex
     let mut candidates = Vec::new();
     let mut refused: BTreeMap<Rejection, Vec<HostId>> = BTreeMap::new();
     for (id, host) in view.hosts() {
-        match filter::check(id, host, request, limits) {
+        match filter::check(view, id, host, request, limits) {
             Ok(()) => candidates.push(score::score(id, host, request)),
             Err(why) => refused.entry(why).or_default().push(id),
         }

@@ -39,17 +39,19 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         pools: vec![Pool {
             name: "default".into(),
             shared_id: Some(POOL),
-            capacity_bytes: 1,
+            capacity_bytes: 1 << 40,
             problem: String::new(),
             access: PoolAccess::Directory,
         }],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
+        drain_how: Default::default(),
         mode_reason: String::new(),
         liveness: Liveness::Up,
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "1".into(),
         boot_id: Uuid::nil(),
         created: WallTime(0),
@@ -70,7 +72,8 @@ fn request(vcpus: u32, memory_mib: u64) -> Request {
         vm: vm_id(1),
         vcpus,
         memory_mib,
-        pools: BTreeSet::from(["default".to_owned()]),
+        pools: BTreeMap::from([("default".to_owned(), 0)]),
+        bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,
         home: Home::Anywhere,
@@ -87,7 +90,7 @@ fn needs(vcpus: u32, memory_mib: u64, group: Option<&str>) -> Needs {
 static NOBODY: BTreeSet<HostId> = BTreeSet::new();
 
 fn limits(cpu_overcommit_percent: u32) -> Limits<'static> {
-    Limits { cpu_overcommit_percent, silent: &NOBODY }
+    Limits { cpu_overcommit_percent, disk_overcommit_percent: 200, silent: &NOBODY }
 }
 
 #[test]
@@ -122,17 +125,27 @@ fn explains_a_mixed_cluster_in_one_line() {
 #[test]
 fn every_filter_refuses_with_its_own_reason() {
     let silent = BTreeSet::from([host_id(1)]);
-    let quiet = Limits { cpu_overcommit_percent: 100, silent: &silent };
+    let quiet = Limits { cpu_overcommit_percent: 100, disk_overcommit_percent: 200, silent: &silent };
     let mut taken = ClusterView::default();
     taken.assign(host_id(1), vm_id(9), needs(1, 1, Some("db")));
 
     type Case = (fn(&mut HostRecord), fn(&mut Request), &'static str);
-    let cases: [Case; 11] = [
+    let cases: [Case; 13] = [
         (|h| h.liveness = Liveness::Dead, |_| {}, "is down"),
         (|h| h.liveness = Liveness::FastLapsed, |_| {}, "is down"),
         (|h| h.mode = HostMode::Draining, |_| {}, "is being drained"),
         (|_| {}, |r| drop(r.host_labels.insert("zone".into(), "a".into())), "lacks label zone=a"),
+        (
+            |h| h.bridges = ["br1".into()].into(),
+            |r| r.bridges = ["br0".into(), "br1".into()].into(),
+            "lacks bridge `br0` (the agent's --bridge)",
+        ),
         (|h| h.pools.clear(), |_| {}, "lacks pool `default`"),
+        (
+            |h| h.pools[0].capacity_bytes = 1 << 30,
+            |r| r.pools = BTreeMap::from([("default".into(), 3 << 30)]),
+            "lacks 3072 MiB in pool `default`",
+        ),
         (|h| h.pools[0].problem = "no marker".into(), |_| {}, "has a problem with pool `default`"),
         (
             |h| h.pools[0].shared_id = Some(Uuid::from_u128(1)),
@@ -403,4 +416,37 @@ proptest! {
         prop_assert_eq!(&placed, &place(&model.rebuilt(), &request, &limits(100)));
         prop_assert_eq!(placed.ok().map(|c| c.host), explanation.candidates.first().copied());
     }
+}
+
+/// The sizes of all disks count, wherever their VMs are: twice the pool may be promised.
+#[test]
+fn what_is_promised_in_a_pool_is_the_sum_over_all_its_disks() {
+    let mut view = view([host(1, 4, 8192), host(2, 4, 8192)]);
+    let pool = Pool {
+        name: "default".into(),
+        shared_id: Some(POOL),
+        capacity_bytes: 10,
+        problem: String::new(),
+        access: PoolAccess::Directory,
+    };
+    let room = |view: &ClusterView, host, vm, bytes| {
+        let mut view = view.clone();
+        let record = HostRecord { pools: vec![pool.clone()], ..view.host(host).unwrap().record.clone() };
+        view.upsert_host(Arc::new(record));
+        disk_room(&view, host, "default", vm, bytes, &limits(100)).is_ok()
+    };
+    // A disk that is there, and one that host 1 is about to make.
+    view.set_disks(vm_id(7), BTreeMap::from([(Place::Shared(POOL), 12)]));
+    view.set_disks(vm_id(8), BTreeMap::from([(Place::OnHost(host_id(1), "default".into()), 4)]));
+    assert!(room(&view, host_id(1), vm_id(9), 4) && !room(&view, host_id(1), vm_id(9), 5));
+    assert!(room(&view, host_id(2), vm_id(9), 8) && !room(&view, host_id(2), vm_id(9), 9));
+    // What it has already does not count against a VM itself.
+    assert!(room(&view, host_id(1), vm_id(7), 16) && !room(&view, host_id(1), vm_id(7), 17));
+    let before = view.openings();
+    view.set_disks(vm_id(7), BTreeMap::new());
+    assert!(view.openings() > before, "somebody who waits may find room now");
+    assert!(room(&view, host_id(1), vm_id(9), 16));
+    view.set_disks(vm_id(8), BTreeMap::new());
+    let fresh: ClusterView = super::tests::view([host(1, 4, 8192), host(2, 4, 8192)]);
+    assert!(view == fresh, "nothing is left behind");
 }

@@ -2,7 +2,7 @@
 //!
 //! | the VM's record | reported | what the host is told |
 //! |---|---|---|
-//! | names this host | or not | RUN, STOP or DELETE, as its user wants it; RUN with where to send it, if it migrates |
+//! | names this host | or not | RUN, STOP or DELETE, as its user wants it; RUN with where to send it, if it migrates; STOP if it is to start elsewhere |
 //! | has a migration to this host | or not | INCOMING, with the incarnation that it gets here |
 //! | names another host or none | yes | FORGET. If it executes, renewals are withheld until it is gone (P1) |
 //! | is not there | and executes | nothing: it is left alone, and people are told |
@@ -18,7 +18,11 @@ use uncloud_proto::{
 
 use crate::{
     api::convert,
-    model::{Desired, Key, migration::Migration, vm::VmSpec},
+    model::{
+        Desired, Key,
+        migration::Migration,
+        vm::{Snapshot, SnapshotState, VmSpec},
+    },
     state::{State, VmEntry, command::ObservedState},
 };
 
@@ -120,6 +124,9 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
 pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
     let record = &entry.record;
     let disposition = match record.desired {
+        Desired::Running if record.is_moving_out() => v1::Disposition::Stop,
+        // R1: not before its disks are put back.
+        Desired::Running if record.revert.is_some() => v1::Disposition::Stop,
         Desired::Running => v1::Disposition::Run,
         Desired::Stopped => v1::Disposition::Stop,
         Desired::Deleted => v1::Disposition::Delete,
@@ -134,7 +141,8 @@ pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         images: images(state, &record.spec),
         restarts: record.restarts,
         restart_force: record.restart_force,
-        stop_force: record.stop_force,
+        // What is written before its disks are put back is lost anyway.
+        stop_force: record.stop_force || record.revert.is_some(),
         disks_exist: record.disks_exist,
         disk_generation: record.disk_generation,
         migrate_to: record.migration.as_ref().filter(|m| !m.address.is_empty()).map(|m| v1::MigrateTo {
@@ -146,7 +154,21 @@ pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         migration_secret: String::new(),
         paused: record.paused,
         network_pools: Vec::new(),
+        snapshots: record.snapshots.iter().filter_map(snapshot_order).collect(),
+        revert: record
+            .revert
+            .filter(|_| record.desired != Desired::Deleted)
+            .map(|r| v1::RevertOrder { snapshot_id: r.snapshot.to_string(), number: r.number }),
     }
+}
+
+fn snapshot_order(snapshot: &Snapshot) -> Option<v1::SnapshotOrder> {
+    let remove = match snapshot.state {
+        SnapshotState::Ready => return None,
+        SnapshotState::Creating => false,
+        SnapshotState::Deleting => true,
+    };
+    Some(v1::SnapshotOrder { id: snapshot.id.to_string(), remove })
 }
 
 /// M2: what the target of a migration is told before the hand-over.
@@ -194,7 +216,12 @@ mod tests {
     }
 
     fn carry_out(state: &mut State, command: &Command) {
-        let cx = Context { now: WallTime(1), silent: Arc::default(), cpu_overcommit_percent: 400 };
+        let cx = Context {
+            now: WallTime(1),
+            silent: Arc::default(),
+            cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
+        };
         let decision = state.decide(command, &cx).unwrap();
         state.absorb(&decision.change, Revision(state.revision().0 + 1));
     }
@@ -212,6 +239,7 @@ mod tests {
             accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: String::new() },
             migration_address: String::new(),
             cpu: Default::default(),
+            bridges: BTreeSet::new(),
             agent_version: "0".into(),
             boot_id: Uuid::from_u128(9),
         };

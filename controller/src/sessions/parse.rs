@@ -14,7 +14,7 @@ use uncloud_proto::{
     clock::WallTime,
     cpu::Level,
     ids::{HostId, Incarnation, Term, VmId},
-    v1,
+    names, v1,
 };
 use uuid::Uuid;
 
@@ -25,13 +25,18 @@ use crate::{
         migration::MigrationProgress,
         vm::LastExit,
     },
-    state::command::{HostFacts, MigrationObservation, ObservedState, VmObservation},
+    state::{
+        MAX_SNAPSHOTS,
+        command::{DisksObservation, HostFacts, MigrationObservation, ObservedState, VmObservation},
+    },
 };
 
 /// VMs that one host may have a record of. Ten times as many as anybody ran on one.
 pub(crate) const MAX_VMS: usize = 10_000;
 /// Pools of one host.
 const MAX_POOLS: usize = 64;
+/// How many bridges a host may offer.
+const MAX_BRIDGES: usize = 64;
 const MAX_VCPUS: u64 = 65_536;
 const MAX_MEMORY_MIB: u64 = 1 << 30;
 const MAX_VERSION: usize = 64;
@@ -101,6 +106,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         check.fail("migration_address", format!("is `{found}`; expected an IP address, or nothing"));
     }
     let cpu = cpu(hello.cpu.unwrap_or_default());
+    let bridges = check_bridges(&mut check, hello.bridges);
     if hello.newest_term < 0 {
         check.fail("newest_term", "is negative");
     }
@@ -115,6 +121,7 @@ pub fn hello(hello: v1::Hello) -> Result<Greeting, Violations> {
         accelerator: Accelerator { kind, why: clean(&accelerator.why) },
         migration_address: hello.migration_address,
         cpu,
+        bridges,
         agent_version: hello.agent_version,
         boot_id: boot_id.unwrap_or_default(),
     };
@@ -182,11 +189,21 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             addresses: addresses(&vm.addresses),
             restarts_done: vm.restarts_done,
             paused: vm.paused,
+            disks: DisksObservation {
+                made: snapshot_ids(&vm.snapshots_made),
+                removed: snapshot_ids(&vm.snapshots_removed),
+                reverted: vm.reverted,
+            },
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
         checked.push(Reported { sequence: vm.sequence, seen });
     }
     checked
+}
+
+/// Ids of snapshots. Those that make no sense are none of ours.
+fn snapshot_ids(said: &[String]) -> Vec<Uuid> {
+    said.iter().take(MAX_SNAPSHOTS).filter_map(|id| Uuid::try_parse(id).ok()).collect()
 }
 
 /// What a guest says of itself, by its host: whatever is not an address is left out, and so is what is too much.
@@ -231,6 +248,19 @@ fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option
         expected_downtime_ms: m.expected_downtime_ms,
     };
     Some(MigrationObservation { progress, address: m.address, failure: clean(&m.failure) })
+}
+
+fn check_bridges(check: &mut Checker, bridges: Vec<String>) -> BTreeSet<String> {
+    if bridges.len() > MAX_BRIDGES {
+        check.fail("bridges", format!("has {} entries; at most {MAX_BRIDGES} are allowed", bridges.len()));
+        return BTreeSet::new();
+    }
+    for (i, bridge) in bridges.iter().enumerate() {
+        if let Err(problem) = names::check_interface(bridge) {
+            check.fail(format!("bridges[{i}]"), format!("is `{}`, which {problem}", quoted(bridge)));
+        }
+    }
+    bridges.into_iter().collect()
 }
 
 fn check_pools(check: &mut Checker, pools: Vec<v1::Pool>) -> (Vec<Pool>, BTreeMap<String, u64>) {

@@ -64,8 +64,13 @@ pub struct Rules {
     unclean: BTreeSet<VmId>,
     /// VMs that execute here and that nobody knows.
     unknown: BTreeSet<VmId>,
+    /// How many of them people have been told of.
+    noted: usize,
     last_heartbeat: Option<u64>,
 }
+
+/// Of how many unknown VMs people are told in one session. Each is an event in etcd, and what a host claims to have is not to fill that.
+const MAX_NOTED: usize = 100;
 
 /// What to do after a plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -144,7 +149,9 @@ impl Rules {
         // Only one that belongs here again is no longer misplaced: one that was deleted elsewhere still executes here.
         self.unclean.retain(|vm| !matches!(plan.vms.get(vm), Some(Wanted::AsRecorded(_))));
         self.unclean.extend(&plan.misplaced);
-        let newly_unknown = plan.unknown.difference(&self.unknown).copied().collect();
+        let left = MAX_NOTED.saturating_sub(self.noted);
+        let newly_unknown: Vec<VmId> = plan.unknown.difference(&self.unknown).take(left).copied().collect();
+        self.noted += newly_unknown.len();
         self.unknown = plan.unknown;
         let send =
             plan.vms.iter().filter(|(vm, wanted)| self.sent.get(vm) != Some(wanted)).map(|(vm, w)| (*vm, *w)).collect();
@@ -219,6 +226,7 @@ mod tests {
             restarts_done: 0,
             paused: false,
             migration: None,
+            disks: Default::default(),
         };
         Reported { sequence, seen }
     }
@@ -303,6 +311,16 @@ mod tests {
         assert_eq!(rules.planned(unknown()), Changes::default());
         assert_eq!(rules.heartbeat(1), OnHeartbeat::Ask);
         assert_eq!(rules.unknown().len(), 1);
+    }
+
+    #[test]
+    fn a_host_that_makes_up_vms_makes_few_events() {
+        let mut rules = Rules::default();
+        let told = |rules: &mut Rules, vms: std::ops::Range<u128>| {
+            rules.planned(Plan { unknown: vms.map(vm).collect(), ..Plan::default() }).newly_unknown.len()
+        };
+        assert_eq!((told(&mut rules, 1..91), told(&mut rules, 91..201), told(&mut rules, 201..211)), (90, 10, 0));
+        assert_eq!(rules.unknown().len(), 10, "all are shown");
     }
 
     #[test]

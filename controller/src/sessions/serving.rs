@@ -89,7 +89,8 @@ impl Grants {
 /// N4: what a VM that should run on `host` waits for, in words. `None`: nothing.
 #[must_use]
 pub fn waits(state: &State, grants: &Grants, host: HostId, vm: &VmRecord) -> Option<String> {
-    if vm.desired != Desired::Running || vm.placement.host != Some(host) {
+    // A stop needs no access, also one that a drain asks for.
+    if vm.desired != Desired::Running || vm.is_moving_out() || vm.placement.host != Some(host) {
         return None;
     }
     for (name, id) in exports::network_pools(state, vm, host) {

@@ -13,6 +13,7 @@ use uncloud_proto::ids::{HostId, ImageId, Revision, VmId};
 use super::{
     HostEntry, ImageEntry, REQUESTS_FORGOTTEN_MS, State, VmEntry,
     command::{Change, Mutation},
+    placement,
 };
 use crate::{
     model::{
@@ -159,6 +160,7 @@ impl State {
     fn take_vm(&mut self, id: VmId) -> Option<VmEntry> {
         let entry = self.vms.remove(&id)?;
         self.pending.remove(&id);
+        self.view.set_disks(id, BTreeMap::new());
         if let Some(host) = entry.record.placement.host {
             let vms = self.tenants_mut(host);
             vms.remove(&id);
@@ -185,6 +187,7 @@ impl State {
 
     fn insert_vm(&mut self, entry: VmEntry) {
         let id = entry.record.id;
+        self.view.set_disks(id, placement::disk_places(&entry.record));
         match entry.record.placement.host {
             Some(host) => {
                 self.tenants_mut(host).insert(id);

@@ -16,7 +16,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use crate::model::{
-    Desired, HostMode, ImageRecord, Key, Record, VmRecord,
+    Desired, DrainHow, HostMode, ImageRecord, Key, Record, VmRecord,
     host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
@@ -32,6 +32,8 @@ pub struct Context {
     pub silent: Arc<BTreeSet<HostId>>,
     /// vCPUs promised per CPU thread, in percent (400 = four).
     pub cpu_overcommit_percent: u32,
+    /// Bytes of disks promised per byte of a pool, in percent (200 = two).
+    pub disk_overcommit_percent: u32,
 }
 
 /// A request that must not be carried out twice.
@@ -54,6 +56,14 @@ pub enum Command {
     RestartVm { vm: VmId, force: bool },
     /// A user changes what a VM is made of.
     UpdateVm { vm: VmId, update: Box<VmUpdate> },
+    /// A user makes a disk larger.
+    ResizeDisk { vm: VmId, disk: String, size_bytes: u64 },
+    /// A user wants a snapshot of a VM's disks.
+    CreateSnapshot { vm: VmId, id: Uuid, name: String },
+    /// A user deletes a snapshot.
+    DeleteSnapshot { vm: VmId, name: String },
+    /// A user wants a VM's disks put back to a snapshot.
+    RevertToSnapshot { vm: VmId, name: String },
     /// A user deletes a VM.
     DeleteVm { vm: VmId },
     /// Somebody moves a running VM to another host, or to this one.
@@ -64,6 +74,10 @@ pub enum Command {
     GiveUpMigration { vm: VmId, migration: Incarnation, why: String },
     /// A user cordons or uncordons a host.
     SetHostMode { host: HostId, mode: HostMode, reason: String },
+    /// A user has a host emptied. [`Command::SetHostMode`] ends that.
+    DrainHost { host: HostId, how: DrainHow, reason: String },
+    /// The next step of emptying a host. Refused if the host is not being drained any more.
+    DrainVm { vm: VmId, from: HostId, step: DrainStep },
     /// A user removes a host that is down and empty.
     RemoveHost { host: HostId },
     /// A user registers an image that a host has checked.
@@ -97,6 +111,18 @@ pub enum Command {
     SetFailover { change: FailoverChange },
     /// Something about the cluster that people should know: brake, settings, leader.
     Note { event: crate::model::EventType, message: String },
+}
+
+/// How a VM leaves a host that is being drained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DrainStep {
+    /// It migrates, with this secret.
+    Migrate {
+        /// As in [`Command::MigrateVm`].
+        secret: String,
+    },
+    /// It is stopped, and starts elsewhere when it has.
+    Stop,
 }
 
 /// How the first fetch of an image, or its upload, ended.
@@ -237,6 +263,8 @@ pub struct HostFacts {
     pub migration_address: String,
     /// The CPU that its guests can have.
     pub cpu: Cpu,
+    /// Its bridges that VMs may be connected to.
+    pub bridges: BTreeSet<String>,
     /// Version of its agent.
     pub agent_version: String,
     /// The kernel's boot id.
@@ -269,6 +297,19 @@ pub struct VmObservation {
     pub migration: Option<MigrationObservation>,
     /// The guest stands still, as it should.
     pub paused: bool,
+    /// What was done to its disks.
+    pub disks: DisksObservation,
+}
+
+/// What a host has done to a VM's disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DisksObservation {
+    /// Snapshots that are there, as they should be.
+    pub made: Vec<Uuid>,
+    /// Snapshots that are gone, as they should be.
+    pub removed: Vec<Uuid>,
+    /// The newest revert that was carried out. 0: none.
+    pub reverted: u64,
 }
 
 /// What a host reported about a migration.

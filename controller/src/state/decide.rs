@@ -7,10 +7,11 @@ use uncloud_proto::ids::VmId;
 use super::{
     REQUESTS_FORGOTTEN_MS, State,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
+    disks,
     draft::Draft,
-    exports, hosts, images, migration, placement, reports, update, vms,
+    drain, exports, hosts, images, migration, placement, reports, snapshots, update, vms,
 };
-use crate::model::{Extra, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
+use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
 /// How many VMs one command places or moves. A move writes a record, a status and up to two events; 25 of them and the
 /// host's record stay under the 128 operations that etcd takes in one transaction.
@@ -45,6 +46,10 @@ impl State {
             Command::SetDesired { vm, desired } => vms::set_desired(&mut draft, *vm, *desired)?,
             Command::RestartVm { vm, force } => vms::restart(&mut draft, *vm, *force)?,
             Command::UpdateVm { vm, update } => update::update(&mut draft, *vm, update)?,
+            Command::ResizeDisk { vm, disk, size_bytes } => disks::resize(&mut draft, *vm, disk, *size_bytes)?,
+            Command::CreateSnapshot { vm, id, name } => snapshots::create(&mut draft, *vm, *id, name)?,
+            Command::DeleteSnapshot { vm, name } => snapshots::delete(&mut draft, *vm, name)?,
+            Command::RevertToSnapshot { vm, name } => snapshots::revert(&mut draft, *vm, name)?,
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
             Command::MigrateVm { vm, to, secret, bytes_per_second } => {
                 migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second)?
@@ -53,7 +58,13 @@ impl State {
             Command::GiveUpMigration { vm, migration, why } => {
                 migration::cannot_go_on(&mut draft, *vm, *migration, why)?
             }
-            Command::SetHostMode { host, mode, reason } => hosts::set_mode(&mut draft, *host, *mode, reason)?,
+            Command::SetHostMode { host, mode, reason } => {
+                hosts::set_mode(&mut draft, *host, *mode, DrainHow::LiveOnly, reason)?
+            }
+            Command::DrainHost { host, how, reason } => {
+                hosts::set_mode(&mut draft, *host, HostMode::Draining, *how, reason)?
+            }
+            Command::DrainVm { vm, from, step } => drain::step(&mut draft, *vm, *from, step)?,
             Command::RemoveHost { host } => hosts::remove(&mut draft, *host)?,
             Command::CreateImage { request, image } => {
                 if let Some(replayed) = self.replay(request.as_ref(), cx)? {

@@ -15,6 +15,7 @@ use super::{
     State, VmEntry,
     absorb::needs,
     command::{Answer, Change, Context, Decision, Mutation, Refusal},
+    placement,
 };
 use crate::{
     model::{EventRecord, EventType, Extra, HostRecord, Key, Record, Subject, VmRecord, VmStatusRecord},
@@ -212,6 +213,7 @@ impl<'a> Draft<'a> {
             for host in hosts {
                 view.release(host, vm);
             }
+            view.set_disks(vm, now.as_ref().map(|e| placement::disk_places(&e.record)).unwrap_or_default());
             let Some(entry) = now else { continue };
             if let Some(host) = entry.record.placement.host
                 && entry.holds_room()
@@ -233,6 +235,10 @@ impl<'a> Draft<'a> {
 
     /// What the scheduler must know besides.
     pub(super) fn limits(&self) -> Limits<'a> {
-        Limits { cpu_overcommit_percent: self.cx.cpu_overcommit_percent, silent: &self.cx.silent }
+        Limits {
+            cpu_overcommit_percent: self.cx.cpu_overcommit_percent,
+            disk_overcommit_percent: self.cx.disk_overcommit_percent,
+            silent: &self.cx.silent,
+        }
     }
 }

@@ -74,9 +74,10 @@ impl VmEntry {
     }
 
     /// Whether the host that the VM was given has said that the VM does not execute, and that it will not under this
-    /// incarnation. `Failed` does not say so: an agent that has not heard that it should stop tries again by itself.
+    /// incarnation. `Failed` does not say so: an agent that has not heard that it should stop tries again by itself. Neither does one
+    /// that is still to do something to the disks: it may be at it.
     #[must_use]
     pub fn ended_for_good(&self) -> bool {
-        self.current_status().is_some_and(|s| s.phase == Phase::Stopped)
+        self.current_status().is_some_and(|s| s.phase == Phase::Stopped) && !self.record.has_disk_orders()
     }
 }

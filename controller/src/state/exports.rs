@@ -61,6 +61,18 @@ pub fn network_pools(state: &State, vm: &VmRecord, on: HostId) -> BTreeMap<Strin
     pools
 }
 
+/// The first of a VM's pools that hosts reach over the network, as far as is known: where its disks are or are about to be made;
+/// of a VM that has neither disks nor a host, where any host does.
+#[must_use]
+pub(super) fn network_pool(state: &State, vm: &VmRecord) -> Option<String> {
+    let known: Vec<HostId> = vm.disk_home.as_ref().map(|h| h.host).into_iter().chain(vm.placement.host).collect();
+    let first = |host: HostId| network_pools(state, vm, host).into_keys().next();
+    match known.is_empty() {
+        true => state.hosts().find_map(|(&host, _)| first(host)),
+        false => known.into_iter().find_map(first),
+    }
+}
+
 /// Who has the files of a VM that host `on` has removed, if `on` has not.
 ///
 /// # Errors

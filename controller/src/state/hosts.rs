@@ -14,8 +14,8 @@ use super::{
     placement::{self, mark_unreachable, placing_order},
 };
 use crate::model::{
-    ClusterRecord, Desired, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, Record, Subject,
-    host::Pool, vm::Failover,
+    ClusterRecord, Desired, DrainHow, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, Record,
+    Subject, host::Pool, vm::Failover,
 };
 
 pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answer, Refusal> {
@@ -40,8 +40,10 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
             accelerator: facts.accelerator.clone(),
             migration_address: facts.migration_address.clone(),
             cpu: facts.cpu.clone(),
+            bridges: facts.bridges.clone(),
             mode: HostMode::Active,
             mode_reason: String::new(),
+            drain_how: DrainHow::LiveOnly,
             liveness: Liveness::Up,
             liveness_since: now,
             agent_version: facts.agent_version.clone(),
@@ -68,6 +70,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
         accelerator: facts.accelerator.clone(),
         migration_address: facts.migration_address.clone(),
         cpu: facts.cpu.clone(),
+        bridges: facts.bridges.clone(),
         agent_version: facts.agent_version.clone(),
         boot_id: facts.boot_id,
         ..(*before).clone()
@@ -97,6 +100,7 @@ fn differences(before: &HostRecord, now: &HostRecord) -> Vec<&'static str> {
         (before.accelerator != now.accelerator, "accelerator"),
         (before.migration_address != now.migration_address, "migration address"),
         (before.cpu != now.cpu, "CPU"),
+        (before.bridges != now.bridges, "bridges"),
         (before.agent_version != now.agent_version, "version"),
         (before.boot_id != now.boot_id, "restarted"),
     ]
@@ -126,16 +130,30 @@ pub(super) fn update_pools(draft: &mut Draft<'_>, host: HostId, pools: &[Pool]) 
     Ok(Answer::Done)
 }
 
-pub(super) fn set_mode(draft: &mut Draft<'_>, host: HostId, mode: HostMode, reason: &str) -> Result<Answer, Refusal> {
+/// `drain_how` counts for [`HostMode::Draining`] only.
+pub(super) fn set_mode(
+    draft: &mut Draft<'_>,
+    host: HostId,
+    mode: HostMode,
+    drain_how: DrainHow,
+    reason: &str,
+) -> Result<Answer, Refusal> {
     let before = draft.host(host)?;
-    if before.mode == mode && before.mode_reason == reason {
+    let drain_how = if mode == HostMode::Draining { drain_how } else { DrainHow::LiveOnly };
+    let record = HostRecord { mode, mode_reason: reason.to_owned(), drain_how, ..(*before).clone() };
+    if record == *before {
         return Ok(Answer::Done);
     }
-    let record = HostRecord { mode, mode_reason: reason.to_owned(), ..(*before).clone() };
     let (event, what) = match mode {
         HostMode::Active => (EventType::HostUncordoned, "takes new VMs again"),
         HostMode::Cordoned => (EventType::HostCordoned, "takes no new VMs"),
-        HostMode::Draining => (EventType::HostCordoned, "takes no new VMs and is to be emptied"),
+        HostMode::Draining => match drain_how {
+            DrainHow::LiveOnly => (EventType::HostDraining, "takes no new VMs, and its VMs migrate to other hosts"),
+            DrainHow::StopAndMove => (
+                EventType::HostDraining,
+                "takes no new VMs, and its VMs migrate to other hosts, or are stopped and started there",
+            ),
+        },
     };
     let message = if reason.is_empty() { what.to_owned() } else { format!("{what}: {reason}") };
     draft.host_event(&record, event, message);

@@ -32,11 +32,11 @@ use super::{
 };
 use crate::{
     model::{
-        Desired, EventType, Extra, Liveness, Phase, VmRecord, VmStatusRecord,
+        Desired, EventType, Extra, HostRecord, Liveness, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::Placement,
     },
-    scheduler::{self, Home, Request, Resources},
+    scheduler::{self, Home, Limits, Request, Resources},
 };
 
 /// Migrations that a host may be part of at once, as source or as target: more only share its network, and each takes longer.
@@ -60,13 +60,7 @@ pub(super) fn begin(
             from.name
         ));
     }
-    let fingerprint = from.cpu.fingerprint.clone();
-    let arrival = scheduler::Arrival::Migration { from: source, accelerator: from.accelerator.kind, fingerprint, busy };
-    // Room for what it has, and for what it has from its next incarnation on.
-    let Resources { vcpus, memory_mib } = absorb::needs(&entry.record).resources;
-    // The CPU that the guest sees now.
-    let request =
-        Request { arrival, vcpus, memory_mib, cpu: entry.record.spec.cpu, ..placement::request(&entry.record) };
+    let request = request(&entry.record, &from, busy);
     let (target, why) = match to {
         Some(host) => {
             let limits = draft.limits();
@@ -102,6 +96,23 @@ pub(super) fn begin(
     Ok(Answer::Vm(draft.put_vm(record)?))
 }
 
+/// What the scheduler is asked for a VM that leaves `from`. `busy` are hosts that may not be part of another migration.
+fn request(record: &VmRecord, from: &HostRecord, busy: BTreeSet<HostId>) -> Request {
+    let (accelerator, fingerprint) = (from.accelerator.kind, from.cpu.fingerprint.clone());
+    let arrival = scheduler::Arrival::Migration { from: from.id, accelerator, fingerprint, busy };
+    // Room for what it has, and for what it has from its next incarnation on.
+    let Resources { vcpus, memory_mib } = absorb::needs(record).resources;
+    // The CPU that the guest sees now.
+    Request { arrival, vcpus, memory_mib, cpu: record.spec.cpu, ..placement::request(record) }
+}
+
+/// Whether there is a host that could take the VM from `from` if it were not busy or silent at the moment.
+pub(super) fn could_later(draft: &mut Draft<'_>, record: &VmRecord, from: &HostRecord) -> bool {
+    let silent = BTreeSet::new();
+    let limits = Limits { silent: &silent, ..draft.limits() };
+    scheduler::place(draft.view(), &request(record, from, BTreeSet::new()), &limits).is_ok()
+}
+
 fn refuse<T>(message: String) -> Result<T, Refusal> {
     Err(Refusal::Precondition(message))
 }
@@ -117,13 +128,23 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
         let target = draft.host_name(migration.target);
         return refuse(format!("VM `{name}` is being migrated to host `{target}` already; wait, or cancel that first"));
     }
+    if record.is_moving_out() {
+        return refuse(format!("VM `{name}` is being stopped to be started on another host; wait for that"));
+    }
     if record.paused {
         return refuse(format!("VM `{name}` is paused; resume it first"));
+    }
+    if record.revert.is_some() {
+        return refuse(format!("the disks of VM `{name}` are being put back to a snapshot; wait until it runs again"));
     }
     let phase = entry.current_status().map(|s| s.phase);
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));
     };
+    // What its host has not carried out yet, the target would take for done.
+    if entry.current_status().is_none_or(|s| s.restarts_done < record.restarts) {
+        return refuse(format!("VM `{name}` is being restarted; try again when that is done"));
+    }
     if draft.host(source)?.liveness != Liveness::Up {
         return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
     }
@@ -141,7 +162,7 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
 }
 
 /// Hosts that have as many migrations under way as they may.
-fn busy(draft: &Draft<'_>) -> BTreeSet<HostId> {
+pub(super) fn busy(draft: &Draft<'_>) -> BTreeSet<HostId> {
     let mut counts: BTreeMap<HostId, usize> = BTreeMap::new();
     let entries = draft.state.migrating().filter_map(|vm| draft.state.vm(vm));
     for entry in entries {

@@ -15,7 +15,9 @@
 mod absorb;
 pub mod command;
 mod decide;
+mod disks;
 mod draft;
+mod drain;
 mod effective;
 pub mod exports;
 mod hosts;
@@ -25,6 +27,7 @@ mod placement;
 mod reports;
 mod resolve;
 mod simulate;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod update;
@@ -47,10 +50,12 @@ use crate::{
 };
 
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
+pub use drain::Prospect;
 pub use effective::EffectiveStatus;
 pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};
 pub use simulate::{Fate, Outcome};
+pub use snapshots::MAX_SNAPSHOTS;
 
 /// How long the answer to a request is kept.
 pub const REQUESTS_KEPT_MS: u64 = 3_600_000;

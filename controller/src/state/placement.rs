@@ -30,7 +30,7 @@ use crate::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
         vm::{CpuModel, Failover, OnDiskLoss, Placement},
     },
-    scheduler::{self, Arrival, Choice, Home, Request, Unplaceable},
+    scheduler::{self, Arrival, Choice, Home, Place, Request, Unplaceable},
 };
 
 /// Whether the lease that VMs of this class live under has surely run out on a host of this liveness.
@@ -80,6 +80,7 @@ pub fn request(vm: &VmRecord) -> Request {
         vcpus: next.vcpus,
         memory_mib: next.memory_mib,
         pools: pools(vm),
+        bridges: next.bridges(),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
         home: home(vm),
@@ -89,8 +90,33 @@ pub fn request(vm: &VmRecord) -> Request {
     }
 }
 
-fn pools(vm: &VmRecord) -> BTreeSet<String> {
-    vm.spec.disks.iter().map(|disk| disk.pool.clone()).collect()
+/// The pools of its disks, and how much of each is for disks that are not there yet.
+fn pools(vm: &VmRecord) -> BTreeMap<String, u64> {
+    let mut pools = BTreeMap::new();
+    for disk in &vm.spec.disks {
+        let new = if vm.disks_exist { 0 } else { disk.size_bytes };
+        let sum: &mut u64 = pools.entry(disk.pool.clone()).or_default();
+        *sum = sum.saturating_add(new);
+    }
+    pools
+}
+
+/// Where the VM's disks are, or are about to be made, and how large they may become there.
+pub(super) fn disk_places(vm: &VmRecord) -> BTreeMap<Place, u64> {
+    let mut places = BTreeMap::new();
+    for disk in &vm.spec.disks {
+        let place = match (&vm.disk_home, vm.placement.host) {
+            (Some(home), _) => match home.pools.get(&disk.pool) {
+                Some(Some(id)) => Place::Shared(*id),
+                Some(None) | None => Place::OnHost(home.host, disk.pool.clone()),
+            },
+            (None, Some(host)) => Place::OnHost(host, disk.pool.clone()),
+            (None, None) => continue,
+        };
+        let sum: &mut u64 = places.entry(place).or_default();
+        *sum = sum.saturating_add(disk.size_bytes);
+    }
+    places
 }
 
 pub(super) fn schedule(draft: &mut Draft<'_>, request: &Request) -> Result<Choice, Unplaceable> {
@@ -122,7 +148,10 @@ pub(super) fn find_host(
     }
     record.disks_exist = false;
     record.disk_home = None;
-    record.disk_generation += 1;
+    record.disk_generation = record.disk_generation.saturating_add(1);
+    // They are lost with the disks.
+    record.snapshots.clear();
+    record.revert = None;
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 
@@ -176,7 +205,7 @@ fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: O
         && !before.spec.disks.is_empty()
         && draft.peek_host(old).is_none_or(|old| !shared_on(&old, before))
     {
-        record.disk_generation += 1;
+        record.disk_generation = record.disk_generation.saturating_add(1);
     }
 }
 
@@ -341,13 +370,15 @@ fn move_deletion(draft: &mut Draft<'_>, entry: &VmEntry, old: &HostRecord, from:
     }
 }
 
-/// Removing disks takes neither CPU nor memory, and no label forbids it.
+/// Removing disks takes neither CPU nor memory nor a network, and no label forbids it.
 pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
     Request {
         vm: vm.id,
         vcpus: 0,
         memory_mib: 0,
-        pools: pools(vm),
+        // Nothing is made any more.
+        pools: pools(vm).into_keys().map(|pool| (pool, 0)).collect(),
+        bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,
         home,
@@ -383,7 +414,7 @@ pub(super) fn assign_deletion(
 /// Whether every pool that the VM uses is a shared one on this host.
 fn shared_on(host: &HostRecord, vm: &VmRecord) -> bool {
     let ids = shared_ids(host);
-    pools(vm).iter().all(|pool| ids.contains_key(pool))
+    pools(vm).keys().all(|pool| ids.contains_key(pool))
 }
 
 fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
@@ -424,6 +455,7 @@ pub(super) fn status_or_new(entry: &VmEntry, now: WallTime) -> VmStatusRecord {
         last_exit: None,
         next_attempt: None,
         paused: false,
+        restarts_done: 0,
         migration: None,
         last_migration: None,
         extra: Extra::new(),

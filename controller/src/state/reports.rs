@@ -13,7 +13,7 @@ use super::{
     draft::Draft,
     exports, migration,
     placement::{assign_deletion, mark_unreachable, replace_fenced, status_or_new},
-    vms,
+    snapshots, vms,
 };
 use crate::model::{
     Desired, EventType, Phase, VmRecord, VmStatusRecord,
@@ -63,6 +63,10 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
     if entry.record.placement.host != Some(host) {
         return Ok(()); // It has been handed over.
     }
+    let entry = snapshots::take_report(draft, entry, report)?;
+    if entry.record.placement.incarnation != report.incarnation {
+        return Ok(()); // It has been put back, and starts anew.
+    }
     let on = format!("on host `{}`", draft.host_name(host));
     match report.state {
         // Never asked for at this incarnation: what was asked for since will be reported, too.
@@ -76,6 +80,7 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
             if !matches!(phase(&entry), Some(Phase::Running | Phase::Migrating)) {
                 draft.vm_event(&entry.record, EventType::Started, format!("runs {on}"));
             }
+            note_trouble(draft, &entry, report, &on);
             observe(draft, &entry, report, Phase::Running)
         }
         ObservedState::Failed => {
@@ -85,16 +90,44 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
             }
             observe(draft, &entry, report, Phase::Failed)
         }
+        // While its disks are being put back it does not matter how it came to rest.
+        ObservedState::PoweredOff | ObservedState::Stopped if entry.record.revert.is_some() => {
+            observe(draft, &entry, report, Phase::Stopped)
+        }
+        // R3: what is to start elsewhere has something done to its disks first.
+        ObservedState::Stopped if entry.record.is_moving_out() && entry.record.has_disk_orders() => {
+            observe(draft, &entry, report, Phase::Stopped)
+        }
+        ObservedState::Fenced if entry.record.revert.is_some() && desired != Desired::Deleted => {
+            draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+            let entry = keep_exit(&entry, report);
+            replace_fenced(draft, &entry)
+        }
         ObservedState::PoweredOff => powered_off(draft, &entry, report, &on),
         // Over for good under this incarnation.
         ObservedState::Stopped | ObservedState::Fenced => match desired {
             Desired::Running => {
-                draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                if entry.record.is_moving_out() && report.state == ObservedState::Stopped {
+                    draft.vm_event(&entry.record, EventType::Stopped, format!("has stopped {on}, to start elsewhere"));
+                } else {
+                    draft.vm_event(&entry.record, EventType::Fenced, format!("{on}: {}", report.reason));
+                }
                 let entry = keep_exit(&entry, report);
                 replace_fenced(draft, &entry)
             }
             Desired::Stopped | Desired::Deleted => stopped(draft, &entry, report, &on),
         },
+    }
+}
+
+/// A guest that executes and yet does not do well: people hear of it when that begins and when it ends.
+fn note_trouble(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, on: &str) {
+    let ran = entry.current_status().filter(|s| matches!(s.phase, Phase::Running | Phase::Migrating));
+    let before = ran.map_or("", |s| s.reason.as_str());
+    match (before.is_empty(), report.reason.is_empty()) {
+        (true, false) => draft.vm_event(&entry.record, EventType::Troubled, format!("{on}: {}", report.reason)),
+        (false, true) => draft.vm_event(&entry.record, EventType::Recovered, format!("{on}: no more: {before}")),
+        (true, true) | (false, false) => {}
     }
 }
 
@@ -152,6 +185,7 @@ fn observe(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObservation, phase
         next_attempt: report.next_attempt,
         addresses: report.addresses.clone(),
         paused: report.paused && phase == Phase::Running,
+        restarts_done: report.restarts_done,
         migration: progress(entry, report),
         ..before
     };

@@ -1,6 +1,8 @@
 //! Tests of the state, rule by rule, and a random one over all rules. After every change the copy in memory is compared
 //! with one that is rebuilt from the records.
 
+mod disks;
+mod drain;
 mod exports;
 mod failover;
 mod fixtures;
@@ -10,6 +12,7 @@ mod migration;
 mod properties;
 mod reports;
 mod simulate;
+mod snapshots;
 mod unreadable;
 mod update;
 mod vms;

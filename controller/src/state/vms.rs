@@ -62,9 +62,13 @@ pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &N
         restart_force: false,
         stop_force: false,
         paused: false,
+        moving_out: Incarnation::NONE,
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        snapshots: Vec::new(),
+        revert: None,
+        reverts: 0,
         created: now,
         extra: Extra::new(),
     };
@@ -317,7 +321,7 @@ pub(super) fn restart(draft: &mut Draft<'_>, vm: VmId, force: bool) -> Result<An
     }
     let entry = migration::give_up(draft, &entry, "a user asked to restart the VM")?;
     let mut record = (*entry.record).clone();
-    record.restarts += 1;
+    record.restarts = record.restarts.saturating_add(1);
     record.restart_force = force;
     record.paused = false;
     let message = if force { "a user asked for a reset" } else { "a user asked for it" };

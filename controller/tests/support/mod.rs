@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses some of it")]
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     future::Future,
     net::TcpListener,
@@ -186,6 +186,7 @@ pub(crate) fn settings() -> Settings {
             kill_allowance: Duration::from_secs(1),
         },
         cpu_overcommit_percent: 400,
+        disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: vec!["127.0.0.1:1".into()],
     }
@@ -269,6 +270,7 @@ pub(crate) fn host_facts(n: u128) -> HostFacts {
         accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: "no /dev/kvm".into() },
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }

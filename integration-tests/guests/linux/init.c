@@ -1,6 +1,6 @@
 // The first and only process of the Linux test guest.
 //
-// It counts aloud once a second on the serial console and on its disk, so that a test can see that a guest went on where
+// It counts aloud once a second (with `beat=MS` in the kernel's command line: so often) on the serial console and on its disk, so that a test can see that a guest went on where
 // it was, and that nobody else wrote to its disk. It knows nothing of uncloud. What it says, a line each:
 //
 //   READY <n> boot <id>         it has started; n is the counter that it found on its disk
@@ -14,16 +14,25 @@
 //   NOSEED <what>: <why>        ... and why it could not be read
 //   BYE                         the power button was pressed, or `poweroff` typed; it powers itself off
 //
-// If the machine has a channel to a guest agent, it answers there like one that knows two commands: the synchronisation and
-// the network's interfaces, which it makes up: 10.0.2.15 and fd00::15 on eth0, and what nobody should be shown.
+// If the machine has a channel to a guest agent, it answers there like one that knows a few commands: the synchronisation, the
+// network's interfaces, which it makes up (10.0.2.15 and fd00::15 on eth0, and what nobody should be shown), and to freeze and thaw
+// its file systems, of which it only says that it was told: FROZEN, THAWED.
 //
-// Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine.
+// With `dirty=KIB` it writes into each page of so much memory again and again, `rate=KIB` of it in a second (default: all of it
+// in each second): a guest that is not easy to migrate. Each time it looks whether what it wrote the last time is there:
+//
+//   MEMORYLOST <page> boot <id>  it is not
+//
+// Typed lines that do something: `panic` crashes the kernel, `poweroff` powers off, `reboot` resets the machine, `size` has it
+// say how large the disk is (SIZE <bytes>), `fill A B` writes to the disk from MiB A to MiB B (FILLED A B, when that is done).
 //
 // The disk: sector 0 has the text "COUNT <n> boot <id>", written with O_DIRECT | O_DSYNC.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <linux/input.h>
+#include <net/if.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -31,8 +40,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <termios.h>
@@ -105,18 +116,66 @@ static void load_modules(const char *const *names, size_t count) {
   }
 }
 
-// Whether a word stands in the kernel's command line.
-static int told(const char *word) {
-  char line[4096] = " ";
+// Where what follows a word in the kernel's command line begins. NULL: it has no such word.
+static const char *told(const char *word) {
+  static char line[4096];
+  line[0] = ' ';
   int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
   ssize_t n = fd < 0 ? -1 : read(fd, line + 1, sizeof line - 3);
   if (fd >= 0) close(fd);
-  if (n < 0) return 0;
-  line[n + 1] = ' ';
+  if (n < 0) return NULL;
+  strcpy(line + n + 1, " ");
   for (char *c = line; *c; c++) if (*c == '\n') *c = ' ';
   char wanted[64];
-  snprintf(wanted, sizeof wanted, " %s ", word);
-  return strstr(line, wanted) != NULL;
+  snprintf(wanted, sizeof wanted, " %s", word);
+  const char *found = strstr(line, wanted);
+  return found ? found + strlen(wanted) : NULL;
+}
+
+// The number behind a word that ends with `=`.
+static long told_number(const char *word, long otherwise) {
+  const char *found = told(word);
+  long number = found ? strtol(found, NULL, 10) : 0;
+  return number > 0 ? number : otherwise;
+}
+
+enum { PAGE = 4096, WORDS = PAGE / sizeof(uint64_t), LOAD_EVERY_MS = 10 };
+
+// Memory that is written to all the time, so that a migration has to send it again and again. The first word of each page says
+// how often the page has been written to.
+static struct {
+  volatile uint64_t *memory;
+  size_t pages, at;
+  uint64_t pass;
+  int64_t since_ms;
+  long pages_per_second;
+} load;
+
+static void start_load(void) {
+  long kib = told_number("dirty=", 0);
+  if (kib == 0) return;
+  load.pages = kib * 1024 / PAGE;
+  load.pages_per_second = told_number("rate=", kib) * 1024 / PAGE;
+  void *memory = mmap(NULL, load.pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return say("LOAD: %s", strerror(errno));
+  load.memory = memory;
+  // So that no page is like another, or nothing but zeros, which is sent in no time.
+  for (size_t i = 0; i < load.pages * WORDS; i++) load.memory[i] = i % WORDS == 0 ? 0 : i * 0x9e3779b97f4a7c15;
+  load.since_ms = now_ms();
+}
+
+// Writes what is due since the last time.
+static void write_load(void) {
+  int64_t now = now_ms(), due = (now - load.since_ms) * load.pages_per_second / 1000;
+  if (due > (int64_t)load.pages) due = load.pages;
+  if (due == 0) return;
+  load.since_ms = now;
+  for (; due > 0; due--) {
+    volatile uint64_t *page = load.memory + load.at * WORDS;
+    if (*page != load.pass) say("MEMORYLOST %zu boot %s", load.at, boot_id);
+    *page = load.pass + 1;
+    if (++load.at == load.pages) load.at = 0, load.pass++;
+  }
 }
 
 // Says what is in a file of the disk for cloud-init.
@@ -153,6 +212,20 @@ static void read_seed(void) {
     }
   }
   say("NOSEED look: no disk has the label CIDATA");
+}
+
+// Brings the network interfaces up: the kernel then gives each its link-local IPv6 address, made from its MAC address, and answers
+// there. Without any: nothing.
+static void network_up(void) {
+  int control = socket(AF_INET6, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+  for (int i = 0; control >= 0 && i < 8; i++) {
+    struct ifreq request = {0};
+    snprintf(request.ifr_name, sizeof request.ifr_name, "eth%d", i);
+    if (ioctl(control, SIOCGIFFLAGS, &request) != 0) break;
+    request.ifr_flags |= IFF_UP;
+    if (ioctl(control, SIOCSIFFLAGS, &request) != 0) say("NONETWORK %s: %s", request.ifr_name, strerror(errno));
+  }
+  if (control >= 0) close(control);
 }
 
 static int open_power_button(void) {
@@ -203,7 +276,10 @@ static void asked(int port, const char *line) {
              "{\"return\": [{\"name\": \"lo\", \"ip-addresses\": [{\"ip-address\": \"127.0.0.1\", \"prefix\": 8}]}, "
              "{\"name\": \"eth0\", \"ip-addresses\": [{\"ip-address\": \"fe80::1\"}, {\"ip-address\": \"10.0.2.15\"}, "
              "{\"ip-address\": \"fd00::15\"}, {\"ip-address\": \"no address\"}]}]}\n");
-  else
+  else if (strstr(line, "guest-fsfreeze-")) {
+    say(strstr(line, "-thaw") ? "THAWED" : "FROZEN");
+    snprintf(answer, sizeof answer, "{\"return\": 1}\n");
+  } else
     snprintf(answer, sizeof answer, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not known\"}}\n");
   if (write(port, answer, strlen(answer)) < 0) say("AGENT: %s", strerror(errno));
 }
@@ -245,9 +321,36 @@ static void power_off(void) {
   reboot(RB_POWER_OFF);
 }
 
+// How large the disk is, as the kernel says.
+static void say_size(void) {
+  unsigned long long bytes = 0;
+  int fd = open("/dev/vda", O_RDONLY | O_CLOEXEC);
+  if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes) != 0) say("SIZE unknown: %s", strerror(errno));
+  else say("SIZE %llu", bytes);
+  if (fd >= 0) close(fd);
+}
+
+// Writes into each 64 KiB of the disk from one MiB to another: a qcow2 file must grow by as much.
+static void fill(unsigned from, unsigned to) {
+  static char text[SECTOR] __attribute__((aligned(SECTOR)));
+  int fd = open("/dev/vda", O_WRONLY | O_DIRECT | O_DSYNC | O_CLOEXEC);
+  memset(text, 'f', SECTOR);
+  for (uint64_t at = (uint64_t)from << 20; fd >= 0 && at < (uint64_t)to << 20; at += 64 << 10) {
+    if (pwrite(fd, text, SECTOR, (off_t)at) != SECTOR) {
+      say("DISKERROR fill: %s", strerror(errno));
+      break;
+    }
+  }
+  if (fd >= 0) close(fd);
+  say("FILLED %u %u", from, to);
+}
+
 static void typed(const char *line) {
   say("ECHO %s", line);
   tcdrain(STDOUT_FILENO);
+  unsigned from, to;
+  if (sscanf(line, "fill %u %u", &from, &to) == 2) fill(from, to);
+  if (strcmp(line, "size") == 0) say_size();
   if (strcmp(line, "poweroff") == 0) power_off();
   if (strcmp(line, "reboot") == 0) reboot(RB_AUTOBOOT);
   if (strcmp(line, "panic") == 0) {
@@ -329,6 +432,7 @@ int main(void) {
   close(id);
 
   load_modules(MODULES, sizeof MODULES / sizeof *MODULES);
+  network_up();
   int disk = open_disk();
   int button = open_power_button();
   if (button < 0) say("NOBUTTON");
@@ -341,7 +445,9 @@ int main(void) {
     sscanf(mine, "COUNT %llu ", &found);
   uint64_t n = found;
   say("FIRMWARE %s", access("/sys/firmware/efi", F_OK) == 0 ? "uefi" : "bios");
-  if (told("seed")) read_seed();
+  if (told("seed ")) read_seed();
+  long beat_ms = told_number("beat=", 1000);
+  start_load();
   say("READY %llu boot %s", found, boot_id);
 
   int64_t next = now_ms();
@@ -351,8 +457,12 @@ int main(void) {
     if (left <= 0) {
       count_up(disk, &n, mine);
       agent_rests = 0;
-      next = now_ms() + 1000;
+      next = now_ms() + beat_ms;
       continue;
+    }
+    if (load.memory) {
+      write_load();
+      if (left > LOAD_EVERY_MS) left = LOAD_EVERY_MS;
     }
     struct pollfd ready[] = {
         {.fd = STDIN_FILENO, .events = POLLIN}, {.fd = button, .events = POLLIN}, {.fd = agent_rests ? -1 : agent, .events = POLLIN}};

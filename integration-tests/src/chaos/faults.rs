@@ -41,6 +41,8 @@ pub struct Fault {
     pub began: Instant,
     /// The guests that it may cost their QEMU.
     pub may_kill: BTreeSet<String>,
+    /// The hosts where it may cost every guest its QEMU that is there, or arrives there, while it stays.
+    pub hosts: BTreeSet<String>,
     repairs: Vec<Repair>,
 }
 
@@ -68,7 +70,14 @@ enum Reach {
 
 impl Fault {
     fn new(kind: Kind) -> Self {
-        Self { kind, what: String::new(), began: Instant::now(), may_kill: BTreeSet::new(), repairs: Vec::new() }
+        Self {
+            kind,
+            what: String::new(),
+            began: Instant::now(),
+            may_kill: BTreeSet::new(),
+            hosts: BTreeSet::new(),
+            repairs: Vec::new(),
+        }
     }
 
     fn hit(&mut self, what: impl Into<String>, repair: Option<Repair>) {
@@ -238,6 +247,7 @@ impl Stage {
     fn reaches(&self, fault: &mut Fault, host: &str, reach: Reach) {
         let hit = |g: &super::stage::Guest| reach == Reach::All || g.failover == FailoverPolicy::Fast;
         fault.may_kill.extend(self.on(host).into_iter().filter(hit).map(|g| g.id));
+        fault.hosts.insert(host.to_owned());
     }
 
     fn cut_power(&mut self, fault: &mut Fault, host: &str) -> anyhow::Result<()> {

@@ -79,6 +79,10 @@ pub struct Report {
     pub failovers: u32,
     /// Guests that were started again where they were.
     pub restarts: u32,
+    /// Guests that were elsewhere after a fault than before it, without having been started anew.
+    pub migrated: u32,
+    /// Migrations that the user began, and that it called off.
+    pub asked: (u64, u64),
     /// Guests that were killed though nothing that happened should have cost them.
     pub false_alarms: Vec<String>,
     /// Promises that were broken.
@@ -99,6 +103,12 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let faults: u32 = self.kinds.values().map(|k| k.faults).sum();
         writeln!(f, "faults: {faults}; guests moved: {}, started again in place: {}", self.failovers, self.restarts)?;
+        let (begun, called_off) = self.asked;
+        writeln!(
+            f,
+            "migrations: {begun} begun, {called_off} called off; guests elsewhere and the same after a fault: {}",
+            self.migrated
+        )?;
         for (kind, of) in &self.kinds {
             writeln!(f, "  {kind:<22} {:>3}", of.faults)?;
             for (what, times) in [

@@ -59,7 +59,8 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
     let mut report = Report::default();
     stage.settle(SETTLE_LIMIT).await?;
     let hosts = stage.cluster.hosts.iter().map(|h| h.name().to_owned()).collect();
-    let user = User::start(stage.cluster.addresses(), hosts, plan.seed ^ 0x0075_5e72)?;
+    let guests = stage.guests.iter().map(|g| g.id.clone()).collect();
+    let user = User::start(stage.cluster.addresses(), hosts, guests, plan.seed ^ 0x0075_5e72)?;
 
     let mut rng = StdRng::seed_from_u64(plan.seed);
     let mut deck = Deck::new(&plan.kinds);
@@ -79,6 +80,7 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
             report.kinds.entry(kind).or_default().written.add(written - at);
         }
     }
+    report.asked = told.migrations;
     report.calls = (told.acknowledged, told.refused.values().sum(), told.unknown.values().sum());
     for (message, n) in told.refused.iter().chain(&told.unknown) {
         eprintln!("the user was told {n} times: {message}");
@@ -104,7 +106,7 @@ async fn one(
     report: &mut Report,
     start: Instant,
 ) -> anyhow::Result<(Fault, bool)> {
-    let before: Vec<(String, Instance)> = stage.instances().into_iter().collect();
+    let before = executing(stage);
     let mut fault = stage.break_it(kind, rng).await?;
     let lasts = kind.lasts(rng);
     let at = start.elapsed().as_secs_f64();
@@ -123,8 +125,16 @@ async fn one(
 }
 
 /// Puts into the report what the fault did to the guests.
-fn tell(stage: &Stage, fault: &Fault, before: &[(String, Instance)], report: &mut Report) {
-    for Lost { id, old, new, fate } in judge(before, &stage.instances(), &fault.may_kill) {
+fn tell(stage: &Stage, fault: &Fault, before: &BTreeMap<String, Executing>, report: &mut Report) {
+    let mut may_kill = fault.may_kill.clone();
+    // One that was on its way to a host that was hit may have arrived there first.
+    may_kill.extend(before.keys().filter(|id| was_on(stage, id, fault)).cloned());
+    let after = executing(stage);
+    let moved = |(id, old): &(&String, &Executing)| {
+        after.get(*id).is_some_and(|new| new.boot == old.boot && new.qemu.host != old.qemu.host)
+    };
+    report.migrated += u32::try_from(before.iter().filter(moved).count()).unwrap_or(u32::MAX);
+    for Lost { id, old, new, fate } in judge(before, &after, &may_kill) {
         let guest = stage.guest(&id).ok();
         let name = guest.map_or(id.as_str(), |g| g.name.as_str());
         if fate == Fate::FalseAlarm {
@@ -162,14 +172,40 @@ struct Lost {
     fate: Fate,
 }
 
-/// Which guests lost their QEMU, and whether they may have.
-fn judge(before: &[(String, Instance)], after: &BTreeMap<String, Instance>, may_kill: &BTreeSet<String>) -> Vec<Lost> {
+/// What executes a guest: a QEMU, and which start of the guest.
+#[derive(Clone, Debug)]
+struct Executing {
+    qemu: Instance,
+    boot: String,
+}
+
+/// All guests that execute and have said something.
+fn executing(stage: &Stage) -> BTreeMap<String, Executing> {
+    let all = stage.instances().into_iter().filter_map(|(id, qemu)| {
+        let boot = stage.cluster.checker.beats(&id).last()?.said.boot.clone();
+        Some((id, Executing { qemu, boot }))
+    });
+    all.collect()
+}
+
+/// Whether a guest had a QEMU on a host that was hit, since it was.
+fn was_on(stage: &Stage, id: &str, fault: &Fault) -> bool {
+    let all = stage.cluster.checker.instances(id);
+    all.iter().any(|i| i.last_seen >= fault.began && fault.hosts.contains(&i.host))
+}
+
+/// Which guests were started anew, or are gone, and whether they may be. One that was migrated is in another QEMU, and is the same.
+fn judge(
+    before: &BTreeMap<String, Executing>,
+    after: &BTreeMap<String, Executing>,
+    may_kill: &BTreeSet<String>,
+) -> Vec<Lost> {
     let mut all = Vec::new();
     for (id, old) in before {
-        let new = after.get(id).cloned();
-        if new.as_ref().is_none_or(|new| (new.pid, new.start) != (old.pid, old.start)) {
+        let new = after.get(id);
+        if new.is_none_or(|new| new.boot != old.boot) {
             let fate = if may_kill.contains(id) { Fate::Expected } else { Fate::FalseAlarm };
-            all.push(Lost { id: id.clone(), old: old.clone(), new, fate });
+            all.push(Lost { id: id.clone(), old: old.qemu.clone(), new: new.map(|n| n.qemu.clone()), fate });
         }
     }
     all
@@ -179,26 +215,24 @@ fn judge(before: &[(String, Instance)], after: &BTreeMap<String, Instance>, may_
 mod tests {
     use super::*;
 
-    fn qemu(vm: &str, host: &str, pid: u32, start: u64) -> Instance {
+    fn executing(vm: &str, host: &str, boot: &str) -> (String, Executing) {
         let (now, vm, host) = (Instant::now(), vm.to_owned(), host.to_owned());
-        Instance { vm, host, pid, start, first_seen: now, last_seen: now, alive: true }
+        let qemu = Instance { vm: vm.clone(), host, pid: 7, start: 70, first_seen: now, last_seen: now, alive: true };
+        (vm, Executing { qemu, boot: boot.to_owned() })
     }
 
     #[test]
-    fn whoever_lost_its_qemu_without_a_reason_is_a_false_alarm() {
-        let ids = ["same", "moved", "gone", "alarm", "reused"];
-        let before: Vec<_> = ids.map(|id| (id.to_owned(), qemu(id, "host-1", 7, 70))).to_vec();
+    fn whoever_was_started_anew_without_a_reason_is_a_false_alarm() {
+        let before = ["same", "migrated", "moved", "gone", "alarm"].map(|id| executing(id, "host-1", "one")).into();
         let after = [
-            qemu("same", "host-1", 7, 70),
-            qemu("moved", "host-2", 8, 80),
-            qemu("alarm", "host-1", 9, 90),
-            // Another process with the same id.
-            qemu("reused", "host-1", 7, 71),
+            executing("same", "host-1", "one"),
+            executing("migrated", "host-2", "one"),
+            executing("moved", "host-2", "two"),
+            executing("alarm", "host-1", "two"),
         ];
-        let after = after.map(|i| (i.vm.clone(), i)).into();
-        let lost = judge(&before, &after, &["moved".to_owned(), "same".to_owned()].into());
+        let lost = judge(&before, &after.into(), &["moved".to_owned(), "same".to_owned()].into());
         let fates: Vec<(&str, Fate)> = lost.iter().map(|l| (l.id.as_str(), l.fate)).collect();
         let alarm = Fate::FalseAlarm;
-        assert_eq!(fates, [("moved", Fate::Expected), ("gone", alarm), ("alarm", alarm), ("reused", alarm)]);
+        assert_eq!(fates, [("alarm", alarm), ("gone", alarm), ("moved", Fate::Expected)]);
     }
 }

@@ -1,4 +1,4 @@
-//! A user who creates, stops, starts, deletes and cordons all the time, and remembers what was acknowledged. (P2)
+//! A user who creates, stops, starts, migrates, deletes and cordons all the time, and remembers what was acknowledged. (P2)
 //!
 //! What was acknowledged must be there ever after. What was refused is not. Where the outcome is not known, both are
 //! allowed, also later: the request may still be on its way in a process that hangs.
@@ -53,6 +53,8 @@ pub struct Told {
     pub refused: BTreeMap<String, u64>,
     /// Calls whose outcome is not known, by message.
     pub unknown: BTreeMap<String, u64>,
+    /// Migrations that were begun, and those that were called off.
+    pub migrations: (u64, u64),
     /// Promises that were broken.
     pub violations: Vec<String>,
     vms: BTreeMap<String, Known>,
@@ -91,16 +93,23 @@ enum Outcome<T> {
 }
 
 impl User {
-    /// Begins with these hosts, which it may cordon one at a time.
+    /// Begins with these hosts, which it may cordon one at a time, and these VMs of others, which it may migrate.
     ///
     /// # Errors
     ///
     /// An endpoint is not an address.
-    pub fn start(endpoints: &[String], hosts: Vec<String>, seed: u64) -> anyhow::Result<Self> {
+    pub fn start(endpoints: &[String], hosts: Vec<String>, guests: Vec<String>, seed: u64) -> anyhow::Result<Self> {
         let client = Client::new(Options { endpoints: endpoints.to_vec(), timeout: CALL, reads: Reads::default() })?;
         let (stop, told) = (Arc::<AtomicBool>::default(), Arc::<Mutex<Told>>::default());
-        let mut work =
-            Work { client, hosts, rng: StdRng::seed_from_u64(seed), told: Arc::clone(&told), names: 0, cordoned: None };
+        let mut work = Work {
+            client,
+            hosts,
+            guests,
+            rng: StdRng::seed_from_u64(seed),
+            told: Arc::clone(&told),
+            names: 0,
+            cordoned: None,
+        };
         let stopped = Arc::clone(&stop);
         let task = tokio::spawn(async move {
             while !stopped.load(Ordering::Acquire) {
@@ -181,6 +190,7 @@ async fn still_there(cluster: &Cluster, id: &str, known: &Known) -> Result<(), S
 struct Work {
     client: Client,
     hosts: Vec<String>,
+    guests: Vec<String>,
     rng: StdRng,
     told: Arc<Mutex<Told>>,
     names: u64,
@@ -198,6 +208,7 @@ impl Work {
         let some = (!all.is_empty()).then(|| all[self.rng.random_range(0..all.len())].clone());
         match (self.rng.random_range(0..100), some) {
             (0..35, _) if all.len() < MOST => self.create(running < MOST_RUNNING).await,
+            (35..40, _) => self.migrate().await,
             (0..50, Some(vm)) => self.look(&vm).await,
             (50..70, Some(vm)) => self.turn(&vm).await,
             (70..90, Some(vm)) => self.delete(&vm).await,
@@ -305,6 +316,31 @@ impl Work {
                 Outcome::Refused => {}
             }
         });
+    }
+
+    /// Migrates a VM to wherever it likes to go, and calls that off now and then.
+    async fn migrate(&mut self) {
+        let own: Vec<String> =
+            self.told(|t| t.vms.iter().filter(|(_, k)| k.runs && !k.may_be_gone).map(|(id, _)| id.clone()).collect());
+        let all: Vec<String> = self.guests.iter().cloned().chain(own).collect();
+        if all.is_empty() {
+            return;
+        }
+        let vm = all[self.rng.random_range(0..all.len())].clone();
+        // As slowly as it can be said, so that it takes most of a second.
+        let bytes_per_second = if self.rng.random_bool(0.5) { 1 << 20 } else { 0 };
+        let request = v1::MigrateVmRequest { vm: vm.clone(), bytes_per_second, ..Default::default() };
+        if !matches!(self.write(Changes::Surely, self.client.migrate_vm(request)).await, Outcome::Done(_)) {
+            return;
+        }
+        self.told(|t| t.migrations.0 += 1);
+        if self.rng.random_bool(0.3) {
+            tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..600))).await;
+            let call = self.client.cancel_migration(v1::CancelMigrationRequest { vm, ..Default::default() });
+            if let Outcome::Done(_) = self.write(Changes::Surely, call).await {
+                self.told(|t| t.migrations.1 += 1);
+            }
+        }
     }
 
     async fn delete(&mut self, id: &str) {

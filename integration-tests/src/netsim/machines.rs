@@ -124,6 +124,7 @@ pub(super) async fn agent(machine: Machine) -> turmoil::Result {
             accelerator: v1::Accelerator { kind: v1::AcceleratorKind::Tcg.into(), why: "simulated".to_owned() },
             migration_address: None,
             cpu: v1::Cpu::default(),
+            bridges: Vec::new(),
         },
         gate: Gate::new(agent.get().newest_term, incarnations),
         manager,

@@ -158,6 +158,9 @@ impl Host {
                 continue;
             }
             match (effect, runner.instance) {
+                (Effect::TendDisks, Some(_)) | (Effect::TendIdle { .. }, None) => {
+                    events.push(VmEvent::DisksTended(runner.state.record().desired.orders.done()));
+                }
                 (Effect::Look, Some(uid)) => events.push(self.standing(core, vm, uid)),
                 (
                     Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause,
@@ -179,7 +182,8 @@ impl Host {
         let disks = |disk_work| What::Disks(vm, self.agent_epoch, work, disk_work);
         let delay = core.between(1, 60);
         match effect {
-            Effect::Persist | Effect::Reset => {}
+            Effect::Persist | Effect::Reset | Effect::TendDisks | Effect::GoOn => {}
+            Effect::TendIdle { .. } | Effect::CancelTend => {}
             Effect::Look
             | Effect::Listen
             | Effect::Send

@@ -292,7 +292,7 @@ impl Daemon {
             use std::os::unix::process::CommandExt;
             command.uid(user.uid).gid(user.gid);
         }
-        sys::detach(&mut command, lock);
+        sys::detach(&mut command, vec![lock.as_raw_fd()]);
         let mut child = Command::from(command).spawn().map_err(io_error("start", program))?;
         let record = Record { pid: child.id().unwrap_or(0), address: *address };
         let path = dir.join(RECORD);

@@ -32,6 +32,8 @@ const PROGRESS_PERIOD: Duration = Duration::from_secs(1);
 const STILL_PERIOD: Duration = Duration::from_millis(100);
 /// When to ask after QEMU was told something: it has done it by then.
 const SOON: Duration = Duration::from_millis(20);
+/// When to ask again what QEMU is about to be: it takes less than a millisecond.
+const AT_ONCE: Duration = Duration::from_millis(2);
 /// How long the target may take to acknowledge the last of a guest, which stands still meanwhile. It takes milliseconds.
 const ACKNOWLEDGE_LIMIT: Duration = Duration::from_secs(3);
 
@@ -202,7 +204,12 @@ impl VmState {
         } else {
             x.last_since = None;
         }
+        // A source's QEMU says that all was sent a moment before it says that the guest was, and has no event for that.
+        let nearly_sent = x.role == Role::Executes
+            && self.record.moving.is_some()
+            && (standing.transfer, standing.guest) == (Transfer::Completed, Guest::Still);
         x.look_at = at.now.after(match (standing.transfer, standing.guest) {
+            _ if nearly_sent => AT_ONCE,
             (Transfer::Ready | Transfer::Last | Transfer::Cancelling, _) => STILL_PERIOD,
             (_, Guest::Executes | Guest::Awaited | Guest::Sent | Guest::Still | Guest::Off | Guest::Panicked) => {
                 PROGRESS_PERIOD

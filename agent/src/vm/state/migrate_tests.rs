@@ -200,6 +200,23 @@ fn m3_what_was_sent_goes_on_only_at_the_leaders_word() {
     assert_eq!(state.record().moving, None);
 }
 
+/// The guest stands still meanwhile.
+#[test]
+fn a_source_that_has_nearly_sent_everything_is_asked_again_at_once() {
+    let mut state = launched(run(1, None));
+    state.on(Event::Started(Incarnation(1), 1), at(0));
+    state.on(word(run(1, Some(2))), at(10));
+    state.on(stands(Guest::Executes, Transfer::Active), at(11));
+    assert_eq!(state.on(Event::MigrationMoved, at(22)), [Effect::Look]);
+    assert_eq!(state.on(stands(Guest::Still, Transfer::Completed), at(23)), []);
+    assert_eq!(state.report().state, ReportState::Running, "not yet");
+    let due = state.deadline(at(23).now).expect("it is asked again");
+    assert!(due.since(at(23).now) <= Duration::from_millis(20), "{due:?}");
+    assert_eq!(state.on(Event::Wake, at(43)), [Effect::Look]);
+    state.on(stands(Guest::Sent, Transfer::Completed), at(44));
+    assert_eq!(state.report().state, ReportState::HandedOver);
+}
+
 /// M3: a record is not the leader's word.
 #[test]
 fn m3_a_restarted_agent_leaves_what_was_sent_alone() {
@@ -304,6 +321,38 @@ fn a_guest_that_was_off_when_it_was_sent_is_off() {
     assert!(state.on(stands(Guest::Off, Transfer::Completed), at(101)).contains(&Effect::Quit));
 }
 
+/// QEMU hangs, and what it was sending is to be put right first: it is killed when its time is over.
+#[test]
+fn a_hung_source_does_not_keep_a_vm_from_ending() {
+    for ending in [Desired { disposition: Disposition::Stop, ..run(1, None) }, Desired { restarts: 1, ..run(1, None) }]
+    {
+        let mut state = launched(run(1, None));
+        state.on(Event::Started(Incarnation(1), 1), at(0));
+        state.on(word(run(1, Some(2))), at(10));
+        state.on(stands(Guest::Executes, Transfer::Active), at(11));
+        let disposition = ending.disposition;
+        let effects = state.on(word(ending), at(20));
+        assert_eq!(effects, [Effect::Persist, Effect::Cancel]);
+        let mut now = 20;
+        while let Some(next) = state.deadline(at(now).now) {
+            now = u64::try_from(next.since(at(0).now).as_millis()).unwrap();
+            let effects = state.on(Event::Wake, at(now));
+            if effects.contains(&Effect::Kill) {
+                break;
+            }
+            assert_eq!(effects, [Effect::Look]);
+            state.on(Event::Stands(None), at(now));
+        }
+        assert_eq!(now, 60_020, "the grace period");
+        let (incarnation, kind) = (Incarnation(1), ExitKind::Signaled(9));
+        state.on(Event::Ended(Exit { incarnation, kind, at: WallTime(1), last_words: String::new() }), at(now));
+        match disposition {
+            Disposition::Stop => assert_eq!(state.report().state, ReportState::Stopped),
+            _ => assert_eq!(state.report().restarts_done, 1),
+        }
+    }
+}
+
 /// What QEMU is, and what it is told.
 #[derive(Clone, Debug)]
 struct Qemu {
@@ -381,6 +430,12 @@ impl World {
         let sends = word.as_ref().is_some_and(|w| w.migrate_to.is_some());
         match effect {
             Effect::Prepare => events.push(Event::Prepared),
+            Effect::GoOn | Effect::TendIdle { .. } | Effect::CancelTend => prop_assert!(false, "nothing is ordered"),
+            Effect::TendDisks => {
+                // What is being sent is not to change.
+                prop_assert!(!sends && self.qemu.is_some());
+                events.push(Event::DisksTended(Default::default()));
+            }
             Effect::Launch { incarnation, lease_generation } => {
                 // M4
                 prop_assert!(!sends && self.qemu.is_none());

@@ -25,6 +25,7 @@
 //!   still be stopped, because a VM that belongs elsewhere must not go on.
 //! * **V4** An event that makes no sense is ignored: QEMU's events race with ours.
 
+mod disks;
 mod migrate;
 #[cfg(test)]
 mod migrate_tests;
@@ -33,6 +34,7 @@ mod pause;
 mod pause_tests;
 mod report;
 mod settle;
+mod stall;
 #[cfg(test)]
 mod tests;
 
@@ -47,7 +49,8 @@ pub use self::report::{MigrationReport, Report, ReportState};
 use super::{
     backoff,
     desired::{Desired, DisksExpected, Disposition, Pause, RestartMode, RestartPolicy, StopMode},
-    hypervisor::{Exit, ExitKind},
+    disks::Done,
+    hypervisor::{Exit, ExitKind, Hold},
     migration::Standing,
 };
 use crate::{
@@ -135,6 +138,16 @@ pub enum Event {
     Stands(Option<Box<Standing>>),
     /// QEMU did not take a step of a migration. In words.
     StepFailed(String),
+    /// Its disks are as they should be.
+    DisksTended(Done),
+    /// They are not. In words.
+    TendFailed(String),
+    /// A disk's pool is full, and QEMU holds the guest still.
+    Stalled,
+    /// What came of letting it go on.
+    Held(Result<Hold, String>),
+    /// A disk could not be read or written. In words.
+    DiskFailed(String),
     /// QEMU and its keeper are gone.
     Ended(Exit),
     /// Its disks are gone.
@@ -198,6 +211,17 @@ pub enum Effect {
     Resume,
     /// Let a guest stand still.
     Pause,
+    /// Make the disks of what executes as the desired state says. Answer: `DisksTended` or `TendFailed`.
+    TendDisks,
+    /// The same for disks that nobody has open, as long as the lease has this generation. Answer: likewise.
+    TendIdle {
+        /// The lease generation.
+        lease_generation: u16,
+    },
+    /// Give that up, at once. No answer.
+    CancelTend,
+    /// Let a guest go on that is held still because its pool is full, if there is room. Answer: `Held`.
+    GoOn,
     /// Tell QEMU to end.
     Quit,
     /// SIGKILL.
@@ -213,6 +237,10 @@ impl Effect {
         match self {
             Self::Prepare | Self::Launch { .. } | Self::DeleteDisks => true,
             Self::Listen | Self::Send | Self::Continue | Self::Cancel | Self::Resume | Self::Pause => true,
+            Self::TendDisks | Self::TendIdle { .. } => true,
+            Self::CancelTend => false,
+            // Nothing of it is remembered: QEMU says whether it is held still.
+            Self::GoOn => false,
             Self::Look => false,
             Self::Persist | Self::CancelPrepare | Self::Adopt => false,
             Self::PowerDown | Self::Reset | Self::Quit | Self::Kill => false,
@@ -239,10 +267,16 @@ struct Execution {
     last_since: Option<Tick>,
     /// That is too long.
     overdue: bool,
+    /// It is to end, and a migration must be put right first: by when at the latest.
+    end_by: Option<Tick>,
     /// The target: it was told to listen.
     listens: bool,
     /// Why it did not take the newest step. Empty: it did.
     trouble: String,
+    /// How its disks stand.
+    disks: disks::Tended,
+    /// What its pools and disks make it suffer.
+    stall: stall::Trouble,
 }
 
 /// Why it is ending.
@@ -276,6 +310,8 @@ enum Work {
     Preparing,
     Launching,
     Deleting,
+    /// Its disks, which nobody has open, are put in order.
+    Tending,
 }
 
 /// When it is tried again, and why it is not running.
@@ -299,6 +335,8 @@ pub struct VmState {
     retry: Option<Retry>,
     /// The record on disk is older than this one, because writing it failed.
     unsaved: bool,
+    /// What was done to its disks, and what was not.
+    idle: disks::Idle,
     /// How far its image is, in words. Only while that is being made ready.
     progress: String,
     /// What it was reported to be, and since when.
@@ -341,6 +379,7 @@ impl VmState {
             failures: 0,
             retry: None,
             unsaved: false,
+            idle: disks::Idle::default(),
             progress: String::new(),
             shown,
         }
@@ -382,10 +421,11 @@ impl VmState {
                 };
                 let open = x.role == Role::Incoming || self.record.moving.is_some() || self.pause_is_open();
                 let look = open.then_some(x.look_at);
-                return [push, look].into_iter().flatten().filter(|at| *at > now).min();
+                let all = [push, look, x.end_by, x.disks.deadline(), x.stall.deadline()];
+                return all.into_iter().flatten().filter(|at| *at > now).min();
             }
             None if self.work != Work::None => None,
-            None => self.retry.as_ref().map(|r| r.at),
+            None => [self.retry.as_ref().map(|r| r.at), self.idle.deadline()].into_iter().flatten().min(),
         };
         // What was due and has not been done waits for something else: the lease, or the leader's word.
         at.filter(|at| *at > now)
@@ -462,6 +502,11 @@ impl VmState {
             // Asked again when it is due.
             Event::Stands(None) => {}
             Event::StepFailed(reason) => self.step_failed(reason, at, effects),
+            Event::DisksTended(done) => self.disks_tended(done),
+            Event::TendFailed(reason) => self.tend_failed(reason, at),
+            Event::Stalled => self.stalled(at),
+            Event::Held(held) => self.held(held, at),
+            Event::DiskFailed(words) => self.disk_failed(words, at),
             Event::Ended(exit) => self.ended(&exit, at),
             Event::DisksDeleted if self.work == Work::Deleting => {
                 self.work = Work::None;
@@ -477,7 +522,7 @@ impl VmState {
             // P1: a launch that was under way before is not over because something else could not be written.
             Event::PersistFailed(_, Skipped::Nothing) => {}
             Event::PersistFailed(reason, Skipped::Work) => {
-                if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting) {
+                if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting | Work::Tending) {
                     self.work = Work::None;
                     self.not_launched(|s| s.failed(reason, at));
                 }
@@ -501,6 +546,8 @@ impl VmState {
         }
         let fresh = desired.incarnation > self.record.desired.incarnation;
         if fresh {
+            // Another host may have begun on the disks meanwhile.
+            self.idle = disks::Idle::default();
             self.record.settled = None;
             self.retry = None;
             self.failures = 0;
@@ -520,6 +567,11 @@ impl VmState {
         if self.work == Work::Preparing && (fresh || !starts) {
             self.work = Work::None;
             effects.push(Effect::CancelPrepare);
+        }
+        // R3: what was told for another incarnation is not done any more.
+        if self.work == Work::Tending && (fresh || desired.disposition != Disposition::Stop) {
+            self.work = Work::None;
+            effects.push(Effect::CancelTend);
         }
         if desired.disposition != self.record.desired.disposition {
             self.retry = None;
@@ -555,8 +607,11 @@ impl VmState {
             look_at: at.now,
             last_since: None,
             overdue: false,
+            end_by: None,
             listens: false,
             trouble: String::new(),
+            disks: disks::Tended::default(),
+            stall: stall::Trouble::default(),
         });
     }
 
@@ -695,6 +750,7 @@ impl Desired {
             migration_secret: String::new(),
             pause: Pause::GoOn,
             network_pools: Default::default(),
+            orders: Default::default(),
         }
     }
 }

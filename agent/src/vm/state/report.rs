@@ -7,7 +7,10 @@ use uncloud_proto::{clock::WallTime, ids::Incarnation};
 use super::{Acceptance, Disposition, Ending, Execution, VmState, Work};
 use crate::{
     records::{LastExit, Role, Settled},
-    vm::migration::{Guest, Progress},
+    vm::{
+        disks::Done,
+        migration::{Guest, Progress},
+    },
 };
 
 /// What one VM is on this host.
@@ -35,6 +38,8 @@ pub struct Report {
     pub migration: Option<MigrationReport>,
     /// The guest stands still, as its user wants.
     pub paused: bool,
+    /// What was done to its disks.
+    pub disks: Done,
 }
 
 /// How a migration goes, by one of its sides.
@@ -98,6 +103,7 @@ impl VmState {
             addresses: self.execution.as_ref().map(|x| x.addresses.clone()).unwrap_or_default(),
             migration: None,
             paused: self.is_paused(),
+            disks: self.disks_done(),
         };
         if let Some(x) = &self.execution {
             if x.role == Role::Incoming {
@@ -122,7 +128,7 @@ impl VmState {
                 }
             }
             (report.state, report.reason) = match x.ending {
-                None => (ReportState::Running, self.frozen.clone().unwrap_or_default()),
+                None => (ReportState::Running, self.frozen.clone().unwrap_or_else(|| x.suffers())),
                 Some(ending) => (ReportState::Stopping, ending_words(ending)),
             };
             return report;
@@ -159,7 +165,7 @@ impl VmState {
                 return;
             }
             (Work::Preparing, _) => return report.reason.clone_from(&self.progress),
-            (Work::None | Work::Looking | Work::Deleting, _) => {}
+            (Work::None | Work::Looking | Work::Deleting | Work::Tending, _) => {}
         }
         let settled = match disposition {
             // On the way to its end it does not matter how it came to rest before.
@@ -170,8 +176,11 @@ impl VmState {
         };
         if let Some(settled) = settled {
             (report.state, report.reason) = match settled {
-                Settled::Stopped => (ReportState::Stopped, String::new()),
-                Settled::Fenced if disposition == Disposition::Stop => (ReportState::Stopped, String::new()),
+                Settled::Stopped => (ReportState::Stopped, self.disk_words()),
+                // While its disks are to be put back the leader waits for a word, and there will be none.
+                Settled::Fenced if disposition == Disposition::Stop && self.record.desired.orders.revert.is_none() => {
+                    (ReportState::Stopped, String::new())
+                }
                 Settled::PoweredOff => (ReportState::PoweredOff, "the guest powered itself off".to_owned()),
                 Settled::Failed { reason } => (ReportState::Failed, reason.clone()),
                 Settled::Fenced => {

@@ -41,7 +41,7 @@ impl VmState {
             return self.settle_incoming(at, effects);
         }
         match self.settle_outgoing(at, effects) {
-            Migrating::Yes => return,
+            Migrating::Yes => return self.end_in_time(kill_at, at, effects),
             Migrating::No => {}
         }
         self.settle_pause(at, effects);
@@ -75,7 +75,29 @@ impl VmState {
                     }
                 }
                 x.press_on(at.now, effects);
+                self.tend_disks(at, effects);
+                self.mind_stall(at, effects);
             }
+        }
+    }
+
+    /// It is to end, and cannot be asked to while a migration is put right. A QEMU that does not answer must not keep it from ending.
+    fn end_in_time(&mut self, kill_at: Tick, at: Moment, effects: &mut Vec<Effect>) {
+        let Some(x) = &mut self.execution else { return };
+        let desired = &self.record.desired;
+        let ending = match desired.disposition {
+            Disposition::Stop => Ending::Stop,
+            Disposition::Run if desired.migrate_to.is_none() && desired.restarts > self.record.restarts_done => {
+                Ending::Restart
+            }
+            Disposition::Run | Disposition::Incoming | Disposition::Delete | Disposition::Forget => {
+                x.end_by = None;
+                return;
+            }
+        };
+        if at.now >= *x.end_by.get_or_insert(kill_at) {
+            x.ending.get_or_insert(ending);
+            x.kill(at.now, effects);
         }
     }
 
@@ -88,6 +110,7 @@ impl VmState {
                 // V1: what was fenced stays so until it has a new incarnation.
                 if self.record.settled != Some(Settled::Fenced) {
                     self.record.settled = Some(Settled::Stopped);
+                    self.tend_idle(at, effects);
                 }
             }
             Disposition::Delete => {

@@ -496,6 +496,8 @@ impl Driver {
                 }
                 Effect::Adopt => self.env.looking = true,
                 Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit | Effect::Kill => {}
+                Effect::TendIdle { .. } | Effect::CancelTend => prop_assert!(false, "nothing is ordered"),
+                Effect::TendDisks | Effect::GoOn => prop_assert!(self.env.executing.is_some()),
                 // Of migrations, none of which is begun here: `migrate_tests.rs`.
                 Effect::Look => {}
                 Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause => {

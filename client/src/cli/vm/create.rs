@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use tonic::Code;
-use uncloud_proto::v1;
+use uncloud_proto::{names, v1};
 
 use super::{
     super::{Context, Error},
@@ -51,9 +51,10 @@ pub(crate) struct Arguments {
     /// A disk: any of image=IMAGE, size=SIZE, pool=POOL, name=NAME, separated by commas. May be repeated.
     #[arg(long, value_name = "KEY=VALUE,…", value_parser = parse_disk)]
     disk: Vec<v1::Disk>,
-    /// A network interface. May be repeated.
-    #[arg(long, value_enum, value_name = "TYPE")]
-    nic: Vec<Nic>,
+    /// A network interface: `user` (QEMU's own network: out to the world, nothing in) or `bridge=NAME` (a port of that bridge of
+    /// its host). May be repeated.
+    #[arg(long, value_name = "user|bridge=NAME", value_parser = parse_nic)]
+    nic: Vec<v1::Nic>,
     /// What happens when QEMU dies or the guest panics.
     #[arg(long, value_enum, default_value = "on-failure")]
     restart: Restart,
@@ -139,12 +140,6 @@ enum Machine {
     Q35,
     /// The older PC, for guests that need it.
     Pc,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Nic {
-    /// QEMU's own network: out to the world, nothing in.
-    User,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -270,9 +265,6 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         disks.insert(0, v1::Disk { image, size_bytes, ..Default::default() });
     }
     let (failover, on_disk_loss) = a.failover.to_proto();
-    let nic = |nic: &Nic| match nic {
-        Nic::User => v1::Nic { r#type: v1::NicType::User.into(), mac: String::new() },
-    };
     let machine = match a.machine {
         Machine::Q35 => "q35",
         Machine::Pc => "pc",
@@ -283,7 +275,7 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         machine: machine.to_owned(),
         kernel: a.kernel.map(|image| v1::KernelBoot { image, command_line: a.append.unwrap_or_default() }),
         disks,
-        nics: a.nic.iter().map(nic).collect(),
+        nics: a.nic,
         restart: a.restart.to_proto().into(),
         failover: failover.into(),
         on_disk_loss: on_disk_loss.into(),
@@ -313,6 +305,18 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
 
 fn map(pairs: Vec<(String, String)>) -> HashMap<String, String> {
     pairs.into_iter().collect()
+}
+
+/// Parses `user` or `bridge=NAME`.
+fn parse_nic(text: &str) -> Result<v1::Nic, String> {
+    match text.split_once('=') {
+        None if text == "user" => Ok(v1::Nic { r#type: v1::NicType::User.into(), ..Default::default() }),
+        Some(("bridge", name)) => {
+            names::check_interface(name).map_err(|e| format!("the bridge's name {e}"))?;
+            Ok(v1::Nic { r#type: v1::NicType::Bridge.into(), bridge: name.to_owned(), ..Default::default() })
+        }
+        None | Some(_) => Err("is neither `user` nor `bridge=NAME`".to_owned()),
+    }
 }
 
 /// Parses `image=IMG,size=10G,pool=P,name=N`.
@@ -363,7 +367,7 @@ mod tests {
     fn flags_become_a_request() {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
-             --disk size=1G,name=data --nic user --restart always --failover recreate --priority 5 --host-label rack=1 \
+             --disk size=1G,name=data --nic user --nic bridge=br0 --restart always --failover recreate --priority 5 --host-label rack=1 \
              --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1 \
              --cpu x86-64-v3 --firmware uefi --hostname w",
         )
@@ -377,7 +381,10 @@ mod tests {
                 v1::Disk { image: "deb".into(), size_bytes: 10 << 30, pool: "fast".into(), ..Default::default() },
                 v1::Disk { name: "data".into(), size_bytes: 1 << 30, ..Default::default() },
             ],
-            nics: vec![v1::Nic { r#type: v1::NicType::User.into(), mac: String::new() }],
+            nics: vec![
+                v1::Nic { r#type: v1::NicType::User.into(), ..Default::default() },
+                v1::Nic { r#type: v1::NicType::Bridge.into(), bridge: "br0".into(), ..Default::default() },
+            ],
             restart: v1::RestartPolicy::Always.into(),
             failover: v1::FailoverPolicy::Fast.into(),
             on_disk_loss: v1::DiskLossPolicy::Recreate.into(),
@@ -427,7 +434,10 @@ mod tests {
             ("web --disk pool=x", "--disk", "needs image=IMAGE or size=SIZE"),
             ("web --disk size=1G,size=2G", "--disk", "given twice"),
             ("web --disk size=1G,colour=red", "--disk", "not one of image"),
-            ("web --nic bridge", "--nic", "user"),
+            ("web --nic bridge", "--nic", "neither `user` nor `bridge=NAME`"),
+            ("web --nic bridge=", "--nic", "the bridge's name is required"),
+            ("web --nic bridge=br0,fd=3", "--nic", "may have only letters"),
+            ("web --nic tap=x", "--nic", "neither"),
             ("web --failover now", "--failover", "patient"),
             ("web --label x", "--label", "KEY=VALUE"),
             ("web --stop-grace 60", "--stop-grace", "has no unit"),

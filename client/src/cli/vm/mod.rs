@@ -3,12 +3,14 @@
 mod cloud_init;
 mod console;
 mod create;
+mod disk;
 mod escape;
 mod list;
 mod logs;
 mod migrate;
 mod power;
 mod screen;
+mod snapshot;
 mod update;
 mod wait;
 
@@ -44,6 +46,11 @@ pub(crate) enum Command {
     Update(Box<update::Arguments>),
     /// Moves a running VM to another host while it runs, or gives that up.
     Migrate(migrate::Arguments),
+    /// Makes a disk of a VM larger, running or not.
+    ResizeDisk(disk::Resize),
+    /// Snapshots of a VM's disks.
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Deletes a VM and its disks.
     Delete(power::Delete),
     /// Connects to the serial console; Ctrl-] then `.` or `q` leaves it.
@@ -82,6 +89,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Pause(arguments) => power::pause(context, arguments).await,
         Command::Resume(arguments) => power::resume(context, arguments).await,
         Command::Migrate(arguments) => migrate::run(context, arguments).await,
+        Command::ResizeDisk(arguments) => disk::resize(context, arguments).await,
+        Command::Snapshot(command) => snapshot::run(context, command).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,
         Command::Console(arguments) => console::run(context, arguments).await,
         Command::Update(arguments) => update::run(context, *arguments).await,

@@ -62,6 +62,7 @@ pub(crate) fn host(entry: &HostEntry, extras: &HostExtras) -> v1::Host {
             .map_or(0, |age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
         created: timestamp(record.created),
         revision: entry.revision.0,
+        bridges: record.bridges.iter().cloned().collect(),
         unknown_vms: live.map(|l| l.unknown_vms.iter().map(ToString::to_string).collect()).unwrap_or_default(),
     }
 }

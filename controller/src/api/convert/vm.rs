@@ -9,7 +9,7 @@ use crate::{
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
             CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
-            OnDiskLoss, RestartPolicy, VmSpec,
+            OnDiskLoss, RestartPolicy, Snapshot, SnapshotState, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -79,6 +79,26 @@ fn from_record(record: &VmRecord, host_name: String, status: v1::VmStatus, revis
         pending_restart: record.pending.iter().flat_map(|p| p.fields()).map(str::to_owned).collect(),
         paused: record.paused,
         next_spec: record.pending.as_ref().map(|_| self::spec(&record.next_spec())),
+        snapshots: record.snapshots.iter().map(snapshot).collect(),
+        reverting_to: record
+            .revert
+            .and_then(|r| record.snapshots.iter().find(|s| s.id == r.snapshot))
+            .map(|s| s.name.clone())
+            .unwrap_or_default(),
+    }
+}
+
+fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
+    let state = match snapshot.state {
+        SnapshotState::Creating => v1::SnapshotState::Creating,
+        SnapshotState::Ready => v1::SnapshotState::Ready,
+        SnapshotState::Deleting => v1::SnapshotState::Deleting,
+    };
+    v1::Snapshot {
+        id: snapshot.id.to_string(),
+        name: snapshot.name.clone(),
+        created: timestamp(snapshot.created),
+        state: state.into(),
     }
 }
 
@@ -164,10 +184,11 @@ fn disk(disk: &Disk) -> v1::Disk {
 }
 
 fn nic(nic: &Nic) -> v1::Nic {
-    let kind = match nic.kind {
-        NicKind::User => v1::NicType::User,
+    let (kind, bridge) = match &nic.kind {
+        NicKind::User => (v1::NicType::User, String::new()),
+        NicKind::Bridge { bridge } => (v1::NicType::Bridge, bridge.clone()),
     };
-    v1::Nic { r#type: kind.into(), mac: nic.mac.clone() }
+    v1::Nic { r#type: kind.into(), mac: nic.mac.clone(), bridge }
 }
 
 fn migration(state: &State, migration: &Migration, status: Option<&VmStatusRecord>) -> v1::VmMigration {

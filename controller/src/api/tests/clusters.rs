@@ -35,6 +35,7 @@ async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
         store: watch::channel(None).1,
         clock: uncloud_proto::clock::Clock::system(),
         cpu_overcommit_percent: 400,
+        disk_overcommit_percent: 200,
         address: address.to_string(),
         dial: uncloud_proto::dial::Dial::tcp(),
     };

@@ -74,6 +74,7 @@ impl Node {
                 store: watch::channel(Some(store.clone())).1,
                 clock: clock.clone(),
                 cpu_overcommit_percent: 400,
+                disk_overcommit_percent: 200,
                 address: address.clone(),
                 dial: uncloud_proto::dial::Dial::tcp(),
             };
@@ -90,6 +91,7 @@ impl Node {
         let settings = Settings {
             timings,
             cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
             address: address.clone(),
             controllers: vec![address.clone()],
         };
@@ -131,6 +133,7 @@ impl Node {
             store: watch::channel(None).1,
             clock: Clock::system(),
             cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
             address: address.clone(),
             dial: uncloud_proto::dial::Dial::tcp(),
         };

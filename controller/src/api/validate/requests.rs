@@ -7,8 +7,8 @@ use uncloud_proto::{
     v1,
 };
 
-use super::{Checker, DEFAULT_OWNER, Violations};
-use crate::state::command::FailoverChange;
+use super::{Checker, DEFAULT_OWNER, Violations, vm::check_disk_size};
+use crate::{model::DrainHow, state::command::FailoverChange};
 
 /// Entries of a page, if the request does not say.
 const DEFAULT_PAGE: u32 = 100;
@@ -79,6 +79,47 @@ pub(crate) fn cordon_host(request: v1::CordonHostRequest) -> Result<(String, Str
     check.finish((host, request.reason))
 }
 
+/// A host that is to be emptied, or whose drain is to be shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DrainHost {
+    /// UUID, beginning of one, or name.
+    pub(crate) host: String,
+    /// What is to be done.
+    pub(crate) what: Drain,
+}
+
+/// What a call of `DrainHost` asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Drain {
+    /// The host is to be emptied in this way.
+    Begin {
+        /// What may be done.
+        how: DrainHow,
+        /// Why.
+        reason: String,
+    },
+    /// Nothing; it is shown.
+    Watch,
+}
+
+/// A drain.
+pub(crate) fn drain_host(request: v1::DrainHostRequest) -> Result<DrainHost, Violations> {
+    let v1::DrainHostRequest { host, reason, stop_and_move, watch_only } = request;
+    let mut check = Checker::default();
+    let host = check.reference("host", host);
+    check.text("reason", &reason, MAX_REASON);
+    if watch_only {
+        for (field, is_set) in [("reason", !reason.is_empty()), ("stop_and_move", stop_and_move)] {
+            if is_set {
+                check.fail(field, "does not go with watch_only, which changes nothing");
+            }
+        }
+        return check.finish(DrainHost { host, what: Drain::Watch });
+    }
+    let how = if stop_and_move { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
+    check.finish(DrainHost { host, what: Drain::Begin { how, reason } })
+}
+
 /// How long failover may be off, in seconds. Longer, and it is forgotten.
 const MAX_FAILOVER_OFF: u32 = 3600;
 
@@ -118,6 +159,39 @@ pub(crate) struct MigrateVm {
     pub(crate) host: Option<String>,
     /// 0: no limit.
     pub(crate) bytes_per_second: u64,
+}
+
+/// A disk that is to grow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ResizeDisk {
+    /// Of what.
+    pub(crate) vm: VmRef,
+    /// Name of the disk.
+    pub(crate) disk: String,
+    /// Its new size.
+    pub(crate) size_bytes: u64,
+}
+
+/// Checks a request to make a disk larger.
+pub(crate) fn resize_disk(request: v1::ResizeDiskRequest) -> Result<ResizeDisk, Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let disk = check.name("disk", request.disk);
+    let size_bytes = request.size_bytes;
+    if size_bytes == 0 {
+        check.fail("size_bytes", "is required");
+    } else {
+        check_disk_size(&mut check, "size_bytes", size_bytes);
+    }
+    check.finish(ResizeDisk { vm, disk, size_bytes })
+}
+
+/// A VM and the name of one of its snapshots.
+pub(crate) fn snapshot(vm: String, owner: String, snapshot: String) -> Result<(VmRef, String), Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, vm, owner);
+    let name = check.name("snapshot", snapshot);
+    check.finish((vm, name))
 }
 
 /// The least that a migration may be limited to, in bytes per second. With less, no guest gets there within an hour.
@@ -338,6 +412,18 @@ mod tests {
     }
 
     #[test]
+    fn a_drain_that_is_only_shown_changes_nothing() {
+        let request = v1::DrainHostRequest { host: "h".into(), reason: "fan".into(), ..Default::default() };
+        let begin = Drain::Begin { how: DrainHow::LiveOnly, reason: "fan".into() };
+        assert_eq!(drain_host(request.clone()).unwrap().what, begin);
+        let both = v1::DrainHostRequest { watch_only: true, stop_and_move: true, ..request };
+        assert_eq!(fields(drain_host(both)), ["reason", "stop_and_move"]);
+        let show = v1::DrainHostRequest { host: "h".into(), watch_only: true, ..Default::default() };
+        assert_eq!(drain_host(show).unwrap().what, Drain::Watch);
+        assert_eq!(fields(drain_host(v1::DrainHostRequest::default())), ["host"]);
+    }
+
+    #[test]
     fn lists_are_checked() {
         let bad = v1::ListVmsRequest {
             owner: "/".into(),
@@ -383,5 +469,21 @@ mod tests {
         assert_eq!(fields(console_input(input((64 << 10) + 1))), ["input"]);
         assert_eq!(fields(console_input(open("web", 0))), ["open"]);
         assert_eq!(fields(console_input(v1::ConsoleRequest::default())), ["message"]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_disk_or_a_snapshot_is_named() {
+        let good =
+            v1::ResizeDiskRequest { vm: "web".into(), owner: String::new(), disk: "disk0".into(), size_bytes: 1024 };
+        assert!(resize_disk(good.clone()).is_ok());
+        assert_eq!(fields(resize_disk(v1::ResizeDiskRequest::default())), ["vm", "disk", "size_bytes"]);
+        for size_bytes in [513, u64::MAX - 511] {
+            assert_eq!(fields(resize_disk(v1::ResizeDiskRequest { size_bytes, ..good.clone() })), ["size_bytes"]);
+        }
+        assert_eq!(fields(resize_disk(v1::ResizeDiskRequest { disk: "../x".into(), ..good })), ["disk"]);
+        assert!(snapshot("web".into(), String::new(), "before-upgrade".into()).is_ok());
+        for name in ["", "a/b", "a\u{1b}[31m", &"x".repeat(100)] {
+            assert_eq!(fields(snapshot("web".into(), String::new(), name.into())), ["snapshot"]);
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use uncloud_proto::{
     ids::{ImageId, Revision, VmId},
-    v1,
+    names, v1,
 };
 use uuid::Uuid;
 
@@ -152,6 +152,15 @@ fn check_memory(check: &mut Checker, memory_mib: u64) {
         check.fail("spec.memory_mib", format!("is required: give 1 to {MAX_MEMORY_MIB} MiB"));
     } else {
         check.range("spec.memory_mib", memory_mib, 1, MAX_MEMORY_MIB, " MiB");
+    }
+}
+
+/// The virtual size of a disk. 0 is for the caller to judge.
+pub(super) fn check_disk_size(check: &mut Checker, field: &str, size: u64) {
+    if size > MAX_DISK_BYTES {
+        check.fail(field, format!("is {size}; at most {MAX_DISK_BYTES} (64 TiB) are allowed"));
+    } else if !size.is_multiple_of(SECTOR) {
+        check.fail(field, format!("is {size}, which is not a multiple of {SECTOR}"));
     }
 }
 
@@ -344,11 +353,8 @@ fn check_disks(check: &mut Checker, disks: Vec<v1::Disk>, images: &mut Vec<(Imag
             check.fail(at("name"), format!("is `{}` like that of another disk; choose another", quoted(&name)));
         }
         let size = disk.size_bytes;
-        if size > MAX_DISK_BYTES {
-            check.fail(at("size_bytes"), format!("is {size}; at most {MAX_DISK_BYTES} (64 TiB) are allowed"));
-        } else if !size.is_multiple_of(SECTOR) {
-            check.fail(at("size_bytes"), format!("is {size}, which is not a multiple of {SECTOR}"));
-        } else if size == 0 && disk.image.is_empty() {
+        check_disk_size(check, &at("size_bytes"), size);
+        if size == 0 && disk.image.is_empty() {
             check.fail(at("size_bytes"), "is required for a disk without an image");
         }
         let image = (!disk.image.is_empty())
@@ -365,13 +371,37 @@ fn check_nics(check: &mut Checker, nics: &[v1::Nic]) -> Vec<Nic> {
         check.fail("spec.nics", format!("has {} entries; at most {MAX_NICS} are allowed", nics.len()));
         return Vec::new();
     }
-    for (i, nic) in nics.iter().enumerate() {
-        let _: Option<v1::NicType> = check.known(&format!("spec.nics[{i}].type"), nic.r#type, &["NIC_TYPE_USER"]);
+    let nic = |(i, nic): (usize, &v1::Nic)| {
         if !nic.mac.is_empty() {
             check.fail(format!("spec.nics[{i}].mac"), "is given by the cluster; leave it empty");
         }
+        Nic { kind: check_nic_kind(check, i, nic), mac: String::new() }
+    };
+    nics.iter().enumerate().map(nic).collect()
+}
+
+fn check_nic_kind(check: &mut Checker, i: usize, nic: &v1::Nic) -> NicKind {
+    let field = format!("spec.nics[{i}].bridge");
+    match check.known(&format!("spec.nics[{i}].type"), nic.r#type, &["NIC_TYPE_USER", "NIC_TYPE_BRIDGE"]) {
+        Some(v1::NicType::Bridge) => {
+            if nic.bridge.is_empty() {
+                check.fail(
+                    field,
+                    "is required for a NIC of type NIC_TYPE_BRIDGE: give the name of a bridge of the hosts",
+                );
+            } else if let Err(problem) = names::check_interface(&nic.bridge) {
+                check.fail(field, format!("is `{}`, which {problem}", quoted(&nic.bridge)));
+            }
+            NicKind::Bridge { bridge: nic.bridge.clone() }
+        }
+        Some(v1::NicType::Unspecified | v1::NicType::User) => {
+            if !nic.bridge.is_empty() {
+                check.fail(field, "goes with type NIC_TYPE_BRIDGE; set that, or leave it empty");
+            }
+            NicKind::User
+        }
+        None => NicKind::User,
     }
-    nics.iter().map(|_| Nic { kind: NicKind::User, mac: String::new() }).collect()
 }
 
 #[cfg(test)]
@@ -449,6 +479,13 @@ mod tests {
             })
         };
         let label = |key: &str, value: &str| with(|r, _| drop(r.labels.insert(key.to_owned(), value.to_owned())));
+        let bridged = |bridge: &str| {
+            with(|_, s| {
+                let nic =
+                    v1::Nic { r#type: v1::NicType::Bridge.into(), bridge: bridge.to_owned(), ..Default::default() };
+                s.nics[0] = nic;
+            })
+        };
         let table = [
             ("spec", v1::CreateVmRequest { spec: None, ..good() }),
             ("name", with(|r, _| r.name.clear())),
@@ -489,7 +526,11 @@ mod tests {
                 }),
             ),
             ("spec.nics", with(|_, s| s.nics = vec![v1::Nic::default(); 9])),
-            ("spec.nics[0].type", with(|_, s| s.nics[0].r#type = 2)),
+            ("spec.nics[0].type", with(|_, s| s.nics[0].r#type = 3)),
+            ("spec.nics[0].bridge", with(|_, s| s.nics[0].r#type = 2)),
+            ("spec.nics[0].bridge", bridged("br0,script=/x")),
+            ("spec.nics[0].bridge", bridged("a-bridge-too-long")),
+            ("spec.nics[1].bridge", with(|_, s| s.nics[1].bridge = "br0".to_owned())),
             ("spec.nics[1].mac", with(|_, s| s.nics[1].mac = "42:00:00:00:00:01".to_owned())),
             ("spec.restart", with(|_, s| s.restart = 4)),
             ("spec.failover", with(|_, s| s.failover = i32::MIN)),

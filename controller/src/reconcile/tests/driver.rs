@@ -38,6 +38,7 @@ async fn term(data_dir: &Path) -> Term {
     let settings = Settings {
         timings: TIMINGS,
         cpu_overcommit_percent: 400,
+        disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: Vec::new(),
     };
@@ -73,6 +74,7 @@ impl Term {
             boot_id,
             migration_address,
             cpu,
+            bridges,
             ..
         } = host(n, 1024, Liveness::Up);
         let host = HostFacts {
@@ -87,6 +89,7 @@ impl Term {
             boot_id,
             migration_address,
             cpu,
+            bridges,
         };
         let entry = self.leader.health().enter(id).unwrap();
         self.leader.writer.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();

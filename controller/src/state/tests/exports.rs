@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{
-        Desired,
+        Desired, DrainHow,
         host::{Pool, PoolAccess},
     },
     sessions::{
@@ -17,7 +17,8 @@ use crate::{
         serving::{self, Grants},
     },
     state::{
-        command::{Command, Lapsed, ObservedState, PowerChange, Refusal},
+        Prospect,
+        command::{Command, DrainStep, Lapsed, ObservedState, PowerChange, Refusal},
         exports,
     },
 };
@@ -195,12 +196,70 @@ fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
     serve(&mut world, &grants, vm, 1);
     world.report(vm, ObservedState::Running);
     let migrate = Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 };
-    let Refusal::Precondition(why) = world.refused(migrate) else { panic!() };
-    assert!(why.contains("over the network"), "{why}");
+    assert!(world.refused(migrate).to_string().contains("over the network"));
+
+    let why = |refusal| match refusal {
+        Refusal::Precondition(why) => why,
+        other => panic!("{other}"),
+    };
+    let resize = |vm| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes: 1 << 40 };
+    let snapshot = "before".to_owned();
+    for command in [
+        Command::CreateSnapshot { vm, id: Uuid::from_u128(5), name: snapshot.clone() },
+        Command::DeleteSnapshot { vm, name: snapshot.clone() },
+        Command::RevertToSnapshot { vm, name: snapshot },
+        resize(vm),
+    ] {
+        let why = why(world.refused(command));
+        assert!(why.contains("pool `net`, which hosts reach over the network"), "{why}");
+    }
+    // Nothing is known to be made: it may have been begun, and a storage host does not make it larger.
+    let vm = world.create(3, with_disk("net"));
+    assert!(!world.record(vm).disks_exist);
+    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
+    world.set(vm, PowerChange::Stop);
+    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
 
     let mut mixed = with_disk("net");
     mixed.disks.push(crate::model::vm::Disk { name: "disk1".into(), ..disk("local") });
     let vm = world.create(2, mixed);
     assert_eq!(world.host_of(vm), None);
     assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
+}
+
+/// A VM that has a disk in a network pool cannot migrate; stopped, it may start where the pool is.
+#[test]
+fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stays() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let host = world.host_of(vm).unwrap();
+    let drain = |how| Command::DrainHost { host, how, reason: String::new() };
+    let step = Command::DrainVm { vm, from: host, step: DrainStep::Stop };
+    world.ok(drain(DrainHow::LiveOnly));
+    let Prospect::CanStop(why) = world.state.prospect(vm, &world.cx()) else { panic!() };
+    assert!(why.contains("pool `net` over the network"), "{why}");
+    assert!(world.refused(step.clone()).to_string().contains("may not be stopped"));
+
+    world.ok(drain(DrainHow::StopAndMove));
+    world.ok(step);
+    assert!(matches!(world.state.prospect(vm, &world.cx()), Prospect::Moving(_)));
+    // N4: also for a leader that no storage host has said anything to, a stop needs no access.
+    let message = told(&world, &Grants::default(), vm).unwrap();
+    assert_eq!((message.disposition(), message.incarnation), (v1::Disposition::Stop, 1));
+    world.report(vm, ObservedState::Stopped);
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(other(host)), 2));
+    assert_eq!(told(&world, &grants, vm), None, "N4: not before the next incarnation has access");
+    serve(&mut world, &grants, vm, 2);
+    assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Run);
+
+    // Nowhere to go.
+    world.report(vm, ObservedState::Running);
+    let host = other(host);
+    world.ok(Command::DrainHost { host, how: DrainHow::StopAndMove, reason: String::new() });
+    assert!(matches!(world.state.prospect(vm, &world.cx()), Prospect::Stuck(_)));
+    assert!(
+        world.refused(Command::DrainVm { vm, from: host, step: DrainStep::Stop }).to_string().contains("cannot leave")
+    );
 }

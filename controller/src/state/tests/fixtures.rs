@@ -8,6 +8,7 @@ use std::{
 use uncloud_proto::{
     clock::WallTime,
     ids::{HostId, ImageId, Incarnation, Revision, VmId},
+    v1,
 };
 use uuid::Uuid;
 
@@ -20,6 +21,7 @@ use crate::{
         vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     scheduler::Resources,
+    sessions::desired::{self, Wanted},
     state::{
         MAX_PLACEMENTS, State, VmEntry,
         command::{
@@ -69,6 +71,7 @@ pub(super) fn facts(n: u128) -> HostFacts {
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: "measured".into() },
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),
+        bridges: BTreeSet::new(),
         agent_version: "0.1.0".into(),
         boot_id: Uuid::from_u128(n),
     }
@@ -178,7 +181,12 @@ impl World {
     }
 
     pub(super) fn cx(&self) -> Context {
-        Context { now: WallTime(self.now), silent: Arc::new(self.silent.clone()), cpu_overcommit_percent: 400 }
+        Context {
+            now: WallTime(self.now),
+            silent: Arc::new(self.silent.clone()),
+            cpu_overcommit_percent: 400,
+            disk_overcommit_percent: 200,
+        }
     }
 
     pub(super) fn run(&mut self, command: Command) -> Result<Answer, Refusal> {
@@ -245,6 +253,12 @@ impl World {
         rebuilt.advance(self.state.revision());
         assert_same(&self.state, &rebuilt);
 
+        // R1
+        for (id, entry) in self.state.vms().filter(|(_, e)| e.record.revert.is_some()) {
+            let Some(host) = entry.record.placement.host else { continue };
+            let told = desired::message(&self.state, host, *id, Wanted::AsRecorded(Revision(0))).unwrap();
+            assert_ne!(told.disposition(), v1::Disposition::Run, "{id} may run, and its disks are to be put back");
+        }
         for (id, host) in self.state.hosts() {
             let tenants: BTreeSet<VmId> =
                 self.state.vms().filter(|(_, vm)| vm.record.placement.host == Some(*id)).map(|(&vm, _)| vm).collect();
@@ -310,7 +324,7 @@ impl World {
             vm,
             incarnation: Incarnation(self.incarnation(vm)),
             state,
-            reason: format!("{state:?}"),
+            reason: if state == ObservedState::Running { String::new() } else { format!("{state:?}") },
             disks_ready: !matches!(state, ObservedState::Preparing),
             last_exit: None,
             next_attempt: None,
@@ -318,6 +332,7 @@ impl World {
             restarts_done: self.record(vm).restarts,
             paused: false,
             migration: None,
+            disks: Default::default(),
         }
     }
 

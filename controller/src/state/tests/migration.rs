@@ -50,6 +50,14 @@ impl World {
         self.ok(Command::Report { host, reports: vec![report] });
     }
 
+    fn source_sends(&mut self, vm: VmId, migration: u64, bytes: u64) {
+        let host = self.host_of(vm).unwrap();
+        let mut seen = seen(migration, "");
+        seen.progress.transferred_bytes = bytes;
+        let report = VmObservation { migration: Some(seen), ..self.observation(vm, ObservedState::Running) };
+        self.ok(Command::Report { host, reports: vec![report] });
+    }
+
     fn source_says(&mut self, vm: VmId, state: ObservedState, migration: u64, failure: &str) {
         let host = self.host_of(vm).unwrap();
         let mut seen = seen(migration, "");
@@ -286,8 +294,12 @@ fn hopeless_migrations_are_found() {
     assert_eq!(hopeless(&world, 1130).len(), 1, "the target is not ready");
     world.target_says(vm, ObservedState::Incoming);
     assert_eq!(world.record(vm).migration.as_ref().unwrap().arrival, Arrival::Listening);
-    assert!(hopeless(&world, 1131).is_empty());
-    assert!(hopeless(&world, 4500).is_empty());
+    let incarnation = world.record(vm).migration.as_ref().unwrap().incarnation.0;
+    for secs in (1131..4600).step_by(15) {
+        world.source_sends(vm, incarnation, secs);
+        assert!(hopeless(&world, secs).is_empty());
+    }
+    world.source_sends(vm, incarnation, 1);
     assert_eq!(hopeless(&world, 4700).len(), 1, "it takes too long");
     world.silent.insert(target);
     let [command] = &hopeless(&world, 1200)[..] else { panic!("the target is silent") };
@@ -302,4 +314,45 @@ fn hopeless_migrations_are_found() {
     assert!(hopeless(&world, 4801).is_empty());
     assert!(hopeless(&world, 4806).is_empty());
     assert_eq!(hopeless(&world, 4807).len(), 1, "the guest stands still for too long");
+}
+
+/// Hosts that do not reach each other: what the source sends gets nowhere, and it says so.
+#[test]
+fn a_migration_that_does_not_get_on_is_given_up_unless_its_source_is_not_heard() {
+    let mut world = World::with_hosts(2);
+    let vm = world.migrating(1);
+    let source = world.host_of(vm).unwrap();
+    let migration = world.record(vm).migration.clone().unwrap();
+    let mut watch = Migrations::default();
+    let mut hopeless = |world: &World, secs: u64| {
+        watch.hopeless(&world.state, &world.silent, Tick::from_boot(Duration::from_secs(secs)))
+    };
+    world.target_says(vm, ObservedState::Incoming);
+    assert!(hopeless(&world, 100).is_empty());
+    world.source_sends(vm, migration.incarnation.0, 1000);
+    assert!(hopeless(&world, 110).is_empty());
+    assert!(hopeless(&world, 125).is_empty());
+    world.silent.insert(source);
+    assert!(hopeless(&world, 126).is_empty(), "nobody knows what it sends");
+    world.silent.clear();
+    assert!(hopeless(&world, 141).is_empty());
+    let [command] = &hopeless(&world, 142)[..] else { panic!("it does not get on") };
+    world.ok(command.clone());
+    assert_eq!(world.record(vm).migration, None);
+    assert!(hopeless(&world, 143).is_empty(), "plan again: nothing to do");
+}
+
+/// The target takes restarts for done, so one that is under way would be lost.
+#[test]
+fn a_vm_that_is_being_restarted_does_not_leave() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, with_disk("shared"));
+    let host = world.host_of(vm).unwrap();
+    world.ok(Command::RestartVm { vm, force: false });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    let before = VmObservation { restarts_done: 0, ..world.observation(vm, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![before] });
+    assert!(world.refused(begin(vm, None)).to_string().contains("is being restarted"));
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, None));
 }

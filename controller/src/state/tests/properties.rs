@@ -4,22 +4,25 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 use uncloud_proto::ids::{HostId, Incarnation, VmId};
+use uuid::Uuid;
 
 use super::fixtures::*;
 use crate::{
     model::{
-        Desired, HostMode,
-        vm::{Failover, OnDiskLoss, VmSpec},
+        Desired, DrainHow, HostMode,
+        vm::{Failover, OnDiskLoss, SnapshotState, VmSpec},
     },
     state::{
         VmEntry,
-        command::{Command, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
+        command::{Command, DrainStep, HostFacts, Lapsed, ObservedState, PowerChange, VmObservation, VmUpdate},
         lease_lapsed,
     },
 };
 
 const HOSTS: u128 = 3;
 const VMS: u128 = 5;
+
+type VmNumber = u128;
 
 /// One step. Numbers choose among what there is.
 #[derive(Clone, Debug)]
@@ -30,6 +33,8 @@ enum Step {
     Update { vm: u128, failover: u8, memory: u8, recreate: bool },
     Delete { vm: u128 },
     Mode { host: u128, cordoned: bool },
+    Drain { host: u128, stop: bool },
+    DrainVm { vm: u128, stop: bool },
     Remove { host: u128 },
     Register { host: u128 },
     Lapse { host: u128, both: bool, limit: usize },
@@ -38,6 +43,7 @@ enum Step {
     Migrate { vm: u128, to: u128 },
     CancelMigration { vm: u128 },
     TargetReports { vm: u128, state: u8 },
+    Snapshot { vm: VmNumber, what: u8 },
     Place,
 }
 
@@ -56,6 +62,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(vm, failover, memory, recreate)| Step::Update { vm, failover, memory, recreate }),
         1 => vm.clone().prop_map(|vm| Step::Delete { vm }),
         1 => (host.clone(), any::<bool>()).prop_map(|(host, cordoned)| Step::Mode { host, cordoned }),
+        1 => (host.clone(), any::<bool>()).prop_map(|(host, stop)| Step::Drain { host, stop }),
+        4 => (vm.clone(), any::<bool>()).prop_map(|(vm, stop)| Step::DrainVm { vm, stop }),
         1 => host.clone().prop_map(|host| Step::Remove { host }),
         3 => host.clone().prop_map(|host| Step::Register { host }),
         2 => (host.clone(), any::<bool>(), 0..4_usize)
@@ -67,6 +75,7 @@ fn step() -> impl Strategy<Value = Step> {
                 vm, host, back, state, disks, old_restarts
             }),
         3 => Just(Step::Place),
+        4 => (1..=VMS, 0..4_u8).prop_map(|(vm, what)| Step::Snapshot { vm, what }),
         6 => (1..=VMS, 0..=HOSTS).prop_map(|(vm, to)| Step::Migrate { vm, to }),
         1 => (1..=VMS).prop_map(|vm| Step::CancelMigration { vm }),
         6 => (1..=VMS, prop_oneof![Just(11_u8), Just(12), Just(12), 0..13_u8])
@@ -135,6 +144,15 @@ impl Step {
                 let mode = if *cordoned { HostMode::Cordoned } else { HostMode::Active };
                 Command::SetHostMode { host: host(n), mode, reason: String::new() }
             }
+            Self::Drain { host: n, stop } => {
+                let how = if *stop { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
+                Command::DrainHost { host: host(n), how, reason: String::new() }
+            }
+            Self::DrainVm { vm: n, stop } => {
+                let from = world.state.vm(vm(n))?.record.placement.host?;
+                let step = if *stop { DrainStep::Stop } else { DrainStep::Migrate { secret: "0".repeat(64) } };
+                Command::DrainVm { vm: vm(n), from, step }
+            }
             Self::Remove { host: n } => Command::RemoveHost { host: host(n) },
             Self::Register { host: n } => {
                 Command::RegisterHost { host: Box::new(HostFacts { memory_mib: 3072, ..facts(*n) }) }
@@ -167,6 +185,14 @@ impl Step {
                 report.disks_ready = *disks;
                 report.restarts_done = report.restarts_done.saturating_sub(u64::from(*old_restarts));
                 report.migration = entry.record.migration.as_ref().map(|m| seen(m.incarnation.0, ""));
+                // What it was told to do, it may have done; to put disks back only when nothing executes.
+                if *old_restarts {
+                    let ids = |state| entry.record.snapshots.iter().filter(move |s| s.state == state).map(|s| s.id);
+                    report.disks.made = ids(SnapshotState::Creating).collect();
+                    report.disks.removed = ids(SnapshotState::Deleting).collect();
+                    let stopped = report.state == ObservedState::Stopped;
+                    report.disks.reverted = entry.record.revert.filter(|_| stopped).map_or(0, |r| r.number);
+                }
                 Command::Report { host: from, reports: vec![report] }
             }
             Self::Migrate { vm: n, to } => {
@@ -180,6 +206,14 @@ impl Step {
                 report.incarnation = migration.incarnation;
                 report.migration = Some(seen(migration.incarnation.0, "127.0.0.1:4444"));
                 Command::Report { host: migration.target, reports: vec![report] }
+            }
+            Self::Snapshot { vm: n, what } => {
+                let name = "s".to_owned();
+                match what {
+                    0 => Command::CreateSnapshot { vm: vm(n), id: Uuid::from_u128(u128::from(world.now)), name },
+                    1 => Command::DeleteSnapshot { vm: vm(n), name },
+                    _ => Command::RevertToSnapshot { vm: vm(n), name },
+                }
             }
             Self::Place => {
                 let vms = world.state.vms().map(|(&vm, _)| vm).collect();
@@ -269,6 +303,24 @@ impl Watcher {
                 "a deleted VM came back"
             );
             prop_assert!(now.record.disk_generation >= was.record.disk_generation);
+            // R2: it is over only when the host of the VM has said so of this very revert, or with the disks.
+            if let Some(revert) = was.record.revert
+                && now.record.revert.is_none_or(|r| r.number != revert.number)
+                && now.record.disk_generation == was.record.disk_generation
+            {
+                let said = match command {
+                    Command::Report { host, reports } => reports.iter().any(|r| {
+                        r.vm == id
+                            && Some(*host) == old_host
+                            && r.incarnation == old_incarnation
+                            && r.disks.reverted == revert.number
+                    }),
+                    Command::RevertToSnapshot { .. } => now.record.revert.is_some(),
+                    _ => false,
+                };
+                prop_assert!(said, "the disks of {id} were not put back");
+                prop_assert!(now.record.desired != Desired::Running || incarnation > old_incarnation);
+            }
             // P5: disks that a host has made are given up only if that is what the user chose.
             if was.record.disks_exist && !now.record.disks_exist {
                 prop_assert_eq!(was.record.spec.on_disk_loss, OnDiskLoss::Recreate);
@@ -282,7 +334,11 @@ impl Watcher {
                     host == Some(m.target) && incarnation == m.incarnation && self.sent.contains(&(id, m.incarnation))
                 });
                 if !migrated {
-                    self.may_leave(world, id, old_host, old_incarnation, &old_classes)?;
+                    // R3: what has stopped there may still be worked on.
+                    let by_fencing = matches!(command, Command::Report { reports, .. }
+                        if reports.iter().any(|r| r.vm == id && r.state == ObservedState::Fenced));
+                    let at_rest = !was.record.has_disk_orders() || by_fencing;
+                    self.may_leave(world, id, old_host, old_incarnation, &old_classes, at_rest)?;
                 }
             }
         }
@@ -325,11 +381,12 @@ impl Watcher {
         host: HostId,
         incarnation: Incarnation,
         classes: &BTreeSet<u8>,
+        at_rest: bool,
     ) -> Result<(), TestCaseError> {
         let gone = |liveness| classes.iter().all(|&class| lease_lapsed(CLASSES[usize::from(class)], liveness));
         let lapsed = world.state.host(host).is_some_and(|h| gone(h.record.liveness));
         prop_assert!(
-            lapsed || self.ended.contains(&(vm, incarnation)),
+            lapsed || (at_rest && self.ended.contains(&(vm, incarnation))),
             "{vm} left {host} under incarnation {incarnation}, where it may execute"
         );
         Ok(())

@@ -5,13 +5,14 @@
 //! `guests/micro`, the programs are those that were built beside this one.
 //!
 //! ```text
-//! uncloud-bench [--out FILE]
+//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations)
 //! uncloud-bench idle-client HOST:PORT     (what agent_memory is compared with; started by the above)
 //! ```
 
 mod creates;
 mod failover;
 mod guests;
+mod migrations;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -41,17 +42,29 @@ impl Measured {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let mut args = std::env::args().skip(1);
-    let mut out = None;
+    let (mut out, mut only) = (None, None);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--out" => out = Some(PathBuf::from(args.next().context("--out needs a file")?)),
+            "--only" => only = Some(args.next().context("--only needs a part")?),
             "idle-client" => return guests::idle_client(&args.next().context("idle-client needs an address")?).await,
-            other => bail!("unknown argument `{other}`; usage: uncloud-bench [--out FILE]"),
+            other => bail!("unknown argument `{other}`; usage: uncloud-bench [--only PART] [--out FILE]"),
         }
     }
-    let mut all = creates::measure().await?;
-    all.extend(guests::measure().await?);
-    all.extend(failover::measure().await?);
+    let mut all = Vec::new();
+    match only.as_deref() {
+        None => {
+            all.extend(creates::measure().await?);
+            all.extend(guests::measure().await?);
+            all.extend(failover::measure().await?);
+            all.extend(migrations::measure().await?);
+        }
+        Some("creates") => all = creates::measure().await?,
+        Some("guests") => all = guests::measure().await?,
+        Some("failover") => all = failover::measure().await?,
+        Some("migrations") => all = migrations::measure().await?,
+        Some(other) => bail!("`{other}` is no part; there are creates, guests, failover and migrations"),
+    }
     print_table(&all);
     if let Some(out) = out {
         std::fs::write(&out, serde_json::to_string_pretty(&all)? + "\n").context("write the results")?;

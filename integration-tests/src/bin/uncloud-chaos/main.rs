@@ -16,6 +16,7 @@ use harness::{
         stage::Stage,
         trials,
     },
+    migration::cases::{Case, HEAD, Trials},
     slots::Share,
 };
 use uncloud_proto::v1::FailoverPolicy;
@@ -58,6 +59,19 @@ enum What {
         #[arg(long)]
         etcd_flag: Vec<String>,
     },
+    /// Everything that can go wrong in a live migration, at each of its moments, one after the other; what came of it as a table.
+    MigrationFaults {
+        /// Only these, such as `target-qemu-killed@sending`.
+        #[arg(long, value_delimiter = ',', value_parser = case)]
+        only: Vec<Case>,
+    },
+}
+
+fn case(name: &str) -> Result<Case, String> {
+    Case::named(name).ok_or_else(|| {
+        let all: Vec<String> = Case::all().map(|c| c.to_string()).collect();
+        format!("it is none of {}", all.join(", "))
+    })
 }
 
 fn kind(name: &str) -> Result<Kind, String> {
@@ -104,8 +118,25 @@ async fn work(args: Args) -> anyhow::Result<()> {
             }
         }
         What::Trials { kind, n, seed, etcd_flag } => measure(&kind, n, seed, &etcd_flag).await?,
+        What::MigrationFaults { only } => migration_faults(only).await?,
     }
     Ok(())
+}
+
+async fn migration_faults(only: Vec<Case>) -> anyhow::Result<()> {
+    let cases = if only.is_empty() { Case::all().collect() } else { only };
+    let mut trials = Trials::start().await?;
+    println!("{HEAD}");
+    for case in cases {
+        match trials.run(case).await {
+            Ok(row) => println!("{row}"),
+            Err(error) => {
+                trials.cluster.keep_directory();
+                return Err(error);
+            }
+        }
+    }
+    trials.finish().await
 }
 
 /// The kind of fault by the name that it has in trials.

@@ -1,0 +1,159 @@
+//! The disks of a QEMU that runs, in its words: how large they are, and how they are made larger.
+//!
+//! Every question and command is bounded in time. Called by the VM's task through [`Hypervisor`](crate::vm::hypervisor::Hypervisor).
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use super::{
+    command_line::disk_node,
+    process::{Instance, InstanceEvent},
+    qmp,
+};
+use crate::vm::disks::{Orders, Wanted};
+
+/// Why a disk is not as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// QEMU did not say, or did not do it.
+    #[error("disk {disk}: {source}")]
+    Disk {
+        /// Its name.
+        disk: String,
+        /// Why not.
+        source: qmp::Error,
+    },
+    /// QEMU does not answer.
+    #[error(transparent)]
+    Qmp(#[from] qmp::Error),
+}
+
+/// Makes the disks at least as large as this, in bytes, in the guest's order. Those that are larger stay so: a disk never shrinks.
+///
+/// # Errors
+///
+/// See [`Error`]. The disks before the one that is named have been grown.
+pub async fn grow(instance: &Instance, sizes: &[(&str, u64)]) -> Result<(), Error> {
+    if sizes.is_empty() {
+        return Ok(());
+    }
+    let found = nodes(&instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?);
+    for (index, (disk, size)) in sizes.iter().enumerate() {
+        let node = disk_node(index);
+        // A QEMU that was started before its VM had this disk knows nothing of it.
+        if found.get(&node).is_some_and(|now| now < size) {
+            let arguments = json!({ "node-name": node, "size": size });
+            let done = instance.execute("block_resize", Some(arguments)).await;
+            done.map_err(|source| Error::Disk { disk: (*disk).to_owned(), source })?;
+            tracing::info!(disk, size, "the disk has grown");
+        }
+    }
+    Ok(())
+}
+
+/// Takes and removes snapshots of the first `count` disks: each of them on all disks at one moment.
+///
+/// A snapshot that only some of the disks have was never said to be there: it is taken anew.
+///
+/// # Errors
+///
+/// See [`Error`]. Those before the one that failed are done.
+pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Result<(), Error> {
+    if orders.snapshots.is_empty() || count == 0 {
+        return Ok(());
+    }
+    let answer = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
+    let nodes: Vec<String> = (0..count).map(disk_node).collect();
+    for order in &orders.snapshots {
+        let id = order.id.to_string();
+        let has: Vec<&String> = nodes.iter().filter(|node| has_snapshot(&answer, node, &id)).collect();
+        if order.wanted == Wanted::There && has.len() == nodes.len() {
+            continue;
+        }
+        for node in has {
+            let arguments = json!({ "device": node, "name": id });
+            instance.execute("blockdev-snapshot-delete-internal-sync", Some(arguments)).await?;
+        }
+        if order.wanted == Wanted::There {
+            let one =
+                |node| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
+            let actions: Vec<Value> = nodes.iter().map(one).collect();
+            instance.execute("transaction", Some(json!({ "actions": actions }))).await?;
+            tracing::info!(snapshot = id, "a snapshot is taken");
+        }
+    }
+    Ok(())
+}
+
+/// Whether a node has a snapshot of this name.
+fn has_snapshot(nodes: &Value, node: &str, name: &str) -> bool {
+    let nodes = nodes.as_array().into_iter().flatten().filter(|n| n["node-name"] == node);
+    nodes.flat_map(|n| n["image"]["snapshots"].as_array().into_iter().flatten()).any(|s| s["name"] == name)
+}
+
+/// What it means that QEMU could not read or write a disk.
+pub(super) fn failure(data: &Value) -> InstanceEvent {
+    // `stop` comes for a full pool only (`werror=enospc`, QEMU's default): the request is tried again when the guest goes on.
+    if data["action"] == "stop" {
+        return InstanceEvent::Stalled;
+    }
+    let text = |field: &str| data[field].as_str().unwrap_or("?").chars().take(100).collect::<String>();
+    let what = if data["operation"] == "read" { "read" } else { "written" };
+    InstanceEvent::DiskFailed(format!("{} cannot be {what}: {}", text("node-name"), text("reason")))
+}
+
+/// Lets a guest go on that QEMU holds still because of a full pool.
+///
+/// # Errors
+///
+/// QEMU does not say, or does not obey.
+pub async fn go_on(instance: &Instance) -> Result<(), qmp::Error> {
+    // Whoever stands still for another reason (sent to another host, paused by a person) is not to go on.
+    if is_stalled(instance).await? {
+        instance.cont().await?;
+    }
+    Ok(())
+}
+
+/// Whether QEMU holds the guest still because a pool is full.
+///
+/// # Errors
+///
+/// QEMU does not say.
+pub async fn is_stalled(instance: &Instance) -> Result<bool, qmp::Error> {
+    Ok(instance.status().await? == "io-error")
+}
+
+/// The virtual size of each node that has a name.
+fn nodes(answer: &Value) -> BTreeMap<String, u64> {
+    let nodes = answer.as_array().into_iter().flatten();
+    nodes.filter_map(|n| Some((n["node-name"].as_str()?.to_owned(), n["image"]["virtual-size"].as_u64()?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_pool_is_told_from_a_disk_that_fails() {
+        let full = json!({ "node-name": "disk0", "operation": "write", "action": "stop", "nospace": true });
+        assert_eq!(failure(&full), InstanceEvent::Stalled);
+        let broken =
+            json!({ "node-name": "disk1", "operation": "read", "action": "report", "reason": "Input/output error" });
+        let words = "disk1 cannot be read: Input/output error".to_owned();
+        assert_eq!(failure(&broken), InstanceEvent::DiskFailed(words));
+        assert_eq!(failure(&Value::Null), InstanceEvent::DiskFailed("? cannot be written: ?".into()));
+    }
+
+    #[test]
+    fn sizes_are_read_and_nonsense_is_left_out() {
+        let answer = json!([
+            { "node-name": "disk0", "image": { "virtual-size": 1024 } },
+            { "node-name": "odd", "image": {} },
+            5,
+        ]);
+        assert_eq!(nodes(&answer), [("disk0".to_owned(), 1024)].into());
+        assert!(nodes(&Value::Null).is_empty());
+    }
+}

@@ -1,0 +1,78 @@
+//! What a VM's task is told to do with disks that are there, and what it says that it has done. Data only: `state/disks.rs` decides,
+//! `storage/` and `qemu/disks.rs` act.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// What the leader wants done to the disks of a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orders {
+    /// Snapshots to take and to remove.
+    #[serde(default)]
+    pub snapshots: Vec<SnapshotOrder>,
+    /// Put all disks back to a snapshot. Only of what is stopped.
+    #[serde(default)]
+    pub revert: Option<Revert>,
+}
+
+/// A snapshot to take or to remove.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotOrder {
+    /// Its name in the disks' files.
+    pub id: Uuid,
+    /// Which of the two.
+    pub wanted: Wanted,
+}
+
+/// Whether a snapshot should be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wanted {
+    /// It should.
+    There,
+    /// It should not.
+    Gone,
+}
+
+/// Disks to be put back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revert {
+    /// The snapshot.
+    pub snapshot: Uuid,
+    /// Tells it from those before.
+    pub number: u64,
+}
+
+/// What has been done to the disks of a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Snapshots that should be there and are.
+    pub made: Vec<Uuid>,
+    /// Snapshots that should be gone and are.
+    pub removed: Vec<Uuid>,
+    /// The newest revert that was carried out. 0: none.
+    pub reverted: u64,
+}
+
+impl Orders {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.snapshots.is_empty() && self.revert.is_none()
+    }
+
+    /// Ids of the snapshots that should be there, or gone.
+    pub fn ids(&self, wanted: Wanted) -> impl Iterator<Item = Uuid> + '_ {
+        self.snapshots.iter().filter(move |s| s.wanted == wanted).map(|s| s.id)
+    }
+
+    /// What is to be said when all of it is done.
+    #[must_use]
+    pub fn done(&self) -> Done {
+        Done {
+            made: self.ids(Wanted::There).collect(),
+            removed: self.ids(Wanted::Gone).collect(),
+            reverted: self.revert.map_or(0, |r| r.number),
+        }
+    }
+}

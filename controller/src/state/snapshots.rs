@@ -1,0 +1,197 @@
+//! Snapshots of a VM's disks: taken, deleted, and put back.
+//!
+//! The record says which snapshots there should be; the VM's host makes it so and says when it has. Both may happen any number of
+//! times.
+//!
+//! # Safety argument (P5)
+//!
+//! Putting disks back destroys what was written since, so it must never be done after the guest has run again:
+//!
+//! * **R1** While a record has a `revert`, its VM is told to no host as RUN (`sessions/desired.rs`): the guest does not run between the
+//!   request and the write that takes the revert out.
+//! * **R2** That write is made only when the VM's own host, under the present incarnation, has said that this very revert was carried
+//!   out (or its disks are given up for new ones). A host never carries a revert out that it was told for an older incarnation, or under
+//!   a lease that is over; and the VM gets a new incarnation with that write, before it may run.
+//! * **R3** Until then the VM is its host's as if it executed there (`has_disk_orders`): it goes elsewhere only when that host's lease has
+//!   surely run out, or the host says that it will do nothing more under this incarnation.
+
+use uncloud_proto::ids::VmId;
+use uuid::Uuid;
+
+use super::{
+    VmEntry,
+    command::{Answer, Refusal, VmObservation},
+    draft::Draft,
+    exports, placement, vms,
+};
+use crate::{
+    model::{
+        Desired, EventType, VmRecord,
+        vm::{Revert, Snapshot, SnapshotState},
+    },
+    scheduler::Choice,
+};
+
+/// Snapshots that one VM may have. Each makes its disks' files larger, and what is told to its host.
+pub const MAX_SNAPSHOTS: usize = 32;
+
+/// The VM, if something may be done to its disks now.
+fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
+    let entry = draft.vm(vm)?;
+    let record = &entry.record;
+    let name = &record.name;
+    if record.desired == Desired::Deleted {
+        return Err(vms::being_deleted(record));
+    }
+    if record.migration.is_some() {
+        return Err(Refusal::Precondition(format!("VM `{name}` is being migrated; try again when that is over")));
+    }
+    if record.spec.disks.is_empty() {
+        return Err(Refusal::Precondition(format!("VM `{name}` has no disks")));
+    }
+    if let Some(pool) = exports::network_pool(draft.state, record) {
+        return Err(Refusal::Precondition(format!(
+            "the disks of VM `{name}` lie in pool `{pool}`, which hosts reach over the network; disks there cannot have \
+             snapshots yet"
+        )));
+    }
+    if !record.disks_exist {
+        let message = format!("the disks of VM `{name}` are not made yet; start it, and try again when it runs");
+        return Err(Refusal::Precondition(message));
+    }
+    Ok(entry)
+}
+
+fn reverting(record: &VmRecord) -> Refusal {
+    Refusal::Precondition(format!(
+        "the disks of VM `{}` are being put back to a snapshot; wait until that is done",
+        record.name
+    ))
+}
+
+fn find<'a>(record: &'a VmRecord, name: &str) -> Result<&'a Snapshot, Refusal> {
+    record.snapshots.iter().find(|s| s.name == name).ok_or_else(|| {
+        let names: Vec<&str> = record.snapshots.iter().map(|s| s.name.as_str()).collect();
+        let has = if names.is_empty() { "it has none".to_owned() } else { format!("it has {}", names.join(", ")) };
+        Refusal::Invalid {
+            field: "snapshot".into(),
+            problem: format!("names no snapshot of VM `{}`; {has}", record.name),
+        }
+    })
+}
+
+/// A user wants a snapshot.
+pub(super) fn create(draft: &mut Draft<'_>, vm: VmId, id: Uuid, name: &str) -> Result<Answer, Refusal> {
+    let entry = ready(draft, vm)?;
+    if entry.record.revert.is_some() {
+        return Err(reverting(&entry.record));
+    }
+    let invalid = |problem: String| Refusal::Invalid { field: "snapshot".into(), problem };
+    if entry.record.snapshots.iter().any(|s| s.name == name) {
+        return Err(invalid(format!(
+            "is `{name}`, and there is one of that name already; choose another, or delete that one"
+        )));
+    }
+    if entry.record.snapshots.len() >= MAX_SNAPSHOTS {
+        let problem = format!("would be one more than the {MAX_SNAPSHOTS} that a VM may have; delete one first");
+        return Err(invalid(problem));
+    }
+    let mut record = (*entry.record).clone();
+    record.snapshots.push(Snapshot {
+        id,
+        name: name.to_owned(),
+        created: draft.cx.now,
+        state: SnapshotState::Creating,
+    });
+    draft.vm_event(&record, EventType::SnapshotRequested, format!("a user wants snapshot `{name}`"));
+    Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+/// A user deletes a snapshot.
+pub(super) fn delete(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answer, Refusal> {
+    let entry = ready(draft, vm)?;
+    let snapshot = find(&entry.record, name)?;
+    // Again.
+    if snapshot.state == SnapshotState::Deleting {
+        return Ok(Answer::Vm(entry.record));
+    }
+    if entry.record.revert.is_some_and(|r| r.snapshot == snapshot.id) {
+        return Err(reverting(&entry.record));
+    }
+    let (id, mut record) = (snapshot.id, (*entry.record).clone());
+    for snapshot in record.snapshots.iter_mut().filter(|s| s.id == id) {
+        snapshot.state = SnapshotState::Deleting;
+    }
+    Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+/// A user wants the disks as they were.
+pub(super) fn revert(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answer, Refusal> {
+    let entry = ready(draft, vm)?;
+    let snapshot = find(&entry.record, name)?;
+    match snapshot.state {
+        SnapshotState::Ready => {}
+        SnapshotState::Creating => {
+            return Err(Refusal::Precondition(format!("snapshot `{name}` is not taken yet; wait until it is READY")));
+        }
+        SnapshotState::Deleting => return Err(Refusal::Precondition(format!("snapshot `{name}` is being deleted"))),
+    }
+    // Again, while it is under way.
+    if entry.record.revert.is_some_and(|r| r.snapshot == snapshot.id) {
+        return Ok(Answer::Vm(entry.record));
+    }
+    let mut record = (*entry.record).clone();
+    record.reverts += 1;
+    record.revert = Some(Revert { snapshot: snapshot.id, number: record.reverts });
+    let message = format!("a user wants its disks as they were in snapshot `{name}`; what was written since is lost");
+    draft.vm_event(&record, EventType::RevertRequested, message);
+    // Without a host nobody could do it; it is done where the VM is given one.
+    if record.placement.host.is_none() {
+        let message = format!("VM `{}` has no host now: {}; try again when it has", record.name, record.placement.why);
+        return Err(Refusal::Precondition(message));
+    }
+    Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+/// What the VM's host, under its present incarnation, says that it has done.
+pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObservation) -> Result<VmEntry, Refusal> {
+    if !entry.record.has_disk_orders() {
+        return Ok(entry);
+    }
+    let mut record = (*entry.record).clone();
+    let done = &report.disks;
+    for snapshot in &mut record.snapshots {
+        if snapshot.state == SnapshotState::Creating && done.made.contains(&snapshot.id) {
+            snapshot.state = SnapshotState::Ready;
+            draft.vm_event(&entry.record, EventType::SnapshotTaken, format!("snapshot `{}` is taken", snapshot.name));
+        }
+    }
+    for gone in record.snapshots.extract_if(.., |s| s.state == SnapshotState::Deleting && done.removed.contains(&s.id))
+    {
+        draft.vm_event(&entry.record, EventType::SnapshotDeleted, format!("snapshot `{}` is gone", gone.name));
+    }
+    // R2
+    let reverted = record.revert.is_some_and(|r| r.number == done.reverted);
+    if reverted {
+        let name =
+            record.revert.and_then(|r| record.snapshots.iter().find(|s| s.id == r.snapshot)).map(|s| s.name.clone());
+        record.revert = None;
+        let message = format!("its disks are as they were in snapshot `{}`", name.unwrap_or_default());
+        draft.vm_event(&record, EventType::Reverted, message);
+    }
+    if record == *entry.record {
+        return Ok(entry);
+    }
+    match (reverted, record.desired, record.placement.host) {
+        (true, Desired::Running, Some(host)) => {
+            let entry = VmEntry { record: draft.put_vm(record.clone())?, ..entry };
+            let why = "its disks were put back there".to_owned();
+            placement::give_host(draft, &entry, record, Choice { host, why })?;
+            draft.vm(entry.record.id)
+        }
+        (true | false, Desired::Running | Desired::Stopped | Desired::Deleted, _) => {
+            let record = draft.put_vm(record)?;
+            Ok(VmEntry { record, ..entry })
+        }
+    }
+}
