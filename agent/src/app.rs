@@ -29,10 +29,12 @@ use crate::{
         gate::Gate,
         outbox::SharedOutbox,
         pump::{Identity, Session},
+        serving::Serving,
         streams::Streams,
     },
     storage::{
         self, Storage,
+        exports::daemon,
         http::{Allowed, Http, Patience},
         inspect::Inspector,
         pools::{self, User},
@@ -90,8 +92,10 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
         starts,
     );
     let images = storage.images();
+    let storage = Arc::new(storage);
+    let exports = storage.exports();
     let hypervisor = Qemu {
-        storage,
+        storage: Arc::clone(&storage),
         dirs: dirs.clone(),
         accelerator: finding.choice,
         qemu: config.qemu.clone(),
@@ -121,6 +125,16 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
     }
 
     tokio::spawn(watch_pools.instrument(info_span!(parent: None, "pools")));
+    if let Some(server) = &config.exports {
+        let options = daemon::Options {
+            program: server.program.clone(),
+            dir: config.state_dir.join("exports"),
+            address: server.address,
+            user: config.user,
+        };
+        let serving = exports.clone().run(storage, options, cancel.clone());
+        tokio::spawn(serving.instrument(info_span!(parent: None, "exports")));
+    }
     tokio::spawn(trim_logs(Arc::clone(&manager), cancel.clone()));
     let session = Session {
         identity: identity(&config, host_id, boot, &finding, cpu),
@@ -130,6 +144,8 @@ pub async fn run(config: Config, cancel: CancellationToken) -> anyhow::Result<()
         lease,
         clock,
         pools,
+        network_pools: config.network_pools.iter().map(pools::network).collect(),
+        exports: Serving::new(config.exports.is_some().then_some(exports)),
         inspector: Inspector::of(&images),
         streams: Streams::new(host_id, dirs).with_images(images.clone()),
         images,

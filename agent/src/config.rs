@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,6 +18,7 @@ use crate::{
     host,
     qemu::migration::Listen,
     storage::{
+        exports::options::{self, NetworkPool},
         http::Allowed,
         pools::{Kind, Pool, User},
     },
@@ -72,6 +73,15 @@ pub struct Options {
     /// A pool: NAME=DIRECTORY, or NAME=DIRECTORY,shared if other hosts have it, too.
     #[arg(long, value_name = "NAME=PATH[,shared]")]
     pub pool: Vec<String>,
+    /// A pool that this host serves to others over the network: NAME=DIRECTORY, made by `init-pool`.
+    #[arg(long, value_name = "NAME=PATH")]
+    pub export_pool: Vec<String>,
+    /// Where its disks are served: an address of this host, and a port (10809, if not given).
+    #[arg(long, value_name = "IP[:PORT]")]
+    pub export_address: Option<String>,
+    /// A pool that another host serves: NAME=ID, with the id that `init-pool` printed there.
+    #[arg(long, value_name = "NAME=ID")]
+    pub network_pool: Vec<String>,
     /// A directory that images may come from, besides the pools.
     #[arg(long, value_name = "DIR")]
     pub image_dir: Vec<PathBuf>,
@@ -112,6 +122,9 @@ pub struct Options {
     /// qemu-img. In PATH, if not given.
     #[arg(long, value_name = "PATH")]
     pub qemu_img: Option<PathBuf>,
+    /// qemu-storage-daemon. In PATH, if not given. Needed with --export-pool.
+    #[arg(long, value_name = "PATH")]
+    pub qemu_storage_daemon: Option<PathBuf>,
     /// UEFI firmware. That of Debian's package ovmf, if not given.
     #[arg(long, value_name = "PATH")]
     pub uefi_code: Option<PathBuf>,
@@ -155,8 +168,12 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Name of this host.
     pub name: String,
-    /// The pools.
+    /// The pools that are directories, those that this host exports among them.
     pub pools: Vec<Pool>,
+    /// The pools that other hosts serve.
+    pub network_pools: Vec<NetworkPool>,
+    /// What serves the pools that this host exports, and where. Absent: it exports none.
+    pub exports: Option<ExportServer>,
     /// Directories that images may come from.
     pub image_dirs: Vec<PathBuf>,
     /// The addresses that images may be fetched from. An empty list: from nowhere.
@@ -193,6 +210,15 @@ pub struct Config {
     pub bridges: Vec<String>,
 }
 
+/// What serves the pools that this host exports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportServer {
+    /// qemu-storage-daemon.
+    pub program: PathBuf,
+    /// Where it serves.
+    pub address: SocketAddr,
+}
+
 /// What is wrong with the configuration: the field, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -226,6 +252,9 @@ impl Options {
             state_dir: self.state_dir.or(file.state_dir),
             name: self.name.or(file.name),
             pool: list(self.pool, file.pool),
+            export_pool: list(self.export_pool, file.export_pool),
+            export_address: self.export_address.or(file.export_address),
+            network_pool: list(self.network_pool, file.network_pool),
             image_dir: list(self.image_dir, file.image_dir),
             image_url: list(self.image_url, file.image_url),
             image_timeout: self.image_timeout.or(file.image_timeout),
@@ -239,6 +268,7 @@ impl Options {
             keeper: self.keeper.or(file.keeper),
             qemu: self.qemu.or(file.qemu),
             qemu_img: self.qemu_img.or(file.qemu_img),
+            qemu_storage_daemon: self.qemu_storage_daemon.or(file.qemu_storage_daemon),
             uefi_code: self.uefi_code.or(file.uefi_code),
             uefi_vars: self.uefi_vars.or(file.uefi_vars),
             parallel_starts: self.parallel_starts.or(file.parallel_starts),
@@ -278,11 +308,17 @@ impl Options {
         if !(1..=1000).contains(&parallel_starts) {
             return wrong("--parallel-starts", "must be 1 to 1000");
         }
+        let mut pools = parse_pools(&self.pool)?;
+        let exports =
+            parse_exports(&self.export_pool, self.export_address.as_deref(), self.qemu_storage_daemon, &mut pools)?;
+        let network_pools = parse_network_pools(&self.network_pool, &pools)?;
         Ok(Config {
             controllers: self.controller,
             state_dir: absolute("--state-dir", &state_dir)?,
             name,
-            pools: parse_pools(&self.pool)?,
+            pools,
+            network_pools,
+            exports,
             image_dirs: self.image_dir.iter().map(|d| absolute("--image-dir", d)).collect::<Result<_, _>>()?,
             image_urls: parse_image_urls(self.image_url)?,
             image_timeout: match self.image_timeout.unwrap_or(30) {
@@ -354,6 +390,47 @@ fn parse_pools(texts: &[String]) -> Result<Vec<Pool>, Error> {
         pools.push(Pool { name: name.to_owned(), path, kind });
     }
     Ok(pools)
+}
+
+/// Adds the pools that this host exports to `pools`.
+fn parse_exports(
+    texts: &[String],
+    address: Option<&str>,
+    program: Option<PathBuf>,
+    pools: &mut Vec<Pool>,
+) -> Result<Option<ExportServer>, Error> {
+    let address = match (texts, address) {
+        ([], None) => return Ok(None),
+        ([], Some(_)) => return wrong("--export-address", "goes with --export-pool"),
+        (_, None) => return wrong("--export-address", "is required with --export-pool: give an address of this host"),
+        (_, Some(address)) => options::export_address(address).or_else(|e| wrong("--export-address", e))?,
+    };
+    for text in texts {
+        let (name, path) = options::export_pool(text).or_else(|e| wrong("--export-pool", e))?;
+        let path = absolute("--export-pool", &path)?;
+        if let Some(other) = pools.iter().find(|p| p.name == name || p.path == path) {
+            return wrong(
+                "--export-pool",
+                format!("{name} and {} are the same; give each name and directory once", other.name),
+            );
+        }
+        pools.push(Pool { name, path, kind: Kind::Exported(address) });
+    }
+    let install = "apt-get install qemu-system-common";
+    let program = find("--qemu-storage-daemon", program, "qemu-storage-daemon", install)?;
+    Ok(Some(ExportServer { program, address }))
+}
+
+fn parse_network_pools(texts: &[String], pools: &[Pool]) -> Result<Vec<NetworkPool>, Error> {
+    let mut found: Vec<NetworkPool> = Vec::new();
+    for text in texts {
+        let pool = options::network_pool(text).or_else(|e| wrong("--network-pool", e))?;
+        if pools.iter().any(|p| p.name == pool.name) || found.iter().any(|p| p.name == pool.name) {
+            return wrong("--network-pool", format!("{} is the name of another pool, too", pool.name));
+        }
+        found.push(pool);
+    }
+    Ok(found)
 }
 
 fn parse_bridges(names: Vec<String>) -> Result<Vec<String>, Error> {

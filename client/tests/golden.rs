@@ -134,6 +134,7 @@ fn host() -> v1::Host {
             capacity_bytes: 100 << 30,
             free_bytes: 42 << 30,
             problem: String::new(),
+            export_address: String::new(),
         }],
         accelerator: Some(v1::Accelerator {
             kind: v1::AcceleratorKind::Kvm.into(),

@@ -11,7 +11,7 @@ use serde::Serialize;
 use uncloud_controller::model::{
     ClusterRecord, Desired, EventRecord, EventType, Extra, HostMode, HostRecord, ImageRecord, Key, LeaderRecord,
     Liveness, Phase, Record, RequestAnswer, RequestRecord, Subject, VmRecord, VmStatusRecord,
-    host::{Accelerator, AcceleratorKind, Cpu, Pool},
+    host::{Accelerator, AcceleratorKind, Cpu, Pool, PoolAccess},
     image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
     migration::{Arrival, Migration, MigrationEnd, MigrationProgress, MigrationResult},
     vm::{
@@ -208,8 +208,20 @@ fn host() -> HostRecord {
         vcpus: 16,
         memory_mib: 65_536,
         pools: vec![
-            Pool { name: "default".into(), shared_id: None, capacity_bytes: 1 << 40, problem: "read-only".into() },
-            Pool { name: "shared".into(), shared_id: Some(uuid(4)), capacity_bytes: 1 << 42, problem: String::new() },
+            Pool {
+                name: "default".into(),
+                shared_id: None,
+                capacity_bytes: 1 << 40,
+                problem: "read-only".into(),
+                access: PoolAccess::Directory,
+            },
+            Pool {
+                name: "shared".into(),
+                shared_id: Some(uuid(4)),
+                capacity_bytes: 1 << 42,
+                problem: String::new(),
+                access: PoolAccess::Directory,
+            },
         ],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: "a million loops took 1 ms".into() },
         mode: HostMode::Cordoned,

@@ -153,6 +153,17 @@ impl Agent {
         found.with_context(|| format!("{} has no {kind:?} of VM {vm}", self.name))
     }
 
+    /// Process id of the daemon that serves its disks over the network, if it lives.
+    #[must_use]
+    pub fn storage_daemon(&self) -> Option<u32> {
+        let record = fs::read(self.state_dir().join("exports/daemon.json")).ok()?;
+        let record: serde_json::Value = serde_json::from_slice(&record).ok()?;
+        let pid = u32::try_from(record["pid"].as_u64()?).ok()?;
+        // The process table has room for 15 characters.
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        (name.trim() == "qemu-storage-da").then_some(pid)
+    }
+
     /// SIGKILL to the agent alone.
     pub fn kill(&mut self) {
         self.process.kill();
@@ -179,6 +190,9 @@ impl Agent {
     /// Cuts the power: agent, keepers and QEMUs are killed at once, and nothing of them is left when this returns.
     pub fn cut_power(&mut self) {
         self.process.kill();
+        if let Some(daemon) = self.storage_daemon() {
+            process::kill_pid(daemon);
+        }
         loop {
             let left = self.processes();
             if left.is_empty() {

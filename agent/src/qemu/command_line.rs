@@ -17,6 +17,8 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
+use crate::storage::place::Place;
+
 /// What a guest under TCG has besides its memory, in KiB. Before 9.0, a QEMU that sends a guest's memory takes over which pages were
 /// written to in two ways. The quick one, for memory of a multiple of 256 KiB, forgets to have TCG note the next write to
 /// them, so what a migrated guest wrote last was lost now and then: one of eight busy guests hung (docs/migration.md). The other way is right.
@@ -118,8 +120,8 @@ pub struct FirmwareFiles {
 pub struct DiskFile {
     /// Its name in the VM's spec; the guest sees it as the serial number.
     pub name: String,
-    /// A qcow2 file.
-    pub path: PathBuf,
+    /// Where it is.
+    pub place: Place,
 }
 
 /// A NIC.
@@ -395,21 +397,7 @@ impl Argv {
 
     fn disk(&mut self, index: usize, disk: &DiskFile, bootable: bool) {
         let node = disk_node(index);
-        let blockdev = json!({
-            "driver": "qcow2",
-            "node-name": node,
-            "discard": "unmap",
-            "file": {
-                "driver": "file",
-                "filename": disk.path.to_string_lossy(),
-                // A second writer of the file is refused (the second line behind the lease).
-                "locking": "on",
-                // Past the host's page cache: what the guest has flushed lies in the pool, and a QEMU that was killed
-                // leaves nothing on its way that is written later.
-                "cache": { "direct": true },
-                "discard": "unmap",
-            },
-        });
+        let blockdev = disk.place.blockdev(&node);
         self.option("-blockdev", blockdev.to_string());
         // A virtio disk's serial number has room for 20 bytes.
         let serial: String = disk.name.chars().take(20).collect();
@@ -459,8 +447,11 @@ mod tests {
             firmware: None,
             seed: None,
             disks: vec![
-                DiskFile { name: "root".into(), path: "/pool/disks/vm/root.1.qcow2".into() },
-                DiskFile { name: "a-name-that-is-longer-than-20".into(), path: "/pool/a\"b,c/d.qcow2".into() },
+                DiskFile { name: "root".into(), place: Place::File { path: "/pool/disks/vm/root.1.qcow2".into() } },
+                DiskFile {
+                    name: "a-name-that-is-longer-than-20".into(),
+                    place: Place::File { path: "/pool/a\"b,c/d.qcow2".into() },
+                },
             ],
             nics: vec![
                 Nic { mac: "42:00:00:00:00:01".into(), backend: NetBackend::User },

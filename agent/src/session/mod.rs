@@ -10,6 +10,7 @@ pub mod heartbeat;
 mod orders;
 pub mod outbox;
 pub mod pump;
+pub mod serving;
 pub mod streams;
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ use super::{
     gate::{Admission, Gate},
     heartbeat::{self, Heartbeats},
     orders,
+    serving::Serving,
     streams::Streams,
 };
 use crate::{
@@ -130,6 +131,10 @@ pub struct Session<H: Hypervisor> {
     pub clock: Clock,
     /// The pools as they are.
     pub pools: watch::Receiver<Vec<v1::Pool>>,
+    /// The pools that other hosts serve.
+    pub network_pools: Vec<v1::Pool>,
+    /// What this host serves.
+    pub exports: Serving,
     /// Answers questions about files.
     pub inspector: Inspector,
     /// Consoles and logs.
@@ -191,8 +196,8 @@ impl<H: Hypervisor> Session<H> {
     }
 
     fn hello(&mut self) -> v1::Hello {
+        let pools = self.all_pools();
         let id = &self.identity;
-        let pools = self.pools.borrow_and_update().clone();
         v1::Hello {
             host_id: id.host.to_string(),
             name: id.name.clone(),
@@ -210,6 +215,12 @@ impl<H: Hypervisor> Session<H> {
             cpu: Some(id.cpu.clone()),
             bridges: id.bridges.clone(),
         }
+    }
+
+    fn all_pools(&mut self) -> Vec<v1::Pool> {
+        let mut pools = self.pools.borrow_and_update().clone();
+        pools.extend(self.network_pools.iter().cloned());
+        pools
     }
 
     async fn open(&mut self, channel: Channel) -> Result<Line, End> {
@@ -256,6 +267,7 @@ impl<H: Hypervisor> Session<H> {
         info!(%term, vms = welcome.vms.len(), "the leader has taken the session");
         welcomed(&welcome.controllers);
         self.start_heart(line, welcome.heartbeat_interval_ms);
+        self.exports.begin();
         for vm in &welcome.vms {
             self.obey(vm);
         }
@@ -329,8 +341,14 @@ impl<H: Hypervisor> Session<H> {
                     }
                 }
                 Some(permit) = reserve_when(&messages, changed(self.pools.clone())) => {
-                    let pools = self.pools.borrow_and_update().clone();
+                    let pools = self.all_pools();
                     permit.send(SessionRequest { message: Some(Ours::Pools(v1::PoolsReport { pools })) });
+                }
+                Some(permit) = reserve_when(&messages, self.exports.changed()) => {
+                    let served = self.exports.unsent();
+                    if !served.vms.is_empty() {
+                        permit.send(SessionRequest { message: Some(Ours::Served(served)) });
+                    }
                 }
                 Some(ended) = line.tasks.join_next() => {
                     if let Err(error) = ended && error.is_panic() {
@@ -364,6 +382,7 @@ impl<H: Hypervisor> Session<H> {
                 let (images, messages) = (self.images.clone(), line.messages.clone());
                 line.tasks.spawn(orders::remove(images, question, messages));
             }
+            Some(Theirs::Serve(order)) => self.exports.obey(&order),
             Some(Theirs::Goodbye(goodbye)) => return Err(end_of_goodbye(&goodbye, true)),
             Some(Theirs::Welcome(_)) => return Err(End::Served("the leader sent Welcome twice".to_owned())),
             None => warn!("a message of the leader is of a kind that this agent does not know"),

@@ -34,6 +34,7 @@ use super::{
     gate::Gate,
     outbox::SharedOutbox,
     pump::{Identity, Session},
+    serving::Serving,
     streams::Streams,
 };
 use crate::{
@@ -132,6 +133,7 @@ impl Talk {
                     }
                 }
             }
+            Ours::Served(_) => panic!("this host serves nothing"),
             Ours::Report(report) => {
                 for report in report.vms {
                     self.reports.insert(report.vm_id.clone(), report);
@@ -323,6 +325,8 @@ impl Machine {
             lease: Arc::clone(&lease),
             clock: clock.clone(),
             pools: tokio::sync::watch::channel(vec![]).1,
+            network_pools: Vec::new(),
+            exports: Serving::new(None),
             inspector: Inspector::new(Arc::new(Roots::new(&[self.images.path().to_owned()], &[]))),
             streams: Streams::new(host_id, dirs),
             images: Images::without_pools(Arc::default(), host_id),

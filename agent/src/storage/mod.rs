@@ -15,12 +15,14 @@ mod claim;
 mod copies;
 mod copy;
 pub mod disks;
+pub mod exports;
 pub mod format;
 mod grow;
 pub mod http;
 pub mod images;
 pub mod inspect;
 mod outside;
+pub mod place;
 pub mod plan;
 pub mod pools;
 pub(crate) mod room;
@@ -36,6 +38,7 @@ use tokio::sync::{Semaphore, watch};
 use uncloud_proto::ids::{HostId, VmId};
 
 use self::{
+    exports::Exports,
     http::Http,
     images::{Env, Images},
     plan::Plan,
@@ -153,6 +156,9 @@ pub enum Error {
         /// Why it cannot be read.
         source: std::io::Error,
     },
+    /// A disk that is to be deleted is still served to hosts.
+    #[error("{0}")]
+    StillServed(String),
     /// P5: it is not there, so nothing is put back.
     #[error("disk {disk} has no snapshot {snapshot}; no disk was changed")]
     NoSnapshot {
@@ -215,6 +221,7 @@ impl Error {
             | Self::NoRoomToCopy { .. }
             | Self::Io { .. }
             | Self::NoFirmware { .. }
+            | Self::StillServed(_)
             | Self::Tool { .. } => Io,
         };
         source::problem(kind, self.reason())
@@ -260,6 +267,7 @@ pub struct Storage {
     tools: Semaphore,
     copying: Semaphore,
     starts: Starts,
+    exports: Exports,
 }
 
 /// What a start needs, and the turn that bounds how many are under way.
@@ -296,6 +304,7 @@ impl Storage {
             tools: Semaphore::new(TOOLS_AT_ONCE),
             copying: Semaphore::new(COPIES_AT_ONCE),
             starts,
+            exports: Exports::default(),
         }
     }
 
@@ -303,6 +312,41 @@ impl Storage {
     #[must_use]
     pub fn images(&self) -> Images {
         self.images.clone()
+    }
+
+    /// What this host serves over the network.
+    #[must_use]
+    pub fn exports(&self) -> Exports {
+        self.exports.clone()
+    }
+
+    /// Makes those disks of a VM that lie in pools that this host exports, for whoever runs it. Idempotent, and may be dropped.
+    ///
+    /// # Errors
+    ///
+    /// As [`Storage::prepare`].
+    pub async fn serve(&self, vm: VmId, desired: &Desired) -> Result<Vec<exports::plan::Disk>, Error> {
+        let plan = plan::exported(vm, desired, &self.pools)?;
+        self.check_pools(plan.pools()).await?;
+        disks::check_expected(&plan.disks, desired.disks).await?;
+        for fetch in &plan.fetches {
+            self.images.fetch(fetch.clone(), |_| ()).await.map_err(Error::Fetch)?;
+        }
+        self.make(&plan, desired).await?;
+        let served = |d: &plan::DiskPlan| exports::plan::Disk {
+            name: d.name.clone(),
+            node: plan::node_of(vm, &d.name, desired.disk_generation),
+            path: d.path.clone(),
+        };
+        Ok(plan.disks.iter().map(served).collect())
+    }
+
+    async fn make(&self, plan: &Plan, desired: &Desired) -> Result<(), Error> {
+        for disk in &plan.disks {
+            let _tool = self.tools.acquire().await.expect("it is never closed");
+            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
+        }
+        Ok(())
     }
 
     /// Fetches images, copies what a clone is made of, waits for a turn, and makes the disks that are missing. Idempotent, and may be dropped.
@@ -330,11 +374,11 @@ impl Storage {
         drop(telling);
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
         let turn = self.starts.turn(priority).await;
-        for disk in &plan.disks {
-            let _tool = self.tools.acquire().await.expect("it is never closed");
-            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
-            // A guest that comes from another host has them open there; what is to grow grows when it goes on here.
-            if desired.disposition != Disposition::Incoming {
+        self.make(&plan, desired).await?;
+        // A guest that comes from another host has them open there; what is to grow grows when it goes on here.
+        if desired.disposition != Disposition::Incoming {
+            for disk in &plan.disks {
+                let _tool = self.tools.acquire().await.expect("it is never closed");
                 grow::grow(disk, self.user, &self.qemu_img).await?;
             }
         }
@@ -393,7 +437,15 @@ impl Storage {
     pub async fn delete(&self, vm: VmId, desired: &Desired) -> Result<(), Error> {
         let removals = plan::removals(vm, desired, &self.pools)?;
         self.check_pools(removals.iter().map(|r| r.pool.clone()).collect()).await?;
-        disks::remove(removals).await
+        let exported = plan::exported_nodes(vm, desired, &self.pools);
+        if exported.is_empty() {
+            return disks::remove(removals).await;
+        }
+        // P5, and a guest that is still to be killed elsewhere: nobody has a file open that is not there any more.
+        self.exports.withdraw(vm, desired.incarnation, exported).await.map_err(Error::StillServed)?;
+        disks::remove(removals).await?;
+        self.exports.forget(vm);
+        Ok(())
     }
 
     async fn check_pools(&self, names: Vec<String>) -> Result<(), Error> {

@@ -8,6 +8,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -17,8 +18,14 @@ use uncloud_proto::{
 };
 use uuid::Uuid;
 
-use super::pools::Pool;
+use super::{
+    exports::plan::Name,
+    images::hex,
+    place::Place,
+    pools::{Kind, Pool},
+};
 use crate::vm::desired::{Desired, Disk, DisksExpected, Firmware, Format, Image, Role, Spec};
+use sha2::{Digest, Sha256};
 
 /// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
 const MOST_GENERATIONS: u32 = 1000;
@@ -54,9 +61,22 @@ pub enum Problem {
     /// The variables of UEFI lie beside the first disk.
     #[error("the VM boots by UEFI and has no disk beside which its variables could lie")]
     NoDisk,
+    /// The leader has not said where the pool is served.
+    #[error(
+        "pool {0} is one that this host exports, and the leader has not said that its disks are served; this is tried again"
+    )]
+    NotServed(String),
+    /// What must be a file cannot lie there.
+    #[error(
+        "the VM boots by UEFI, whose variables cannot lie in the network pool {0}; put the first disk elsewhere, or boot it by BIOS"
+    )]
+    VarsInNetworkPool(String),
     /// There is nothing to plan for.
     #[error("the VM has no spec")]
     NoSpec,
+    /// What serves its disks has them open.
+    #[error("the disks in pool {0} are served over the network, so they do not grow and have no snapshots")]
+    Exported(String),
 }
 
 /// The files that a VM needs.
@@ -64,8 +84,10 @@ pub enum Problem {
 pub struct Plan {
     /// Image files that must be in a pool, each once.
     pub fetches: Vec<Fetch>,
-    /// Disks in the guest's order.
+    /// Disks that are made here.
     pub disks: Vec<DiskPlan>,
+    /// Where the VM's disks are for QEMU, by name, in the guest's order.
+    pub places: Vec<(String, Place)>,
     /// The kernel.
     pub kernel: Option<KernelPlan>,
     /// What UEFI keeps its variables in.
@@ -193,6 +215,25 @@ fn pool<'a>(name: &str, pools: &'a BTreeMap<String, Pool>) -> Result<&'a Pool, P
     pools.get(checked("the name of a pool", name)?).ok_or_else(|| Problem::NoPool(name.to_owned()))
 }
 
+/// Where a VM that runs here finds a pool.
+enum Found<'a> {
+    /// In a directory.
+    Here(&'a Pool),
+    /// Over the network, even if it is this host that serves it: then this VM, too, has access as one incarnation.
+    Served(SocketAddr),
+}
+
+fn find<'a>(name: &str, desired: &Desired, pools: &'a BTreeMap<String, Pool>) -> Result<Found<'a>, Problem> {
+    let served = desired.network_pools.get(name).copied().map(Found::Served);
+    match pool(name, pools) {
+        Ok(pool) => match pool.kind {
+            Kind::Local | Kind::Shared => Ok(Found::Here(pool)),
+            Kind::Exported(_) => served.ok_or_else(|| Problem::NotServed(name.to_owned())),
+        },
+        Err(problem) => served.ok_or(problem),
+    }
+}
+
 /// Plans the files of a VM.
 ///
 /// # Errors
@@ -202,31 +243,30 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
     let mut plan = Plan::default();
     for disk in &spec.disks {
-        let pool = pool(&disk.pool, pools)?;
-        let base = match disk.image {
-            None => None,
-            Some(id) => {
-                let image = image(id, desired)?;
-                let file = require(image, Role::Disk, pool, &mut plan)?;
-                let format = file.format.unwrap_or(Format::Raw);
-                Some(Base { path: format!("../../images/{id}/{}", Role::Disk.file_name()), format })
+        let place = match find(&disk.pool, desired, pools)? {
+            Found::Here(pool) => {
+                let origin = origin(pool, disk, desired)?;
+                let made = DiskPlan { origin, ..disk_in(pool, vm, disk, desired, &mut plan)? };
+                let path = made.path.clone();
+                plan.disks.push(made);
+                Place::File { path }
+            }
+            Found::Served(address) => {
+                let disk = checked("the name of a disk", &disk.name)?.to_owned();
+                let name = Name { vm, incarnation: desired.incarnation, disk };
+                Place::Export { address, export: name.to_string() }
             }
         };
-        let origin = match (desired.disks, desired.clone_from) {
-            (DisksExpected::New, Some(from)) => Some(Origin {
-                vm: from.vm,
-                path: disks_dir(&pool.path, from.vm).join(file_name(disk, from.disk_generation)?),
-                snapshot: from.snapshot,
-            }),
-            (DisksExpected::New | DisksExpected::Exist, _) => None,
-        };
-        plan.disks.push(DiskPlan { origin, ..disk_plan(vm, disk, desired.disk_generation, pool, base)? });
+        plan.places.push((disk.name.clone(), place));
     }
     plan.kernel = kernel(spec, desired, pools, &mut plan)?;
     plan.firmware_vars = match spec.firmware {
         Firmware::Bios => None,
         Firmware::Uefi => {
-            let pool = pool(&spec.disks.first().ok_or(Problem::NoDisk)?.pool, pools)?;
+            let first = &spec.disks.first().ok_or(Problem::NoDisk)?.pool;
+            let Found::Here(pool) = find(first, desired, pools)? else {
+                return Err(Problem::VarsInNetworkPool(first.clone()));
+            };
             let (dir, file) = (disks_dir(&pool.path, vm), vars_name(desired.disk_generation));
             let temporary = dir.join(format!(".{file}.tmp"));
             Some(VarsPlan { pool: pool.name.clone(), path: dir.join(file), temporary })
@@ -235,15 +275,80 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
     Ok(plan)
 }
 
-/// Where the disks of a VM are, in the guest's order, whatever they are overlays of.
+/// Where the disks of a VM are that lie in files of this host, in the guest's order, whatever they are overlays of.
 ///
 /// # Errors
 ///
-/// A pool is not there.
+/// A pool is not there, or is reached over the network.
 pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Vec<DiskPlan>, Problem> {
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
-    let one = |d: &Disk| disk_plan(vm, d, desired.disk_generation, pool(&d.pool, pools)?, None);
+    let one = |d: &Disk| {
+        let pool = pool(&d.pool, pools)?;
+        match pool.kind {
+            Kind::Local | Kind::Shared => disk_plan(vm, d, desired.disk_generation, pool, None),
+            Kind::Exported(_) => Err(Problem::Exported(pool.name.clone())),
+        }
+    };
     spec.disks.iter().map(one).collect()
+}
+
+/// Plans what this host has to make of a VM that may run elsewhere: its disks in pools that this host exports.
+///
+/// # Errors
+///
+/// Something that it names is not there.
+pub fn exported(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Plan, Problem> {
+    let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
+    let mut plan = Plan::default();
+    for disk in &spec.disks {
+        if let Ok(pool) = pool(&disk.pool, pools)
+            && let Kind::Exported(_) = pool.kind
+        {
+            let made = disk_in(pool, vm, disk, desired, &mut plan)?;
+            plan.disks.push(made);
+        }
+    }
+    Ok(plan)
+}
+
+/// The block node by which the daemon that serves disks knows a disk: no two have the same. QEMU allows 31 characters.
+#[must_use]
+pub fn node_of(vm: VmId, disk: &str, generation: u32) -> String {
+    let digest = Sha256::digest(format!("{vm}/{disk}/{generation}"));
+    format!("d{}", &hex(&digest)[..30])
+}
+
+/// The nodes of all disks of a VM that lie in pools that this host exports.
+#[must_use]
+pub fn exported_nodes(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Vec<String> {
+    let disks = desired.spec.iter().flat_map(|s| &s.disks);
+    let ours = |disk: &&Disk| pools.get(&disk.pool).is_some_and(|p| matches!(p.kind, Kind::Exported(_)));
+    disks.filter(ours).map(|disk| node_of(vm, &disk.name, desired.disk_generation)).collect()
+}
+
+fn disk_in(pool: &Pool, vm: VmId, disk: &Disk, desired: &Desired, plan: &mut Plan) -> Result<DiskPlan, Problem> {
+    let base = match disk.image {
+        None => None,
+        Some(id) => {
+            let image = image(id, desired)?;
+            let file = require(image, Role::Disk, pool, plan)?;
+            let format = file.format.unwrap_or(Format::Raw);
+            Some(Base { path: format!("../../images/{id}/{}", Role::Disk.file_name()), format })
+        }
+    };
+    disk_plan(vm, disk, desired.disk_generation, pool, base)
+}
+
+/// What a disk that is yet to be made is a copy of.
+fn origin(pool: &Pool, disk: &Disk, desired: &Desired) -> Result<Option<Origin>, Problem> {
+    Ok(match (desired.disks, desired.clone_from) {
+        (DisksExpected::New, Some(from)) => Some(Origin {
+            vm: from.vm,
+            path: disks_dir(&pool.path, from.vm).join(file_name(disk, from.disk_generation)?),
+            snapshot: from.snapshot,
+        }),
+        (DisksExpected::New | DisksExpected::Exist, _) => None,
+    })
 }
 
 /// A disk's file ends otherwise, so no disk can have this name.
@@ -312,9 +417,11 @@ fn kernel(
     let Some(boot) = &spec.kernel else { return Ok(None) };
     let image = image(boot.image, desired)?;
     // Beside the first disk; a VM without disks takes the pool that VMs take by default.
-    let pool = match spec.disks.first() {
-        Some(disk) => pool(&disk.pool, pools)?,
-        None => pools.get("default").or_else(|| pools.values().next()).ok_or(Problem::NoPools)?,
+    let anywhere = || pools.get("default").or_else(|| pools.values().next()).ok_or(Problem::NoPools);
+    let pool = match spec.disks.first().map(|disk| find(&disk.pool, desired, pools)).transpose()? {
+        Some(Found::Here(pool)) => pool,
+        // QEMU reads it itself, so it must be a file on this host.
+        Some(Found::Served(_)) | None => anywhere()?,
     };
     require(image, Role::Kernel, pool, plan)?;
     let initrd = match image.files.iter().any(|f| f.role == Role::Initrd) {
@@ -338,7 +445,12 @@ pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
     let newest = desired.disk_generation;
     let mut removals: BTreeMap<&str, Removal> = BTreeMap::new();
     for (i, disk) in spec.disks.iter().enumerate() {
-        let pool = pool(&disk.pool, pools)?;
+        let pool = match pool(&disk.pool, pools) {
+            Ok(pool) => pool,
+            // Whoever serves it deletes it, when this host has said that the VM is gone.
+            Err(Problem::NoPool(_)) if desired.network_pools.contains_key(&disk.pool) => continue,
+            Err(problem) => return Err(problem),
+        };
         let dir = disks_dir(&pool.path, vm);
         let removal = removals.entry(&pool.name).or_insert_with(|| Removal {
             pool: pool.name.clone(),
@@ -449,6 +561,38 @@ mod tests {
         assert_eq!(text, format!("image {} was not sent along", image_id(9)));
         let text = problem(&wanted(vec![disk("d", "a", Some(9))], vec![image_of(9, &[Role::Kernel])]));
         assert_eq!(text, "image image9 has no Disk file");
+    }
+
+    #[test]
+    fn a_disk_in_a_network_pool_is_opened_by_its_incarnation_and_made_by_the_host_that_exports_it() {
+        let address: SocketAddr = "10.0.0.9:10809".parse().unwrap();
+        let mut desired = wanted(vec![disk("root", "net", Some(9))], vec![image_of(9, &[Role::Disk])]);
+        assert_eq!(plan(vm(), &desired, &pools()).unwrap_err(), Problem::NoPool("net".into()));
+        desired.network_pools.insert("net".into(), address);
+        let here = plan(vm(), &desired, &pools()).unwrap();
+        let export = format!("vm-{}.1.root", vm());
+        assert_eq!(here.places, [("root".to_owned(), Place::Export { address, export })]);
+        assert!(here.disks.is_empty() && here.fetches.is_empty() && here.pools().is_empty());
+        assert_eq!(removals(vm(), &desired, &pools()), Ok(Vec::new()), "its files are not here");
+
+        let mut pools = pools();
+        let kind = Kind::Exported(address);
+        pools.insert("net".into(), Pool { name: "net".into(), path: "/pools/net".into(), kind });
+        let made = exported(vm(), &desired, &pools).unwrap();
+        assert_eq!((made.disks.len(), made.fetches.len()), (1, 1));
+        assert_eq!(made.disks[0].path, PathBuf::from(format!("/pools/net/disks/{}/root.1.qcow2", vm())));
+        // Also a VM on the storage host itself goes through the export.
+        assert_eq!(plan(vm(), &desired, &pools).unwrap().places, here.places);
+        desired.network_pools.clear();
+        assert_eq!(plan(vm(), &desired, &pools).unwrap_err(), Problem::NotServed("net".into()));
+        assert_eq!(
+            disks(vm(), &desired, &pools),
+            Err(Problem::Exported("net".into())),
+            "what serves them has them open"
+        );
+        assert_eq!(removals(vm(), &desired, &pools).unwrap()[0].files.len(), 4);
+        let nodes = exported_nodes(vm(), &desired, &pools);
+        assert!(nodes.len() == 1 && nodes[0].len() == 31, "{nodes:?}");
     }
 
     /// P5: exact names, and only those of this VM.

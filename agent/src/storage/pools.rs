@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    net::SocketAddr,
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -15,7 +16,7 @@ use tracing::{error, info};
 use uncloud_proto::{names, v1};
 use uuid::Uuid;
 
-use super::blocking;
+use super::{blocking, exports::options::NetworkPool};
 
 /// Marker of a shared pool.
 const MARKER: &str = ".uncloud-pool";
@@ -42,6 +43,8 @@ pub enum Kind {
     Local,
     /// The same directory on several hosts, with a marker.
     Shared,
+    /// A directory of this host, with a marker, whose disks are served at this address.
+    Exported(SocketAddr),
 }
 
 /// A user and its group.
@@ -80,7 +83,7 @@ pub fn check(pool: &Pool, user: Option<User>) -> Result<Option<Uuid>, String> {
     }
     match pool.kind {
         Kind::Local => Ok(None),
-        Kind::Shared => marker(&pool.path).map(|m| Some(m.id)),
+        Kind::Shared | Kind::Exported(_) => marker(&pool.path).map(|m| Some(m.id)),
     }
 }
 
@@ -184,6 +187,7 @@ pub fn look(pool: &Pool, user: Option<User>) -> v1::Pool {
         capacity_bytes: bytes(|s| s.f_blocks),
         free_bytes: bytes(|s| s.f_bavail),
         problem,
+        export_address: address_of(pool),
     }
 }
 
@@ -191,6 +195,25 @@ const fn kind_to_proto(kind: Kind) -> v1::PoolKind {
     match kind {
         Kind::Local => v1::PoolKind::Local,
         Kind::Shared => v1::PoolKind::Shared,
+        Kind::Exported(_) => v1::PoolKind::Exported,
+    }
+}
+
+fn address_of(pool: &Pool) -> String {
+    match pool.kind {
+        Kind::Local | Kind::Shared => String::new(),
+        Kind::Exported(address) => address.to_string(),
+    }
+}
+
+/// A pool that another host serves, as the leader hears of it. Whether it can be reached is found out when a VM is started.
+#[must_use]
+pub fn network(pool: &NetworkPool) -> v1::Pool {
+    v1::Pool {
+        name: pool.name.clone(),
+        kind: v1::PoolKind::Network.into(),
+        id: pool.id.to_string(),
+        ..v1::Pool::default()
     }
 }
 
@@ -212,6 +235,7 @@ async fn look_patiently(pool: Pool, user: Option<User>, patience: Duration, pend
         name: pool.name.clone(),
         kind: kind_to_proto(pool.kind).into(),
         problem: format!("{} has not answered for {patience:?}", pool.path.display()),
+        export_address: address_of(&pool),
         ..v1::Pool::default()
     };
     let looking = pending.get_or_insert_with(|| tokio::spawn(blocking(move || look(&pool, user))));

@@ -6,7 +6,10 @@
 //! Everything is checked again although the controller has checked it: names end up in paths and on QEMU's command
 //! line, and a root process must not trust a peer that far.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use serde::{Deserialize, Serialize};
 use uncloud_proto::{
@@ -68,6 +71,9 @@ pub struct Desired {
     /// For Run, if its disks are not made yet: what they are copies of.
     #[serde(default)]
     pub clone_from: Option<CloneFrom>,
+    /// Where the network pools of its disks are served, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub network_pools: BTreeMap<String, SocketAddr>,
 }
 
 /// What to do with a VM.
@@ -487,8 +493,16 @@ impl Desired {
                 (Disposition::Run, _) => None,
                 (Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming, _) => None,
             },
+            network_pools: m.network_pools.iter().map(parse_network_pool).collect::<Result<_, _>>()?,
         })
     }
+}
+
+fn parse_network_pool(m: &v1::PoolAddress) -> Result<(String, SocketAddr), Unusable> {
+    names::check(&m.pool).map_err(|e| unusable("network_pools.pool", e.to_string()))?;
+    let address = m.address.parse();
+    let address = address.map_err(|_| unusable("network_pools.address", "is not of the form IP:PORT"))?;
+    Ok((m.pool.clone(), address))
 }
 
 /// Which VM and which incarnation a message is about.

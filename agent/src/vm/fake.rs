@@ -57,6 +57,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         migrate_to: None,
         migration_secret: String::new(),
         pause: Pause::GoOn,
+        network_pools: std::collections::BTreeMap::new(),
         orders: Default::default(),
         clone_from: None,
     }

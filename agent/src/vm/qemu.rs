@@ -42,7 +42,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// QEMU on this host.
 pub struct Qemu {
     /// Disks and images.
-    pub storage: Storage,
+    pub storage: Arc<Storage>,
     /// Where the VMs' directories are.
     pub dirs: VmDirs,
     /// How guests execute.
@@ -214,7 +214,7 @@ fn machine(
         }),
         firmware: None,
         seed: None,
-        disks: plan.disks.iter().map(|d| DiskFile { name: d.name.clone(), path: d.path.clone() }).collect(),
+        disks: plan.places.iter().map(|(name, place)| DiskFile { name: name.clone(), place: place.clone() }).collect(),
         nics: spec.nics.iter().map(|n| Nic { mac: n.mac.clone(), backend: NetBackend::User }).collect(),
         screen: match spec.display {
             Display::None => Screen::None,

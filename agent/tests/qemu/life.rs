@@ -14,6 +14,7 @@ use uncloud_agent::{
         command_line::Machine,
         process::{Adoption, ExitOutcome, InstanceEvent, LaunchError, adopt},
     },
+    storage::place::Place,
 };
 
 use crate::support::{Host, dead, death_of, next_event, now, signal, wait_for, within};
@@ -161,7 +162,7 @@ async fn wait_for_answer(instance: &uncloud_agent::qemu::process::Instance) {
 #[tokio::test]
 async fn a_qemu_that_fails_to_start_says_why_in_its_own_words() {
     let mut host = Host::new();
-    host.spec.disks[0].path = "/nonexistent/disk.qcow2".into();
+    host.spec.disks[0].place = Place::File { path: "/nonexistent/disk.qcow2".into() };
     host.describe();
     let Err(LaunchError::Failed { reason }) = host.try_start().await else { panic!("it cannot start") };
     assert!(reason.contains("Could not open '/nonexistent/disk.qcow2': No such file"), "{reason}");

@@ -18,6 +18,7 @@ use uncloud_agent::{
         },
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
+    storage::place::Place,
 };
 use uncloud_proto::{
     clock::{Clock, Tick},
@@ -87,7 +88,7 @@ impl Host {
             kernel: None,
             firmware: None,
             seed: None,
-            disks: vec![DiskFile { name: "root".into(), path: disk }],
+            disks: vec![DiskFile { name: "root".into(), place: Place::File { path: disk } }],
             nics: vec![],
             screen: Screen::None,
             agent: AgentChannel::None,

@@ -25,6 +25,7 @@ use crate::{
     leadership::{Committed, Leader, Live},
     model::{
         Extra, ImageRecord,
+        host::{Pool, PoolAccess},
         image::{ImageFile, ImageState},
     },
     reconcile::images::checked_file,
@@ -123,7 +124,10 @@ async fn receive(
 /// A connected host that has the pool, with the most room in it.
 fn choose(leader: &Leader, pool: &str, bytes: u64) -> Result<HostId, Status> {
     let with_pool = leader.sessions.connected().into_iter().filter(|&host| {
-        let usable = |p: &crate::model::host::Pool| p.name == pool && p.problem.is_empty();
+        let usable = |p: &Pool| {
+            // Who has it over the network has no place for a file in it.
+            p.name == pool && p.problem.is_empty() && p.access != PoolAccess::Network
+        };
         leader.mirror.read(|s| s.host(host).is_some_and(|h| h.record.pools.iter().any(usable)))
     });
     let room = with_pool.filter_map(|host| {

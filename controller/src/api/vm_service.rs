@@ -22,6 +22,7 @@ use crate::{
     leadership::{Committed, Leader, WriteError},
     model::{Desired, Phase},
     scheduler::{self, Limits},
+    sessions::serving,
     state::{
         self, State, VmEntry,
         command::{Answer, Command, NewClone, PowerChange, Refusal, RequestId},
@@ -189,9 +190,12 @@ fn explain(leader: &Leader, state: &State, entry: &VmEntry) -> v1::ExplainVmResp
             hosts: group.hosts.iter().take(NAMED_HOSTS).map(name).collect(),
         })
         .collect();
+    let host = entry.record.placement.host;
+    let waits = host.and_then(|host| serving::waits(state, leader.sessions.grants(), host, &entry.record));
+    let waits = waits.map(|why| format!("; {why}")).unwrap_or_default();
     v1::ExplainVmResponse {
         vm: Some(convert::vm(state, entry)),
-        summary: summary(state, entry, &explanation.summary()),
+        summary: summary(state, entry, &explanation.summary()) + &waits,
         refusals,
         candidates: explanation.candidates.iter().map(name).collect(),
     }

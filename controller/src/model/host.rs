@@ -71,6 +71,32 @@ pub struct Pool {
     /// What is wrong with it. Empty: nothing.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub problem: String,
+    /// How this host gets to its disks.
+    #[serde(default, skip_serializing_if = "PoolAccess::is_directory")]
+    pub access: PoolAccess,
+}
+
+/// How a host gets to the disks in a pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PoolAccess {
+    /// They are files of its own.
+    #[default]
+    Directory,
+    /// Another host serves them to it.
+    Network,
+    /// It has the files and serves them, to itself, too.
+    Exported {
+        /// Where, IP:PORT.
+        address: String,
+    },
+}
+
+impl PoolAccess {
+    /// What a record need not say.
+    const fn is_directory(&self) -> bool {
+        matches!(self, Self::Directory)
+    }
 }
 
 /// The CPU that the guests of a host can have.

@@ -10,7 +10,7 @@ use uncloud_proto::{
 use super::{Arrival, ClusterView, Home, HostView, Limits, Request, Resources};
 use crate::model::{
     HostMode, Liveness,
-    host::{AcceleratorKind, Pool},
+    host::{AcceleratorKind, Pool, PoolAccess},
 };
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
@@ -61,6 +61,12 @@ pub enum Rejection {
     PoolProblem(String),
     /// Its pool of this name is not the one that has the VM's disks.
     OtherPool(String),
+    /// It has this pool over the network, and only the host that has the files can remove disks.
+    NotItsFiles(String),
+    /// It has this pool over the network, and VMs with disks there cannot migrate.
+    NoMigrationFromPool(String),
+    /// It has this pool over the network, and then all disks of a VM must lie there.
+    MixedPools(String),
     /// The VM's disks are on another host and only there.
     NotHome,
     /// It has a VM of the same anti-affinity group.
@@ -110,6 +116,15 @@ impl Rejection {
             Self::NoPool(pool) => format!("{lacks} pool `{pool}`"),
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
             Self::OtherPool(pool) => format!("{has} another pool `{pool}` than the one with its disks"),
+            Self::NotItsFiles(pool) => format!("{does} not have the files of pool `{pool}`"),
+            Self::NoMigrationFromPool(pool) => {
+                format!(
+                    "{has} pool `{pool}` over the network, and VMs with disks there cannot migrate; stop it and start it elsewhere"
+                )
+            }
+            Self::MixedPools(pool) => {
+                format!("{has} pool `{pool}` over the network, and then all disks of a VM must lie in it")
+            }
             Self::NotHome => format!("{does} not have its disks"),
             Self::Group(group) => format!("{has} a VM of group `{group}`"),
             Self::Vcpus { needed: 1 } => format!("{lacks} 1 vCPU"),
@@ -223,7 +238,7 @@ pub(super) fn check_room(
 
 fn check_arrival(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
     match &request.arrival {
-        Arrival::Start => Ok(()),
+        Arrival::Start | Arrival::Removal => Ok(()),
         Arrival::Migration { from, .. } if *from == id => Err(Rejection::Here),
         Arrival::Migration { .. } if host.record.migration_address.is_empty() => Err(Rejection::NoMigrations),
         Arrival::Migration { accelerator, .. } if *accelerator != host.record.accelerator.kind => {
@@ -253,7 +268,7 @@ fn check_cpu(host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
             {
                 Err(Rejection::OtherCpu)
             }
-            (Arrival::Start | Arrival::Migration { .. }, AcceleratorKind::Kvm) => Ok(()),
+            (Arrival::Start | Arrival::Removal | Arrival::Migration { .. }, AcceleratorKind::Kvm) => Ok(()),
         },
     }
 }
@@ -265,6 +280,16 @@ fn check_storage(id: HostId, host: HostView<'_>, request: &Request) -> Result<()
         };
         if !pool.problem.is_empty() {
             return Err(Rejection::PoolProblem(name.clone()));
+        }
+        let networked = match pool.access {
+            PoolAccess::Directory => false,
+            PoolAccess::Network | PoolAccess::Exported { .. } => true,
+        };
+        match request.arrival {
+            Arrival::Removal if pool.access == PoolAccess::Network => return Err(Rejection::NotItsFiles(name.clone())),
+            Arrival::Migration { .. } if networked => return Err(Rejection::NoMigrationFromPool(name.clone())),
+            Arrival::Start if networked && request.pools.len() > 1 => return Err(Rejection::MixedPools(name.clone())),
+            Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
         }
         match &request.home {
             Home::Anywhere | Home::OnlyHost(_) => {}

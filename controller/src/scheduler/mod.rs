@@ -77,6 +77,8 @@ impl Request {
 pub enum Arrival {
     /// It is started there.
     Start,
+    /// It does not: its disks are removed there.
+    Removal,
     /// It goes on there, and comes from a host where it executes.
     Migration {
         /// Where it executes.

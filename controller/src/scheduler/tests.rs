@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::*;
 use crate::model::{
     Extra, HostMode, HostRecord, Liveness,
-    host::{Accelerator, AcceleratorKind, Cpu, Pool},
+    host::{Accelerator, AcceleratorKind, Cpu, Pool, PoolAccess},
 };
 
 const POOL: Uuid = Uuid::from_u128(0x700);
@@ -41,6 +41,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
             shared_id: Some(POOL),
             capacity_bytes: 1 << 40,
             problem: String::new(),
+            access: PoolAccess::Directory,
         }],
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
@@ -421,7 +422,13 @@ proptest! {
 #[test]
 fn what_is_promised_in_a_pool_is_the_sum_over_all_its_disks() {
     let mut view = view([host(1, 4, 8192), host(2, 4, 8192)]);
-    let pool = Pool { name: "default".into(), shared_id: Some(POOL), capacity_bytes: 10, problem: String::new() };
+    let pool = Pool {
+        name: "default".into(),
+        shared_id: Some(POOL),
+        capacity_bytes: 10,
+        problem: String::new(),
+        access: PoolAccess::Directory,
+    };
     let room = |view: &ClusterView, host, vm, bytes| {
         let mut view = view.clone();
         let record = HostRecord { pools: vec![pool.clone()], ..view.host(host).unwrap().record.clone() };

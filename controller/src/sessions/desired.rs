@@ -121,7 +121,7 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
     }
 }
 
-fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
+pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
     let record = &entry.record;
     let disposition = match record.desired {
         Desired::Running if record.is_moving_out() => v1::Disposition::Stop,
@@ -153,6 +153,7 @@ fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         }),
         migration_secret: String::new(),
         paused: record.paused,
+        network_pools: Vec::new(),
         snapshots: record.snapshots.iter().filter_map(snapshot_order).collect(),
         revert: record
             .revert

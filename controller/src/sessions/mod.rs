@@ -14,6 +14,7 @@ mod outgoing;
 pub mod parse;
 pub mod registry;
 pub mod rules;
+pub mod serving;
 mod stream;
 
 pub(crate) use outgoing::{Item, QUEUE};

@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::{
     api::validate::{Checker, Violations, quoted},
     model::{
-        host::{Accelerator, AcceleratorKind, Cpu, Pool},
+        host::{Accelerator, AcceleratorKind, Cpu, Pool, PoolAccess},
         migration::MigrationProgress,
         vm::LastExit,
     },
@@ -276,10 +276,30 @@ fn check_pools(check: &mut Checker, pools: Vec<v1::Pool>) -> (Vec<Pool>, BTreeMa
         if free.insert(name.clone(), pool.free_bytes).is_some() {
             check.fail(at("name"), format!("is `{}` like that of another pool", quoted(&name)));
         }
-        let shared_id = match check.known(&at("kind"), pool.kind, &["POOL_KIND_LOCAL", "POOL_KIND_SHARED"]) {
+        let kinds = ["POOL_KIND_LOCAL", "POOL_KIND_SHARED", "POOL_KIND_NETWORK", "POOL_KIND_EXPORTED"];
+        let kind = check.known(&at("kind"), pool.kind, &kinds);
+        let access = match kind {
+            Some(v1::PoolKind::Network) => PoolAccess::Network,
+            // It goes to other hosts' agents, so it must be one.
+            Some(v1::PoolKind::Exported) => {
+                if pool.export_address.parse::<SocketAddr>().is_err() {
+                    let found = quoted(&pool.export_address);
+                    check.fail(at("export_address"), format!("is `{found}`; expected IP:PORT"));
+                }
+                PoolAccess::Exported { address: pool.export_address.clone() }
+            }
+            Some(v1::PoolKind::Local | v1::PoolKind::Shared | v1::PoolKind::Unspecified) | None => {
+                PoolAccess::Directory
+            }
+        };
+        let shared_id = match kind {
             // A shared pool without its marker has a problem, and is not used.
-            Some(v1::PoolKind::Shared) if pool.id.is_empty() && !pool.problem.is_empty() => None,
-            Some(v1::PoolKind::Shared) => id_of(check, &at("id"), &pool.id),
+            Some(v1::PoolKind::Shared | v1::PoolKind::Exported) if pool.id.is_empty() && !pool.problem.is_empty() => {
+                None
+            }
+            Some(v1::PoolKind::Shared | v1::PoolKind::Network | v1::PoolKind::Exported) => {
+                id_of(check, &at("id"), &pool.id)
+            }
             Some(v1::PoolKind::Local) => None,
             Some(v1::PoolKind::Unspecified) => {
                 check.fail(at("kind"), "is required");
@@ -288,7 +308,7 @@ fn check_pools(check: &mut Checker, pools: Vec<v1::Pool>) -> (Vec<Pool>, BTreeMa
             None => None,
         };
         let problem = clean(&pool.problem);
-        checked.push(Pool { name, shared_id, capacity_bytes: pool.capacity_bytes, problem });
+        checked.push(Pool { name, shared_id, capacity_bytes: pool.capacity_bytes, problem, access });
     }
     (checked, free)
 }
@@ -318,7 +338,7 @@ fn id_of(check: &mut Checker, field: &str, text: &str) -> Option<Uuid> {
 }
 
 /// Text from a host, fit to be stored and shown: bounded, with nothing that a terminal would obey.
-fn clean(text: &str) -> String {
+pub(super) fn clean(text: &str) -> String {
     let fit = |c: char| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c };
     let mut out = String::new();
     for c in text.trim_end().chars().map(fit) {

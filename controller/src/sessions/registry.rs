@@ -25,6 +25,8 @@ use uncloud_proto::{
 };
 use uuid::Uuid;
 
+use super::serving::Grants;
+
 /// Orders that may wait for one session. More than this means that the agent does not read.
 const ORDERS: usize = 64;
 
@@ -35,6 +37,7 @@ pub const PIECES: usize = 16;
 #[derive(Clone, Default)]
 pub struct SessionRegistry {
     inner: Arc<Mutex<Inner>>,
+    grants: Grants,
 }
 
 impl std::fmt::Debug for SessionRegistry {
@@ -184,6 +187,12 @@ pub struct OtherMachine {
 impl SessionRegistry {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What storage hosts have acknowledged.
+    #[must_use]
+    pub fn grants(&self) -> &Grants {
+        &self.grants
     }
 
     /// Takes the place of a host's session, and ends an older one of the same machine.

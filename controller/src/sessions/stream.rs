@@ -14,7 +14,7 @@
 //! * A host is granted leases only after `RegisterHost` is stored, with no verdict between (L4), and is told what to run only
 //!   after that.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, future::BoxFuture};
 use prost::Message as _;
@@ -25,7 +25,7 @@ use tokio::{
 use tonic::{Status, Streaming};
 use tracing::{Instrument, info, info_span, warn};
 use uncloud_proto::{
-    ids::{HostId, Revision},
+    ids::{HostId, Incarnation, Revision, VmId},
     v1::{self, session_request, session_response::Message},
 };
 
@@ -36,13 +36,17 @@ use super::{
     parse::{self, Greeting, Reported},
     registry::{Claim, Fetched, LiveFacts, Order, Reply},
     rules::{self, OnHeartbeat, Rules},
+    serving::{self, Grants},
 };
 use crate::{
     health::Grant,
     leadership::{Leader, LeaderSlot, WriteError},
     model::{Liveness, host::Pool},
     report,
-    state::command::{Command, HostFacts, Refusal},
+    state::{
+        State,
+        command::{Command, HostFacts, Refusal},
+    },
 };
 
 /// How long an agent may take to say Hello.
@@ -154,6 +158,11 @@ struct Session<'a> {
     out: &'a Outgoing,
     rules: Rules,
     changed: watch::Receiver<Revision>,
+    /// What storage hosts have acknowledged.
+    grants: Grants,
+    granted: watch::Receiver<u64>,
+    /// What this host was last told to serve.
+    serving: BTreeMap<VmId, Revision>,
     /// Commands to submit with the next job.
     commands: Vec<Command>,
     /// What is being stored.
@@ -192,6 +201,9 @@ impl<'a> Session<'a> {
             out,
             rules,
             changed: leader.mirror.changed(),
+            grants: leader.sessions.grants().clone(),
+            granted: leader.sessions.grants().changed(),
+            serving: BTreeMap::new(),
             commands: Vec::new(),
             job: None,
             not_before: time::Instant::now(),
@@ -205,6 +217,7 @@ impl<'a> Session<'a> {
 
     fn welcome(&mut self, acks: &[v1::ReportAckEntry]) -> Result<(), End> {
         self.changed.mark_unchanged();
+        self.granted.mark_unchanged();
         let plan = self.plan()?;
         let (mut messages, count) = self.take_plan(plan);
         let first = if messages.is_empty() { Vec::new() } else { messages.remove(0) };
@@ -220,6 +233,7 @@ impl<'a> Session<'a> {
         if !acks.is_empty() {
             self.out.send(Message::Ack(v1::ReportAck { entries: acks.to_vec() }))?;
         }
+        self.serve()?;
         self.facts.unknown_vms.clone_from(self.rules.unknown());
         self.claim.publish(self.facts.clone());
         self.claim.welcomed();
@@ -249,6 +263,8 @@ impl<'a> Session<'a> {
                     Ok(()) => self.replan()?,
                     Err(_) => return Err(End::not_leader()),
                 },
+                // It cannot end: `self` has a clone of the sender.
+                _ = self.granted.changed() => self.replan()?,
                 // Only so that `begin_job` is tried again.
                 () = time::sleep_until(self.not_before), if self.has_job() => {}
             }
@@ -287,6 +303,10 @@ impl<'a> Session<'a> {
             }
             Some(session_request::Message::ImageRemoved(removed)) => {
                 self.claim.answer(removed.query_id, Reply::Removed(removed));
+                Ok(())
+            }
+            Some(session_request::Message::Served(message)) => {
+                self.on_served(message);
                 Ok(())
             }
             Some(session_request::Message::Pools(message)) => {
@@ -346,7 +366,9 @@ impl<'a> Session<'a> {
     fn plan(&mut self) -> Result<Plan, End> {
         let (registered, plan) = self.leader.mirror.read(|state| {
             let registered = state.host(self.host).is_some_and(|h| h.record.liveness == Liveness::Up);
-            (registered, desired::plan(state, self.host, self.rules.seen()))
+            let mut plan = desired::plan(state, self.host, self.rules.seen());
+            serving::withhold(state, &self.grants, self.host, &mut plan);
+            (registered, plan)
         });
         if registered {
             return Ok(plan);
@@ -357,11 +379,13 @@ impl<'a> Session<'a> {
     /// Sends what has changed for this host.
     fn replan(&mut self) -> Result<(), End> {
         self.changed.mark_unchanged();
+        self.granted.mark_unchanged();
         let plan = self.plan()?;
         let (messages, _) = self.take_plan(plan);
         for vms in messages {
             self.out.send(Message::Desired(v1::DesiredVms { vms }))?;
         }
+        self.serve()?;
         if self.facts.unknown_vms != *self.rules.unknown() {
             self.facts.unknown_vms.clone_from(self.rules.unknown());
             self.claim.publish(self.facts.clone());
@@ -377,24 +401,47 @@ impl<'a> Session<'a> {
             self.commands.push(Command::NoteUnknownVm { host: self.host, vm });
         }
         let count = changes.send.len();
-        let mut messages: Vec<Vec<v1::DesiredVm>> = Vec::new();
-        let mut bytes = 0;
-        for (vm, wanted) in changes.send {
-            let found = self.leader.mirror.read(|state| desired::message(state, self.host, vm, wanted));
-            let Some(found) = found else { continue };
-            let length = found.encoded_len();
-            match messages.last_mut() {
-                Some(last) if last.len() < VMS_PER_MESSAGE && bytes + length <= BYTES_PER_MESSAGE => {
-                    bytes += length;
-                    last.push(found);
-                }
-                Some(_) | None => {
-                    bytes = length;
-                    messages.push(vec![found]);
+        let found = |(vm, wanted)| {
+            self.leader.mirror.read(|state| {
+                let message = desired::message(state, self.host, vm, wanted)?;
+                serving::complete(state, &self.grants, self.host, vm, message)
+            })
+        };
+        (pieces(changes.send.into_iter().filter_map(found)), count)
+    }
+
+    /// Tells a storage host what has changed of what it should serve.
+    fn serve(&mut self) -> Result<(), End> {
+        let wanted = self.leader.mirror.read(|state| serving::wanted(state, self.host));
+        let news = wanted.iter().filter(|(vm, revision)| self.serving.get(vm) != Some(revision));
+        let orders = news.filter_map(|(&vm, _)| self.leader.mirror.read(|state| serving::order(state, self.host, vm)));
+        for vms in pieces(orders) {
+            self.out.send(Message::Serve(v1::ServeDisks { vms }))?;
+        }
+        self.serving = wanted;
+        Ok(())
+    }
+
+    /// A storage host says what it serves (N4). Disks that it has made are noted before anybody is told to run from them.
+    fn on_served(&mut self, message: v1::ServedDisks) {
+        for served in message.vms.into_iter().take(parse::MAX_VMS) {
+            let Ok(vm) = served.vm_id.parse::<VmId>() else {
+                warn!("what is served makes no sense and is ignored: vm_id");
+                continue;
+            };
+            let incarnation = Incarnation(served.incarnation);
+            let problem = parse::clean(&served.problem);
+            if problem.is_empty() {
+                let unknown = |state: &State| state.vm(vm).is_some_and(|e| !e.record.disks_exist);
+                if self.leader.mirror.read(unknown) {
+                    // Only the newest is of interest.
+                    self.commands.retain(|c| !matches!(c, Command::NoteServed { vm: other, .. } if *other == vm));
+                    self.commands.push(Command::NoteServed { host: self.host, vm, incarnation });
                 }
             }
+            self.leader.mirror.read(|state| self.grants.take(state, self.host, vm, incarnation, problem));
         }
-        (messages, count)
+        self.leader.mirror.read(|state| self.grants.prune(state));
     }
 
     fn has_job(&self) -> bool {
@@ -423,6 +470,26 @@ impl<'a> Session<'a> {
         }
         self.out.send(Message::Ack(v1::ReportAck { entries: acks }))
     }
+}
+
+/// Messages about VMs, in pieces of a size that can be sent.
+fn pieces(vms: impl Iterator<Item = v1::DesiredVm>) -> Vec<Vec<v1::DesiredVm>> {
+    let mut messages: Vec<Vec<v1::DesiredVm>> = Vec::new();
+    let mut bytes = 0;
+    for vm in vms {
+        let length = vm.encoded_len();
+        match messages.last_mut() {
+            Some(last) if last.len() < VMS_PER_MESSAGE && bytes + length <= BYTES_PER_MESSAGE => {
+                bytes += length;
+                last.push(vm);
+            }
+            Some(_) | None => {
+                bytes = length;
+                messages.push(vec![vm]);
+            }
+        }
+    }
+    messages
 }
 
 /// Stores a host's registration, and then what it reported. After a takeover all hosts do this at once, so what the writer

@@ -94,6 +94,8 @@ pub enum Command {
     RegisterHost { host: Box<HostFacts> },
     /// A host's pools have changed.
     UpdatePools { host: HostId, pools: Vec<Pool> },
+    /// A storage host has made the disks of a VM and serves them to this incarnation.
+    NoteServed { host: HostId, vm: VmId, incarnation: Incarnation },
     /// A host reported what VMs are.
     Report { host: HostId, reports: Vec<VmObservation> },
     /// A host runs a VM that the cluster knows nothing about.

@@ -9,7 +9,7 @@ use super::{
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
-    drain, hosts, images, migration, placement, reports, snapshots, update, vms,
+    drain, exports, hosts, images, migration, placement, reports, snapshots, update, vms,
 };
 use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
@@ -83,6 +83,9 @@ impl State {
             Command::ForgetImage { image } => images::forget(&mut draft, *image)?,
             Command::RegisterHost { host } => hosts::register(&mut draft, host)?,
             Command::UpdatePools { host, pools } => hosts::update_pools(&mut draft, *host, pools)?,
+            Command::NoteServed { host, vm, incarnation } => {
+                exports::note_served(&mut draft, *host, *vm, *incarnation)?
+            }
             Command::Report { host, reports } => {
                 if reports.len() > MAX_REPORTS {
                     let message = format!("at most {MAX_REPORTS} reports at once");

@@ -8,7 +8,7 @@ use uncloud_proto::ids::VmId;
 use super::{
     command::{Answer, Refusal},
     draft::Draft,
-    vms,
+    exports, vms,
 };
 use crate::{
     model::{Desired, EventType},
@@ -42,6 +42,12 @@ pub(super) fn resize(draft: &mut Draft<'_>, vm: VmId, name: &str, size_bytes: u6
     if record.migration.is_some() {
         return Err(Refusal::Precondition(format!(
             "VM `{}` is being migrated; resize its disk when that is over, or cancel it",
+            record.name
+        )));
+    }
+    if let Some(pool) = exports::network_pool(draft.state, &record) {
+        return Err(Refusal::Precondition(format!(
+            "disk `{name}` of VM `{}` lies in pool `{pool}`, which hosts reach over the network; disks there cannot grow yet",
             record.name
         )));
     }

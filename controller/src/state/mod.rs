@@ -20,6 +20,7 @@ mod disks;
 mod draft;
 mod drain;
 mod effective;
+pub mod exports;
 mod hosts;
 mod images;
 mod migration;

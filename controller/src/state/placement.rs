@@ -24,7 +24,7 @@ use uncloud_proto::{
     ids::{HostId, VmId},
 };
 
-use super::{VmEntry, command::Refusal, draft::Draft, migration, vms};
+use super::{VmEntry, command::Refusal, draft::Draft, exports, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
@@ -360,6 +360,12 @@ fn move_deletion(draft: &mut Draft<'_>, entry: &VmEntry, old: &HostRecord, from:
     if record.spec.disks.is_empty() {
         return vms::remove(draft, entry, format!("{from}; it has no disks"));
     }
+    // It takes no VMs, maybe, but this.
+    if let Ok(Some(keeper)) = exports::keeper_of_files(draft.state, &record, old.id) {
+        let host = draft.host_name(keeper);
+        draft.vm_event(&record, EventType::Placed, format!("{from}; host `{host}` removes its disks"));
+        return assign_deletion(draft, entry, record, keeper, "removes its disks");
+    }
     let home = match home(&record) {
         // Not said to be made; the lost host may have begun them.
         Home::Anywhere if shared_on(old, &record) => Home::SharedPools { ids: shared_ids(old) },
@@ -391,7 +397,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         prefer: None,
         // No guest is started. What every host has.
         cpu: CpuModel::V2,
-        arrival: Arrival::Start,
+        arrival: Arrival::Removal,
     }
 }
 

@@ -11,8 +11,8 @@ use super::{
     VmEntry,
     command::{ObservedState, Refusal, VmObservation},
     draft::Draft,
-    migration,
-    placement::{replace_fenced, status_or_new},
+    exports, migration,
+    placement::{assign_deletion, mark_unreachable, replace_fenced, status_or_new},
     snapshots, vms,
 };
 use crate::model::{
@@ -38,7 +38,25 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
     }
     let desired = entry.record.desired;
     if report.state == ObservedState::Deleted && desired == Desired::Deleted {
-        return vms::remove(draft, &entry, format!("host `{}` has removed it", draft.host_name(host)));
+        let by = draft.host_name(host);
+        return match exports::keeper_of_files(draft.state, &entry.record, host) {
+            Ok(None) => vms::remove(draft, &entry, format!("host `{by}` has removed it")),
+            // P5
+            Ok(Some(keeper)) => assign_deletion(
+                draft,
+                &entry,
+                (*entry.record).clone(),
+                keeper,
+                "removes its disks from the pool that it exports",
+            ),
+            Err(pool) => mark_unreachable(
+                draft,
+                &entry,
+                format!(
+                    "host `{by}` has removed it; its disks are left, because there is not exactly one host that exports pool `{pool}`"
+                ),
+            ),
+        };
     }
     let entry = note_disks(draft, entry, host, report)?;
     let entry = migration::from_source(draft, entry, report)?;

@@ -23,7 +23,7 @@ use super::{
     clone::{self, Use},
     command::{Answer, Refusal, VmObservation},
     draft::Draft,
-    placement, vms,
+    exports, placement, vms,
 };
 use crate::{
     model::{
@@ -49,6 +49,12 @@ pub(super) fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     }
     if record.spec.disks.is_empty() {
         return Err(Refusal::Precondition(format!("VM `{name}` has no disks")));
+    }
+    if let Some(pool) = exports::network_pool(draft.state, record) {
+        return Err(Refusal::Precondition(format!(
+            "the disks of VM `{name}` lie in pool `{pool}`, which hosts reach over the network; disks there cannot have \
+             snapshots yet"
+        )));
     }
     if !record.disks_exist {
         let message = format!("the disks of VM `{name}` are not made yet; start it, and try again when it runs");

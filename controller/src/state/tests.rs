@@ -4,6 +4,7 @@
 mod clone;
 mod disks;
 mod drain;
+mod exports;
 mod failover;
 mod fixtures;
 mod hosts;

@@ -21,7 +21,7 @@ use uncloud_controller::{
     leadership::{Campaign, Candidate, Elected, Follower, Leader, LeaderToken, Settings},
     model::{
         Desired,
-        host::{Accelerator, AcceleratorKind, Pool},
+        host::{Accelerator, AcceleratorKind, Pool, PoolAccess},
         vm::{Display, Failover, GuestAgent, Machine, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::command::{self, HostFacts, NewVm, RequestId},
@@ -260,7 +260,13 @@ pub(crate) fn host_facts(n: u128) -> HostFacts {
         labels: BTreeMap::new(),
         vcpus: 64,
         memory_mib: 1 << 20,
-        pools: vec![Pool { name: "default".into(), shared_id: None, capacity_bytes: 1 << 40, problem: String::new() }],
+        pools: vec![Pool {
+            name: "default".into(),
+            shared_id: None,
+            capacity_bytes: 1 << 40,
+            problem: String::new(),
+            access: PoolAccess::Directory,
+        }],
         accelerator: Accelerator { kind: AcceleratorKind::Tcg, why: "no /dev/kvm".into() },
         migration_address: "127.0.0.1".into(),
         cpu: Default::default(),

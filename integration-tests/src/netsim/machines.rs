@@ -14,6 +14,7 @@ use uncloud_agent::{
         gate::Gate,
         outbox::SharedOutbox,
         pump::{Identity, Session},
+        serving::Serving,
         streams::Streams,
     },
     storage::{images::Images, inspect::Inspector, source::Roots},
@@ -108,6 +109,7 @@ pub(super) async fn agent(machine: Machine) -> turmoil::Result {
         capacity_bytes: 1 << 40,
         free_bytes: 1 << 39,
         problem: String::new(),
+        export_address: String::new(),
     };
     // Held for as long as the session: a pool that is not watched any more would count as unchanged.
     let (_pools, pools) = watch::channel(vec![pool]);
@@ -130,6 +132,8 @@ pub(super) async fn agent(machine: Machine) -> turmoil::Result {
         lease,
         clock,
         pools,
+        network_pools: Vec::new(),
+        exports: Serving::new(None),
         inspector: Inspector::new(Arc::new(Roots::new(&[], &[]))),
         streams: Streams::new(host_id, dirs),
         images: Images::without_pools(Arc::default(), host_id),

@@ -346,6 +346,8 @@ impl Host {
             Message::Ack(ack) => self.acknowledged(core, agent, &ack),
             Message::Goodbye(goodbye) => return Err(end_of_goodbye(&goodbye, true)),
             Message::OpenStream(_) | Message::InspectFile(_) | Message::FetchImage(_) | Message::RemoveImage(_) => {}
+            // It exports no pool.
+            Message::Serve(_) => {}
         }
         Ok(())
     }

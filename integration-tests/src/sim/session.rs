@@ -350,7 +350,9 @@ impl Lead {
             | session_request::Message::Inspection(_)
             | session_request::Message::FetchProgress(_)
             | session_request::Message::ImageFetched(_)
-            | session_request::Message::ImageRemoved(_) => {}
+            | session_request::Message::ImageRemoved(_)
+            // No simulated host exports a pool.
+            | session_request::Message::Served(_) => {}
         }
         self.begin_job(core, stream);
         Ok(())

@@ -749,6 +749,7 @@ impl Desired {
             migrate_to: None,
             migration_secret: String::new(),
             pause: Pause::GoOn,
+            network_pools: Default::default(),
             orders: Default::default(),
             clone_from: None,
         }

@@ -9,7 +9,7 @@ use crate::{
     health::Hearing,
     model::{
         HostMode,
-        host::{AcceleratorKind, Pool},
+        host::{AcceleratorKind, Pool, PoolAccess},
     },
     sessions::LiveFacts,
     state::HostEntry,
@@ -98,7 +98,12 @@ fn reason(entry: &HostEntry, hearing: Hearing) -> String {
 }
 
 fn pool(pool: &Pool, live: Option<&LiveFacts>) -> v1::Pool {
-    let kind = if pool.shared_id.is_some() { v1::PoolKind::Shared } else { v1::PoolKind::Local };
+    let (kind, export_address) = match &pool.access {
+        PoolAccess::Directory if pool.shared_id.is_some() => (v1::PoolKind::Shared, String::new()),
+        PoolAccess::Directory => (v1::PoolKind::Local, String::new()),
+        PoolAccess::Network => (v1::PoolKind::Network, String::new()),
+        PoolAccess::Exported { address } => (v1::PoolKind::Exported, address.clone()),
+    };
     v1::Pool {
         name: pool.name.clone(),
         kind: kind.into(),
@@ -106,5 +111,6 @@ fn pool(pool: &Pool, live: Option<&LiveFacts>) -> v1::Pool {
         capacity_bytes: pool.capacity_bytes,
         free_bytes: live.and_then(|l| l.free_bytes.get(&pool.name).copied()).unwrap_or(0),
         problem: pool.problem.clone(),
+        export_address,
     }
 }

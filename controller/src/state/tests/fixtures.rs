@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::{
     model::{
         Desired, EventType, HostRecord, ImageRecord, Key, Liveness, Phase, Record, VmRecord,
-        host::{Accelerator, AcceleratorKind, Pool},
+        host::{Accelerator, AcceleratorKind, Pool, PoolAccess},
         image::{DiskFormat, FileRole, ImageFile, ImageKind, ImageState},
         migration::MigrationProgress,
         vm::{
@@ -50,7 +50,13 @@ pub(super) fn image_id(n: u128) -> ImageId {
 }
 
 pub(super) fn local(name: &str) -> Pool {
-    Pool { name: name.into(), shared_id: None, capacity_bytes: 1 << 40, problem: String::new() }
+    Pool {
+        name: name.into(),
+        shared_id: None,
+        capacity_bytes: 1 << 40,
+        problem: String::new(),
+        access: PoolAccess::Directory,
+    }
 }
 
 pub(super) fn shared(name: &str) -> Pool {

@@ -1,0 +1,352 @@
+//! Serves the disks of a pool over the network: for each VM to the one incarnation that the leader has named.
+//!
+//! ```text
+//!  ServeDisks ──▶ want ──┐                    ┌── disks are made (storage), beside everything else
+//!  DELETE ──▶ withdraw ──┴▶ goals ──▶ pass ───┤
+//!                                             └── revoke, look, add, look (daemon) ──▶ served ──▶ ServedDisks
+//! ```
+//!
+//! One task tells the daemon everything, one step after the other; [`plan`] decides the steps. What is served is in no file:
+//! after a restart of the agent the daemon knows it, after one of the daemon the leader's newest word in memory, and after both
+//! nothing is served before the leader speaks again. So an incarnation that is over never comes back from an old record (N2).
+//!
+//! # Safety argument (docs/fencing.md)
+//!
+//! * **N2** Of each VM only the newest incarnation that was asked for is wanted ([`Exports::want`]); the session's gate lets no
+//!   message of an older term through, and a leader's messages come in their order.
+//! * **N3** What is told as served was seen in the daemon after the newest order was taken in.
+
+pub mod daemon;
+pub mod options;
+pub mod plan;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+    time::{self, Instant},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use uncloud_proto::ids::{Incarnation, VmId};
+
+use self::{
+    daemon::Daemon,
+    plan::{Disk, Goal, Have},
+};
+use super::Storage;
+use crate::vm::{desired::Desired, runner::chain};
+
+/// The daemon is looked at so often, also when nothing has been heard of its end.
+const PERIOD: Duration = Duration::from_secs(5);
+/// What failed is tried again after this.
+const AGAIN: Duration = Duration::from_secs(3);
+/// So many VMs' disks are made at once; each may wait for an image.
+const MAKES_AT_ONCE: usize = 16;
+/// How long a withdrawal may take until the deletion that waits for it is tried again later.
+const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
+
+/// How far a VM's disks are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// To which incarnation.
+    pub incarnation: Incarnation,
+    /// Why they are not. Empty: they are, and to no other.
+    pub problem: String,
+}
+
+/// What is wanted for one VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Want {
+    Serve(Box<Desired>),
+    /// Its disks are about to be deleted.
+    Nothing {
+        incarnation: Incarnation,
+        /// The block nodes that the daemon has for them.
+        nodes: Vec<String>,
+    },
+}
+
+impl Want {
+    const fn incarnation(&self) -> Incarnation {
+        match self {
+            Self::Serve(desired) => desired.incarnation,
+            Self::Nothing { incarnation, .. } => *incarnation,
+        }
+    }
+}
+
+/// What this host serves. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Exports {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    wants: Mutex<BTreeMap<VmId, Want>>,
+    wake: Arc<Notify>,
+    served: watch::Sender<BTreeMap<VmId, Served>>,
+    /// VMs of which nothing is exported, as wanted.
+    withdrawn: watch::Sender<BTreeMap<VmId, Incarnation>>,
+}
+
+impl Default for Exports {
+    fn default() -> Self {
+        let shared = Shared {
+            wants: Mutex::default(),
+            wake: Arc::default(),
+            served: watch::Sender::default(),
+            withdrawn: watch::Sender::default(),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+}
+
+/// The disks of a VM, as far as they have been made.
+#[derive(Debug)]
+struct Made {
+    desired: Box<Desired>,
+    disks: Result<Vec<Disk>, String>,
+    at: Instant,
+}
+
+/// Disks that are being made.
+#[derive(Debug, Default)]
+struct Making {
+    tasks: JoinSet<(VmId, Made)>,
+    vms: BTreeSet<VmId>,
+}
+
+impl Exports {
+    fn wants(&self) -> MutexGuard<'_, BTreeMap<VmId, Want>> {
+        self.shared.wants.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The leader wants a VM's disks served to this incarnation. An older one than the newest is not obeyed (N2).
+    pub fn want(&self, vm: VmId, desired: Desired) {
+        let mut wants = self.wants();
+        if let Some(newest) = wants.get(&vm).map(Want::incarnation)
+            && desired.incarnation < newest
+        {
+            return warn!(%vm, incarnation = %desired.incarnation, %newest, "an order to serve disks is ignored: it is old");
+        }
+        wants.insert(vm, Want::Serve(Box::new(desired)));
+        drop(wants);
+        self.shared.wake.notify_one();
+    }
+
+    /// What is served.
+    #[must_use]
+    pub fn served(&self) -> watch::Receiver<BTreeMap<VmId, Served>> {
+        self.shared.served.subscribe()
+    }
+
+    /// Serves a VM's disks to nobody any more, and closes them, because they are to be deleted.
+    ///
+    /// # Errors
+    ///
+    /// That could not be done in time, in words.
+    pub async fn withdraw(&self, vm: VmId, incarnation: Incarnation, nodes: Vec<String>) -> Result<(), String> {
+        let mut withdrawn = self.shared.withdrawn.subscribe();
+        self.wants().insert(vm, Want::Nothing { incarnation, nodes });
+        self.shared.wake.notify_one();
+        let done = withdrawn.wait_for(|all| all.get(&vm) == Some(&incarnation));
+        match time::timeout(WITHDRAW_LIMIT, done).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err("its disks are still served over the network; this is tried again".to_owned()),
+        }
+    }
+
+    /// A VM's disks are deleted: nothing is known of it any more.
+    pub fn forget(&self, vm: VmId) {
+        self.wants().remove(&vm);
+        self.shared.withdrawn.send_if_modified(|all| all.remove(&vm).is_some());
+        self.shared.served.send_if_modified(|all| all.remove(&vm).is_some());
+    }
+
+    /// Does it until `cancel` fires. The daemon goes on.
+    pub async fn run(self, storage: Arc<Storage>, options: daemon::Options, cancel: CancellationToken) {
+        let mut daemon = Daemon::new(options, Arc::clone(&self.shared.wake));
+        let mut made: BTreeMap<VmId, Made> = BTreeMap::new();
+        let mut making = Making::default();
+        let mut trouble = String::new();
+        loop {
+            let wants = self.wants().clone();
+            made.retain(|vm, _| wants.contains_key(vm));
+            self.make(&wants, &made, &mut making, &storage);
+            match self.pass(&mut daemon, &wants, &made).await {
+                Ok(()) if trouble.is_empty() => {}
+                Ok(()) => {
+                    info!("disks are served again");
+                    trouble.clear();
+                }
+                Err(problem) => {
+                    let words = chain(&problem);
+                    self.tell(&wants, |_, _| Err(words.clone()));
+                    if words != trouble {
+                        error!("disks are not served: {words}");
+                        trouble = words;
+                    }
+                }
+            }
+            let pause = if trouble.is_empty() { PERIOD } else { AGAIN };
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return,
+                Some(done) = making.tasks.join_next() => match done {
+                    Ok((vm, done)) => {
+                        making.vms.remove(&vm);
+                        made.insert(vm, done);
+                    }
+                    // It is not known of which VM; those that are still being made are made twice, which changes nothing.
+                    Err(problem) => {
+                        error!("a task that makes disks failed: {problem}");
+                        making.vms.clear();
+                    }
+                },
+                () = self.shared.wake.notified() => {}
+                () = time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Begins to make the disks of VMs that are to be served to a new incarnation, or that failed a while ago.
+    fn make(
+        &self,
+        wants: &BTreeMap<VmId, Want>,
+        made: &BTreeMap<VmId, Made>,
+        making: &mut Making,
+        storage: &Arc<Storage>,
+    ) {
+        for (&vm, want) in wants {
+            let Want::Serve(desired) = want else { continue };
+            let due = match made.get(&vm) {
+                Some(made) if same_disks(&made.desired, desired) => made.disks.is_err() && made.at.elapsed() >= AGAIN,
+                Some(_) | None => true,
+            };
+            if !due || making.vms.len() >= MAKES_AT_ONCE || !making.vms.insert(vm) {
+                continue;
+            }
+            let (desired, storage) = (desired.clone(), Arc::clone(storage));
+            making.tasks.spawn(async move {
+                let disks = storage.serve(vm, &desired).await.map_err(|e| e.reason());
+                if let Err(problem) = &disks {
+                    warn!(%vm, "its disks cannot be served: {problem}");
+                }
+                (vm, Made { desired, disks, at: Instant::now() })
+            });
+        }
+    }
+
+    /// Brings the daemon to what is wanted, as far as that can be done now, and says what is served.
+    async fn pass(
+        &self,
+        daemon: &mut Daemon,
+        wants: &BTreeMap<VmId, Want>,
+        made: &BTreeMap<VmId, Made>,
+    ) -> Result<(), daemon::Error> {
+        let goals: BTreeMap<VmId, Goal> = wants.iter().map(|(&vm, want)| (vm, goal(want, made.get(&vm)))).collect();
+        let mut have = daemon.have().await?;
+        let revoked = plan::revocations(&have, &goals);
+        if !revoked.is_empty() {
+            for name in &revoked {
+                info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "no longer served");
+            }
+            have = daemon.revoke(&revoked).await?;
+        }
+        let mut problems: BTreeMap<VmId, String> = BTreeMap::new();
+        for (name, disk) in plan::additions(&have, &goals) {
+            match daemon.add(&name, &disk).await {
+                Ok(()) => info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "served"),
+                Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(name.vm, chain(&error))),
+                Err(error) => return Err(error),
+            }
+        }
+        for (&vm, want) in wants {
+            let Want::Nothing { nodes, .. } = want else { continue };
+            for node in nodes {
+                match daemon.close(node).await {
+                    Ok(()) => {}
+                    Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(vm, chain(&error))),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        // N3: what counts is what the daemon says now.
+        let have = daemon.have().await?;
+        self.tell(wants, |vm, want| said(vm, want, made.get(&vm), &goals, &have, &problems));
+        Ok(())
+    }
+
+    /// Tells what is served, of the orders that were taken in before.
+    fn tell(&self, wants: &BTreeMap<VmId, Want>, state: impl Fn(VmId, &Want) -> Result<(), String>) {
+        let mut served = BTreeMap::new();
+        let mut withdrawn = BTreeMap::new();
+        for (&vm, want) in wants {
+            let state = state(vm, want);
+            match want {
+                Want::Serve(desired) => {
+                    let problem = state.err().unwrap_or_default();
+                    served.insert(vm, Served { incarnation: desired.incarnation, problem });
+                }
+                Want::Nothing { incarnation, .. } if state.is_ok() => drop(withdrawn.insert(vm, *incarnation)),
+                Want::Nothing { .. } => {}
+            }
+        }
+        let news = |old: &mut BTreeMap<VmId, Served>| {
+            let changed = *old != served;
+            *old = served;
+            changed
+        };
+        self.shared.served.send_if_modified(news);
+        self.shared.withdrawn.send_replace(withdrawn);
+    }
+}
+
+/// What the daemon should have of one VM.
+fn goal(want: &Want, made: Option<&Made>) -> Goal {
+    match want {
+        Want::Nothing { .. } => Goal::Nothing,
+        Want::Serve(desired) => {
+            let disks = made.filter(|m| same_disks(&m.desired, desired)).and_then(|m| m.disks.as_ref().ok());
+            Goal::Serve { incarnation: desired.incarnation, disks: disks.cloned().unwrap_or_default() }
+        }
+    }
+}
+
+fn said(
+    vm: VmId,
+    want: &Want,
+    made: Option<&Made>,
+    goals: &BTreeMap<VmId, Goal>,
+    have: &Have,
+    problems: &BTreeMap<VmId, String>,
+) -> Result<(), String> {
+    if let Some(problem) = problems.get(&vm) {
+        return Err(problem.clone());
+    }
+    if goals.get(&vm).is_some_and(|goal| plan::reached(have, vm, goal)) {
+        return Ok(());
+    }
+    match (want, made) {
+        (Want::Serve(desired), Some(Made { desired: of, disks: Err(problem), .. })) if same_disks(of, desired) => {
+            Err(problem.clone())
+        }
+        (Want::Serve(_), _) => Err("its disks are being made ready".to_owned()),
+        (Want::Nothing { .. }, _) => Err("its disks are still served".to_owned()),
+    }
+}
+
+/// Whether the same disks are to be served to the same incarnation, whatever else has changed.
+fn same_disks(a: &Desired, b: &Desired) -> bool {
+    let disks = |d: &Desired| d.spec.as_ref().map(|s| s.disks.clone()).unwrap_or_default();
+    (a.incarnation, a.disk_generation) == (b.incarnation, b.disk_generation) && disks(a) == disks(b)
+}

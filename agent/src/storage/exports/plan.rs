@@ -1,0 +1,261 @@
+//! Which exports must go and which must be made, from what is there and what the leader wants. Pure.
+//!
+//! An export serves one disk of a VM to one incarnation, and says so in its name. QEMU opens a disk by that name, so a QEMU of
+//! another incarnation can open nothing, and whatever it had open was closed when the export went.
+//!
+//! # Safety argument (docs/fencing.md)
+//!
+//! * **N1** An export for an incarnation is made only when no export of the same VM for another incarnation is there, by what
+//!   the daemon itself has said *after* they were taken away ([`additions`]).
+//! * **N2** An incarnation that is older than one that is exported, or than the newest that was asked for, is never exported
+//!   ([`revocations`], [`additions`], and `want` in the parent module).
+//! * **N3** A VM counts as served to an incarnation only while exactly its exports for that one are there ([`served`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+    str::FromStr,
+};
+
+use uncloud_proto::ids::{Incarnation, VmId};
+
+/// Name of an export: whom it serves what. Both sides make it from what they know.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Name {
+    /// The VM.
+    pub vm: VmId,
+    /// The incarnation.
+    pub incarnation: Incarnation,
+    /// The disk.
+    pub disk: String,
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // It is the export's id for QMP, too, which must begin with a letter.
+        write!(f, "vm-{}.{}.{}", self.vm, self.incarnation.0, self.disk)
+    }
+}
+
+/// What is no name of an export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotAName;
+
+impl FromStr for Name {
+    type Err = NotAName;
+
+    fn from_str(text: &str) -> Result<Self, NotAName> {
+        let mut parts = text.strip_prefix("vm-").ok_or(NotAName)?.splitn(3, '.');
+        let (vm, incarnation, disk) = (parts.next(), parts.next(), parts.next());
+        let vm = vm.and_then(|v| v.parse().ok()).ok_or(NotAName)?;
+        let incarnation = incarnation.and_then(|i| i.parse().ok()).map(Incarnation).ok_or(NotAName)?;
+        Ok(Self { vm, incarnation, disk: disk.ok_or(NotAName)?.to_owned() })
+    }
+}
+
+/// A disk that can be served.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Disk {
+    /// Its name.
+    pub name: String,
+    /// The block node that the daemon has for it. The same disk always has the same, and no other has it.
+    pub node: String,
+    /// Its qcow2 file.
+    pub path: PathBuf,
+}
+
+/// What should be there of one VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// Exports for this incarnation, and for no other.
+    Serve {
+        /// The incarnation.
+        incarnation: Incarnation,
+        /// The disks. Empty while they are not made yet.
+        disks: Vec<Disk>,
+    },
+    /// None at all.
+    Nothing,
+}
+
+/// What the daemon has: the node that each export serves.
+pub type Have = BTreeMap<String, String>;
+
+fn of(have: &Have, vm: VmId) -> impl Iterator<Item = (Name, &String)> {
+    // All names of one VM stand together.
+    let begin = format!("vm-{vm}.");
+    let end = format!("vm-{vm}/");
+    have.range(begin..end).filter_map(|(id, node)| Some((id.parse().ok()?, node)))
+}
+
+/// N2: something newer than this is there, so the goal is old.
+fn outdated(have: &Have, vm: VmId, incarnation: Incarnation) -> bool {
+    of(have, vm).any(|(name, _)| name.incarnation > incarnation)
+}
+
+/// The exports that must go. Whatever is not named by a goal stays.
+#[must_use]
+pub fn revocations(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<Name> {
+    let mut gone = Vec::new();
+    for (&vm, goal) in goals {
+        match goal {
+            Goal::Nothing => gone.extend(of(have, vm).map(|(name, _)| name)),
+            Goal::Serve { incarnation, .. } if outdated(have, vm, *incarnation) => {}
+            Goal::Serve { incarnation, .. } => {
+                gone.extend(of(have, vm).map(|(name, _)| name).filter(|name| name.incarnation != *incarnation));
+            }
+        }
+    }
+    gone
+}
+
+/// The exports that can be made now, by what the daemon has now.
+#[must_use]
+pub fn additions(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)> {
+    let mut made = Vec::new();
+    for (&vm, goal) in goals {
+        match goal {
+            Goal::Nothing => {}
+            Goal::Serve { incarnation, disks } => {
+                // N1, and N2 with it: neither an older nor a newer one may be there.
+                if of(have, vm).any(|(name, _)| name.incarnation != *incarnation) {
+                    continue;
+                }
+                let there: BTreeSet<String> = of(have, vm).map(|(name, _)| name.disk).collect();
+                let missing = disks.iter().filter(|d| !there.contains(&d.name));
+                made.extend(
+                    missing.map(|disk| (Name { vm, incarnation: *incarnation, disk: disk.name.clone() }, disk.clone())),
+                );
+            }
+        }
+    }
+    made
+}
+
+/// Whether a VM's goal is reached (N3).
+#[must_use]
+pub fn reached(have: &Have, vm: VmId, goal: &Goal) -> bool {
+    match goal {
+        Goal::Nothing => of(have, vm).next().is_none(),
+        Goal::Serve { incarnation, disks } => {
+            let there: BTreeSet<(Incarnation, String, &str)> =
+                of(have, vm).map(|(name, node)| (name.incarnation, name.disk, node.as_str())).collect();
+            let wanted: BTreeSet<_> = disks.iter().map(|d| (*incarnation, d.name.clone(), d.node.as_str())).collect();
+            !disks.is_empty() && there == wanted
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn vm(n: u128) -> VmId {
+        VmId::from_uuid(Uuid::from_u128(n))
+    }
+
+    fn name(vm_n: u128, incarnation: u64, disk: &str) -> Name {
+        Name { vm: vm(vm_n), incarnation: Incarnation(incarnation), disk: disk.to_owned() }
+    }
+
+    fn disk(vm_n: u128, name: &str) -> Disk {
+        Disk { name: name.to_owned(), node: format!("node-{vm_n}-{name}"), path: format!("/p/{vm_n}/{name}").into() }
+    }
+
+    fn have(exports: &[(u128, u64, &str)]) -> Have {
+        exports.iter().map(|(v, i, d)| (name(*v, *i, d).to_string(), disk(*v, d).node)).collect()
+    }
+
+    fn serve(vm_n: u128, incarnation: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
+        let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
+        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), disks })].into()
+    }
+
+    #[test]
+    fn a_name_is_read_as_it_was_written() {
+        for disk in ["root", "a.b", "0"] {
+            let name = name(7, 12, disk);
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        for bad in ["", "vm-", "vm-x.1.root", "other", "vm-00000000-0000-0000-0000-000000000007.x.root"] {
+            assert_eq!(bad.parse::<Name>(), Err(NotAName), "{bad}");
+        }
+    }
+
+    #[test]
+    fn n1_nothing_is_exported_while_another_incarnation_is() {
+        let goals = serve(1, 2, &["root", "data"]);
+        let old = have(&[(1, 1, "root"), (2, 9, "root")]);
+        assert_eq!(revocations(&old, &goals), [name(1, 1, "root")], "and nothing of other VMs");
+        assert_eq!(additions(&old, &goals), [], "not before the old one is gone");
+        assert!(!reached(&old, vm(1), &goals[&vm(1)]));
+        let gone = have(&[(2, 9, "root")]);
+        assert_eq!(additions(&gone, &goals).len(), 2);
+        let done = have(&[(1, 2, "root"), (1, 2, "data"), (2, 9, "root")]);
+        assert!(revocations(&done, &goals).is_empty() && additions(&done, &goals).is_empty());
+        assert!(reached(&done, vm(1), &goals[&vm(1)]));
+    }
+
+    #[test]
+    fn an_old_incarnation_goes_at_once_though_the_disks_are_not_made_yet() {
+        let goals = serve(1, 2, &[]);
+        assert_eq!(revocations(&have(&[(1, 1, "root")]), &goals).len(), 1);
+        assert!(!reached(&Have::new(), vm(1), &goals[&vm(1)]), "nothing is served");
+    }
+
+    #[test]
+    fn n2_an_older_incarnation_than_the_one_that_is_there_changes_nothing() {
+        let newer = have(&[(1, 3, "root")]);
+        let goals = serve(1, 2, &["root"]);
+        assert!(revocations(&newer, &goals).is_empty() && additions(&newer, &goals).is_empty());
+        assert!(!reached(&newer, vm(1), &goals[&vm(1)]));
+    }
+
+    #[test]
+    fn n3_the_wrong_disk_under_the_right_name_does_not_count() {
+        let goals = serve(1, 2, &["root"]);
+        let wrong: Have = [(name(1, 2, "root").to_string(), "node-of-an-older-generation".to_owned())].into();
+        assert!(!reached(&wrong, vm(1), &goals[&vm(1)]));
+    }
+
+    #[test]
+    fn nothing_means_nothing() {
+        let goals: BTreeMap<_, _> = [(vm(1), Goal::Nothing)].into();
+        let there = have(&[(1, 1, "root"), (1, 5, "data"), (2, 1, "root")]);
+        assert_eq!(revocations(&there, &goals).len(), 2);
+        assert!(additions(&there, &goals).is_empty());
+        assert!(reached(&have(&[(2, 1, "root")]), vm(1), &Goal::Nothing));
+    }
+
+    proptest! {
+        /// N1 and N2 over any sequence of goals, with a daemon that takes exports away late: there are never two incarnations
+        /// of one VM, and none takes the place of a newer one.
+        #[test]
+        fn n1_n2_never_two_incarnations_and_never_an_older_one(
+            steps in prop::collection::vec((1_u128..3, 1_u64..6, any::<bool>(), any::<bool>()), 1..40)
+        ) {
+            let mut there = Have::new();
+            for (n, incarnation, nothing, late) in steps {
+                let goals = if nothing { [(vm(n), Goal::Nothing)].into() } else { serve(n, incarnation, &["a", "b"]) };
+                let gone = revocations(&there, &goals);
+                let kept = usize::from(late);
+                for name in gone.iter().skip(kept) {
+                    there.remove(&name.to_string());
+                }
+                prop_assert!(nothing || gone.iter().all(|name| name.incarnation < Incarnation(incarnation)));
+                for (name, disk) in additions(&there, &goals) {
+                    prop_assert!(of(&there, name.vm).all(|(n, _)| n.incarnation == name.incarnation));
+                    there.insert(name.to_string(), disk.node);
+                }
+                for id in [vm(1), vm(2)] {
+                    let seen: BTreeSet<_> = of(&there, id).map(|(n, _)| n.incarnation).collect();
+                    prop_assert!(seen.len() <= 1);
+                }
+            }
+        }
+    }
+}

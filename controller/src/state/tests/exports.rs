@@ -1,0 +1,265 @@
+//! Network pools: who is told to run what, when, and who deletes the files.
+
+use uncloud_proto::{
+    ids::{HostId, Incarnation, VmId},
+    v1,
+};
+use uuid::Uuid;
+
+use super::fixtures::*;
+use crate::{
+    model::{
+        Desired, DrainHow,
+        host::{Pool, PoolAccess},
+    },
+    sessions::{
+        desired::{self, Plan},
+        serving::{self, Grants},
+    },
+    state::{
+        Prospect,
+        command::{Command, DrainStep, Lapsed, ObservedState, PowerChange, Refusal},
+        exports,
+    },
+};
+
+const NET: Uuid = Uuid::from_u128(0xe7);
+
+fn net(access: PoolAccess) -> Pool {
+    Pool { shared_id: Some(NET), access, ..local("net") }
+}
+
+fn exported() -> Pool {
+    net(PoolAccess::Exported { address: "10.0.0.3:10809".into() })
+}
+
+fn with_pool(n: u128, pool: Pool) -> Command {
+    let mut facts = facts(n);
+    facts.pools.push(pool);
+    Command::RegisterHost { host: Box::new(facts) }
+}
+
+/// Hosts 1 and 2 have the pool over the network, host 3 exports it and runs nothing.
+fn world() -> World {
+    let mut world = World::with_hosts(0);
+    world.ok(with_pool(1, net(PoolAccess::Network)));
+    world.ok(with_pool(2, net(PoolAccess::Network)));
+    world.ok(with_pool(3, exported()));
+    cordon(&mut world, 3);
+    world
+}
+
+fn cordon(world: &mut World, n: u128) {
+    let mode = crate::model::HostMode::Cordoned;
+    world.ok(Command::SetHostMode { host: host_id(n), mode, reason: String::new() });
+}
+
+fn plan(world: &World, grants: &Grants, host: HostId) -> Plan {
+    let mut plan = desired::plan(&world.state, host, &Default::default());
+    serving::withhold(&world.state, grants, host, &mut plan);
+    plan
+}
+
+/// What the host of a VM is told about it now.
+fn told(world: &World, grants: &Grants, vm: VmId) -> Option<v1::DesiredVm> {
+    let host = world.host_of(vm).unwrap();
+    let wanted = *plan(world, grants, host).vms.get(&vm)?;
+    let message = desired::message(&world.state, host, vm, wanted)?;
+    serving::complete(&world.state, grants, host, vm, message)
+}
+
+/// The storage host says that a VM's disks are served to this incarnation.
+fn serve(world: &mut World, grants: &Grants, vm: VmId, incarnation: u64) {
+    let incarnation = Incarnation(incarnation);
+    world.ok(Command::NoteServed { host: host_id(3), vm, incarnation });
+    grants.take(&world.state, host_id(3), vm, incarnation, String::new());
+}
+
+#[test]
+fn n4_a_host_is_told_to_run_only_what_the_storage_host_serves_to_this_incarnation() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    let host = world.host_of(vm).unwrap();
+    assert_ne!(host, host_id(3));
+    assert_eq!(told(&world, &grants, vm), None);
+    assert!(serving::waits(&world.state, &grants, host, world.record(vm)).unwrap().contains("host-3"));
+    let order = serving::order(&world.state, host_id(3), vm).unwrap();
+    assert_eq!((order.incarnation, order.disks_exist), (1, false));
+    assert_eq!(serving::wanted(&world.state, host_id(3)).keys().collect::<Vec<_>>(), [&vm]);
+    assert!(serving::wanted(&world.state, host).is_empty());
+
+    // P5: that the disks are made is stored before anybody is told to run from them.
+    grants.take(&world.state, host_id(3), vm, Incarnation(1), String::new());
+    assert_eq!(told(&world, &grants, vm), None);
+    serve(&mut world, &grants, vm, 1);
+    let message = told(&world, &grants, vm).unwrap();
+    assert_eq!((message.disposition(), message.incarnation, message.disks_exist), (v1::Disposition::Run, 1, true));
+    assert_eq!(message.network_pools[0].address, "10.0.0.3:10809");
+
+    // Its host dies: what was said of the incarnation of before is no grant for the next.
+    world.report(vm, ObservedState::Running);
+    world.lapse(host, Lapsed::Fast);
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(other(host)), 2));
+    assert_eq!(told(&world, &grants, vm), None);
+    assert!(serving::order(&world.state, host_id(3), vm).unwrap().disks_exist);
+    serve(&mut world, &grants, vm, 1);
+    assert_eq!(told(&world, &grants, vm), None, "late news of the incarnation of before");
+    serve(&mut world, &grants, vm, 2);
+    assert_eq!(told(&world, &grants, vm).unwrap().incarnation, 2);
+}
+
+#[test]
+fn n4_a_message_that_was_planned_before_the_vm_was_given_a_new_incarnation_is_not_sent() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    let host = world.host_of(vm).unwrap();
+    let wanted = plan(&world, &grants, host).vms[&vm];
+    world.set(vm, PowerChange::Stop);
+    world.set(vm, PowerChange::Start);
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(host), 2));
+    let message = desired::message(&world.state, host, vm, wanted).unwrap();
+    assert_eq!(serving::complete(&world.state, &grants, host, vm, message), None);
+}
+
+#[test]
+fn n4_only_the_one_host_that_exports_the_pool_can_grant() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    assert!(told(&world, &grants, vm).is_some());
+    grants.take(&world.state, other(world.host_of(vm).unwrap()), vm, Incarnation(1), String::new());
+    assert_eq!(told(&world, &grants, vm), None, "said by a host that has nothing to say");
+    serve(&mut world, &grants, vm, 1);
+    // Two hosts export it: what one takes away, the other may still give.
+    world.ok(with_pool(4, exported()));
+    assert_eq!(exports::exporter(&world.state, "net", NET), None);
+    assert_eq!(told(&world, &grants, vm), None);
+    assert!(serving::wanted(&world.state, host_id(3)).is_empty());
+}
+
+#[test]
+fn a_new_leader_asks_anew_and_a_stop_needs_no_grant() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let fresh = Grants::default();
+    assert_eq!(told(&world, &fresh, vm), None, "nothing is said of it, so it stays as it is");
+    world.set(vm, PowerChange::Stop);
+    assert_eq!(told(&world, &fresh, vm).unwrap().disposition(), v1::Disposition::Stop);
+    assert!(serving::order(&world.state, host_id(3), vm).is_some(), "it may still write");
+}
+
+/// P5: the record goes only when the host that has the files says that they are gone.
+#[test]
+fn the_storage_host_deletes_the_files_after_the_vm_is_gone_elsewhere() {
+    for host_dies in [false, true] {
+        let (mut world, grants) = (world(), Grants::default());
+        let vm = world.create(1, with_disk("net"));
+        serve(&mut world, &grants, vm, 1);
+        world.report(vm, ObservedState::Running);
+        let host = world.host_of(vm).unwrap();
+        world.ok(Command::DeleteVm { vm });
+        assert!(serving::order(&world.state, host_id(3), vm).is_none(), "nobody is given access any more");
+        if host_dies {
+            world.lapse(host, Lapsed::Fast);
+        } else {
+            assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Delete);
+            world.report(vm, ObservedState::Deleted);
+        }
+        assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(host_id(3)), 2), "host dies: {host_dies}");
+        assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Delete);
+        world.report(vm, ObservedState::Deleted);
+        assert!(world.state.vm(vm).is_none());
+    }
+}
+
+#[test]
+fn a_vm_without_a_host_has_its_files_deleted_though_no_host_ever_said_that_it_ran() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    cordon(&mut world, 1);
+    cordon(&mut world, 2);
+    let host = world.host_of(vm).unwrap();
+    world.lapse(host, Lapsed::Fast);
+    assert_eq!(world.host_of(vm), None);
+    world.ok(Command::DeleteVm { vm });
+    assert_eq!((world.host_of(vm), world.record(vm).desired), (Some(host_id(3)), Desired::Deleted));
+}
+
+#[test]
+fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let migrate = Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 };
+    assert!(world.refused(migrate).to_string().contains("over the network"));
+
+    let why = |refusal| match refusal {
+        Refusal::Precondition(why) => why,
+        other => panic!("{other}"),
+    };
+    let resize = |vm| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes: 1 << 40 };
+    let snapshot = "before".to_owned();
+    for command in [
+        Command::CreateSnapshot { vm, id: Uuid::from_u128(5), name: snapshot.clone() },
+        Command::DeleteSnapshot { vm, name: snapshot.clone() },
+        Command::RevertToSnapshot { vm, name: snapshot },
+        resize(vm),
+    ] {
+        let why = why(world.refused(command));
+        assert!(why.contains("pool `net`, which hosts reach over the network"), "{why}");
+    }
+    // Nothing is known to be made: it may have been begun, and a storage host does not make it larger.
+    let vm = world.create(3, with_disk("net"));
+    assert!(!world.record(vm).disks_exist);
+    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
+    world.set(vm, PowerChange::Stop);
+    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
+
+    let mut mixed = with_disk("net");
+    mixed.disks.push(crate::model::vm::Disk { name: "disk1".into(), ..disk("local") });
+    let vm = world.create(2, mixed);
+    assert_eq!(world.host_of(vm), None);
+    assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
+}
+
+/// A VM that has a disk in a network pool cannot migrate; stopped, it may start where the pool is.
+#[test]
+fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stays() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let host = world.host_of(vm).unwrap();
+    let drain = |how| Command::DrainHost { host, how, reason: String::new() };
+    let step = Command::DrainVm { vm, from: host, step: DrainStep::Stop };
+    world.ok(drain(DrainHow::LiveOnly));
+    let Prospect::CanStop(why) = world.state.prospect(vm, &world.cx()) else { panic!() };
+    assert!(why.contains("pool `net` over the network"), "{why}");
+    assert!(world.refused(step.clone()).to_string().contains("may not be stopped"));
+
+    world.ok(drain(DrainHow::StopAndMove));
+    world.ok(step);
+    assert!(matches!(world.state.prospect(vm, &world.cx()), Prospect::Moving(_)));
+    // N4: also for a leader that no storage host has said anything to, a stop needs no access.
+    let message = told(&world, &Grants::default(), vm).unwrap();
+    assert_eq!((message.disposition(), message.incarnation), (v1::Disposition::Stop, 1));
+    world.report(vm, ObservedState::Stopped);
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(other(host)), 2));
+    assert_eq!(told(&world, &grants, vm), None, "N4: not before the next incarnation has access");
+    serve(&mut world, &grants, vm, 2);
+    assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Run);
+
+    // Nowhere to go.
+    world.report(vm, ObservedState::Running);
+    let host = other(host);
+    world.ok(Command::DrainHost { host, how: DrainHow::StopAndMove, reason: String::new() });
+    assert!(matches!(world.state.prospect(vm, &world.cx()), Prospect::Stuck(_)));
+    assert!(
+        world.refused(Command::DrainVm { vm, from: host, step: DrainStep::Stop }).to_string().contains("cannot leave")
+    );
+}
