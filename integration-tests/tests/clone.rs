@@ -27,7 +27,7 @@ fn files(pool: &Path, vm: &str) -> Vec<PathBuf> {
 /// The clone goes on from the snapshot, the VM that it is a copy of counts on undisturbed, and neither needs the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clone_goes_on_from_the_snapshot_while_its_source_runs() -> anyhow::Result<()> {
-    let mut cluster = Options::hosts(2).linux().start().await?;
+    let cluster = Options::hosts(2).linux().start().await?;
     let nic = |s: &mut v1::VmSpec| s.nics = vec![v1::Nic::default()];
     let source = cluster.run(specs::with(specs::linux("source"), nic)).await?;
     let id = source.id.as_str();
