@@ -13,6 +13,8 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -224,6 +226,12 @@ pub enum Loaded {
     Unreadable(Error),
 }
 
+/// How long a lock may be held that is to be free. An agent that was killed while it was starting a process leaves it to that
+/// process, until that one has become the program that it is to be.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look.
+const LOCK_PERIOD: Duration = Duration::from_millis(10);
+
 /// The agent's state directory. Its lock is held as long as this lives.
 #[derive(Debug)]
 pub struct StateDir {
@@ -244,8 +252,12 @@ impl StateDir {
         let lock_path = root.join("lock");
         let lock = File::options().create(true).write(true).truncate(false).open(&lock_path);
         let lock = lock.map_err(io_error("open", &lock_path))?;
-        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Error::Locked { path: root.to_owned() });
+        let began = Instant::now();
+        while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+            if began.elapsed() > LOCK_PATIENCE {
+                return Err(Error::Locked { path: root.to_owned() });
+            }
+            thread::sleep(LOCK_PERIOD);
         }
         Ok(Self { root: root.to_owned(), _lock: lock })
     }
@@ -530,6 +542,15 @@ mod tests {
         let root = dir.path().join("deep/state");
         let state = StateDir::open(&root).unwrap();
         assert!(matches!(StateDir::open(&root), Err(Error::Locked { .. })));
+        // It is free in a moment.
+        let opened = thread::scope(|threads| {
+            threads.spawn(|| {
+                thread::sleep(LOCK_PERIOD * 3);
+                drop(state);
+            });
+            StateDir::open(&root)
+        });
+        let state = opened.unwrap();
         let id = HostId::from_uuid(Uuid::from_u128(1));
         let record = state.agent(id).unwrap();
         assert_eq!(record.host_id, id);

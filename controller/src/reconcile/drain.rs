@@ -175,6 +175,19 @@ struct Found {
     prospect: Prospect,
 }
 
+impl Found {
+    const fn holds_for(&self) -> Duration {
+        match self.prospect {
+            Prospect::Waits(_) => LOOK_AGAIN,
+            Prospect::AtRest
+            | Prospect::Moving(_)
+            | Prospect::CanMigrate
+            | Prospect::CanStop(_)
+            | Prospect::Stuck(_) => FOUND_FOR,
+        }
+    }
+}
+
 /// How far a drain is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -243,7 +256,7 @@ impl Watch {
             // What is on its way is cheap to say.
             let is_cheap = entry.record.migration.is_some() || entry.record.is_moving_out();
             let now_found = match known {
-                Some(known) if budget == 0 || now.since(known.at) < FOUND_FOR => known,
+                Some(known) if budget == 0 || now.since(known.at) < known.holds_for() => known,
                 None if budget == 0 && !is_cheap => Found {
                     at: Tick::ZERO,
                     revision: entry.revision(),

@@ -2,9 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
 use harness::tour;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Types the commands of docs/tour.md into a cluster of its own and checks what each does.
 #[derive(Parser)]
@@ -20,7 +21,13 @@ struct Options {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let transcript = tour::run().await?;
+    let mut terminated = signal(SignalKind::terminate())?;
+    // What is dropped here takes processes and namespaces with it.
+    let transcript = tokio::select! {
+        taken = tour::run() => taken?,
+        interrupted = tokio::signal::ctrl_c() => { interrupted?; bail!("interrupted") }
+        _ = terminated.recv() => bail!("terminated"),
+    };
     if !options.check {
         fs::write(&options.out, transcript.text()).with_context(|| options.out.display().to_string())?;
         eprintln!("wrote {}", options.out.display());

@@ -218,7 +218,11 @@ impl Check {
         let Some((_, _, incarnation, since)) = truth.executing.get(&uid).copied() else { return };
         let later = |at: Option<Ns>| at.is_some_and(|at| at >= since);
         let elsewhere = |r: &VmRecord| {
-            r.placement.host != Some(host) || r.placement.incarnation != incarnation || r.desired != Desired::Running
+            r.placement.host != Some(host)
+                || r.placement.incarnation != incarnation
+                || r.desired != Desired::Running
+                // The user has its host drained and allows that.
+                || r.is_moving_out()
         };
         // A call that was made before this start may be carried out after it.
         let asked = later(truth.asked_at) || truth.uncertain || truth.in_flight > 0 || truth.delete_asked;

@@ -14,6 +14,7 @@ use uncloud_controller::{
     health::{HealthTable, Timings, Verdict},
     leadership::{Committed, Validity, WriteError},
     model::{EventType, Key, Record},
+    reconcile::drain::Drains,
     reconcile::migrations::Migrations,
     reconcile::plan::Attempts,
     state::{
@@ -22,7 +23,7 @@ use uncloud_controller::{
     },
     store::MAX_OPERATIONS,
 };
-use uncloud_proto::ids::{HostId, Revision, Term};
+use uncloud_proto::ids::{HostId, Revision, Term, VmId};
 
 use super::{
     clock::{MS, NodeClock},
@@ -58,6 +59,8 @@ pub(crate) enum Reply {
     GaveUp,
     /// The reconciler: a batch of placements.
     Placed,
+    /// The reconciler: a step of a drain, about this VM.
+    Drained(VmId),
     /// The beginning of the term: the leases are on record.
     Announced,
     /// The beginning of the term: the election is noted.
@@ -127,6 +130,7 @@ impl Lead {
         let driver = Driver {
             attempts: Attempts::default(),
             migrations: Migrations::default(),
+            drains: Drains::default(),
             announced: false,
             verdicts: Vec::new(),
             pass: Pass::Idle,
@@ -387,6 +391,7 @@ impl Lead {
             | Reply::Leases
             | Reply::GaveUp
             | Reply::Placed
+            | Reply::Drained(_)
             | Reply::Announced
             | Reply::Elected => {}
         }
@@ -402,7 +407,7 @@ impl Lead {
                 self.driver.busy(core.now + clock.spans(BUSY_PAUSE));
                 self.verdict_stored(core, clock);
             }
-            Reply::Brake(_) | Reply::Leases | Reply::Placed if is_temporary(&result) => {
+            Reply::Brake(_) | Reply::Leases | Reply::Placed | Reply::Drained(_) if is_temporary(&result) => {
                 self.driver.busy(core.now + clock.spans(BUSY_PAUSE));
                 self.driver.pass = Pass::Idle;
             }
@@ -431,6 +436,12 @@ impl Lead {
                     self.driver.attempts.note(&vms, &situation, &self.mirror, now);
                 }
                 self.next_batch(core, clock);
+            }
+            Reply::Drained(vm) => {
+                if result.is_err() {
+                    self.driver.drains.refused(vm, clock.tick(core.now));
+                }
+                self.drain(core, clock);
             }
         }
     }

@@ -8,9 +8,10 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use uncloud_controller::{
     health::Verdict,
     model::EventType,
+    reconcile::drain::{self, Drains, How, Step},
     reconcile::migrations::Migrations,
     reconcile::plan::{self, Attempts, BATCH, Situation},
-    state::command::Command,
+    state::command::{Command, Context, DrainStep},
 };
 use uncloud_proto::{clock::Tick, ids::VmId};
 
@@ -28,7 +29,14 @@ pub(crate) enum Pass {
     Announcing,
     Declaring(usize),
     Shortening,
-    Placing { left: VecDeque<Vec<VmId>>, current: Vec<VmId>, situation: Arc<Situation>, now: Tick },
+    /// So many steps of drains may follow in this pass.
+    Draining(usize),
+    Placing {
+        left: VecDeque<Vec<VmId>>,
+        current: Vec<VmId>,
+        situation: Arc<Situation>,
+        now: Tick,
+    },
 }
 
 /// The task.
@@ -36,6 +44,7 @@ pub(crate) enum Pass {
 pub(crate) struct Driver {
     pub(super) attempts: Attempts,
     pub(super) migrations: Migrations,
+    pub(super) drains: Drains,
     pub(super) announced: bool,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) pass: Pass,
@@ -142,6 +151,37 @@ impl Lead {
         {
             current.clone_from(&vms);
             return self.submit(core, Command::Place { vms }, Reply::Placed);
+        }
+        self.driver.pass = Pass::Draining(drain::STEPS);
+        self.drain(core, clock);
+    }
+
+    /// `Driver::drain`
+    pub(super) fn drain(&mut self, core: &mut Core, clock: &NodeClock) {
+        let now = clock.tick(core.now);
+        if let Pass::Draining(left) = &mut self.driver.pass
+            && *left > 0
+            && self.validity.holds(now)
+        {
+            let silent = Arc::new(self.health.silent(now));
+            let (cpu_overcommit_percent, disk_overcommit_percent) = (400, 200);
+            let cx =
+                Context { now: core.wall_of(self.process.0), silent, cpu_overcommit_percent, disk_overcommit_percent };
+            if let Some(Step { vm, from, how }) = self.driver.drains.next(&self.mirror, &cx, now) {
+                *left -= 1;
+                core.log(format_args!("term {}: {vm} leaves {from}: {how:?}", self.term));
+                let step = match how {
+                    How::Migrate => {
+                        core.stats.drain_migrations += 1;
+                        DrainStep::Migrate { secret: format!("{:064x}", core.uid()) }
+                    }
+                    How::Stop => {
+                        core.stats.drain_stops += 1;
+                        DrainStep::Stop
+                    }
+                };
+                return self.submit(core, Command::DrainVm { vm, from, step }, Reply::Drained(vm));
+            }
         }
         self.driver.pass = Pass::Idle;
         if self.driver.again {

@@ -21,6 +21,10 @@ pub struct Stats {
     pub migrations_begun: u64,
     /// Guests that were paused.
     pub paused: u64,
+    /// Migrations by which VMs were to leave hosts that were being drained.
+    pub drain_migrations: u64,
+    /// VMs that were stopped to leave such hosts.
+    pub drain_stops: u64,
     /// Migrations that ended with the VM on its target.
     pub migrations_done: u64,
     /// Leaders.
@@ -60,6 +64,8 @@ impl Stats {
         self.failovers += other.failovers;
         self.migrations_begun += other.migrations_begun;
         self.paused += other.paused;
+        self.drain_migrations += other.drain_migrations;
+        self.drain_stops += other.drain_stops;
         self.migrations_done += other.migrations_done;
         self.elections += other.elections;
         self.commits += other.commits;
@@ -86,6 +92,7 @@ impl fmt::Display for Stats {
             "migrations:        {} sent, {} done; pauses: {}",
             self.migrations_begun, self.migrations_done, self.paused
         )?;
+        writeln!(f, "drains:            {} migrations, {} stops", self.drain_migrations, self.drain_stops)?;
         writeln!(f, "killed by a lease: {}", self.fenced)?;
         writeln!(f, "verdicts on hosts: {}, the brake engaged {} times", self.verdicts, self.brakes)?;
         writeln!(f, "leaders elected:   {}", self.elections)?;

@@ -1,12 +1,12 @@
-//! The user: creates, stops, starts, restarts, changes and deletes VMs, cordons hosts, and repeats creates whose outcome is unknown
-//! with the same request id.
+//! The user: creates, stops, starts, restarts, pauses, changes, migrates and deletes VMs, cordons and drains hosts, and repeats
+//! creates whose outcome is unknown with the same request id.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use uncloud_controller::{
     leadership::WriteError,
     model::{
-        Desired, HostMode,
+        Desired, DrainHow, HostMode,
         vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
     },
     state::command::{Answer, Command, FailoverChange, NewVm, PowerChange, Refusal, RequestId, VmUpdate},
@@ -162,13 +162,18 @@ impl User {
                 core.log(format_args!("user: restart {vm}, force {force}"));
                 self.call(core, Doing::Restart(vm), Command::RestartVm { vm, force }, 0);
             }
-            9 => {
+            9 | 29 => {
                 let host = core.rng.pick(hosts);
-                let mode = if self.cordoned.insert(host) { HostMode::Cordoned } else { HostMode::Active };
-                if mode == HostMode::Active {
+                if !self.cordoned.insert(host) {
                     self.cordoned.remove(&host);
+                    self.mode(core, host, HostMode::Active);
+                } else if core.rng.permille(300) {
+                    self.mode(core, host, HostMode::Cordoned);
+                } else {
+                    let how = core.rng.pick(&[DrainHow::LiveOnly, DrainHow::StopAndMove]);
+                    core.log(format_args!("user: drain {host} {how:?}"));
+                    self.call(core, Doing::Mode, Command::DrainHost { host, how, reason: String::new() }, 0);
                 }
-                self.mode(core, host, mode);
             }
             10 if core.rng.permille(300) => match failover {
                 Failovers::On => {

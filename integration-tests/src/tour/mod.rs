@@ -1,9 +1,11 @@
 //! A tour of what an operator does with a VM: the real commands against a real cluster and an ordinary Debian guest, each with a check
 //! that it did what it says. What was typed and what came out becomes `docs/tour.md`.
 //!
-//! The steps are in [`steps`]; how a command is run and written down is in [`shell`]. The cluster is the tests' own: two hosts
-//! in network namespaces, their bridges joined, and a third namespace for the person who types.
+//! The steps are in [`steps`], [`disks`] and [`hosts`]; how a command is run and written down is in [`shell`]. The cluster is the tests'
+//! own: two hosts in network namespaces, their bridges joined, and a third namespace for the person who types.
 
+mod disks;
+mod hosts;
 mod shell;
 mod steps;
 
@@ -12,7 +14,9 @@ use std::fs;
 use anyhow::Context as _;
 
 use crate::{
-    Cluster, Options, netns, paths,
+    Cluster, Options,
+    agent::HostOptions,
+    netns, paths,
     site::{Page, Site},
 };
 pub use shell::{Transcript, commands};
@@ -23,6 +27,7 @@ const PREFACE: &str = "\
 
 Written by `make tour`, which types these commands into a cluster of two hosts and checks what each of them does. The guest is an
 ordinary Debian with cloud-init (`integration-tests/guests/debian`), executed without KVM. Addresses, ids and times are those of one run.
+Where a command appears once that is to be tried until it succeeds, such as a login to a guest that boots, that was done.
 
 `$IMAGES` is the address of a local web server; `web.yaml` says which address cloud-init gives the guest, and `ssh.conf` has the private
 key of `key.pub`:
@@ -36,7 +41,9 @@ key of `key.pub`:
 /// A command fails, or has not done what it says. The transcript so far is printed then.
 pub async fn run() -> anyhow::Result<Transcript> {
     let image = paths::guest("debian.qcow2")?;
-    let cluster = Options::hosts(2).default_leases().bridges().start().await?;
+    // One host has more room, so that it is known where the VM goes first.
+    let larger = |at: usize, host: &mut HostOptions| host.memory_mib = if at == 0 { 3072 } else { 2048 };
+    let cluster = Options::hosts(2).each_host(larger).default_leases().bridges().start().await?;
     let site = Site::start_at(&cluster.address()).await?;
     let source = site.put("/debian.qcow2", Page::Disk(image));
     let images = source.trim_end_matches("/debian.qcow2").to_owned();
@@ -59,8 +66,9 @@ pub async fn run() -> anyhow::Result<Transcript> {
 fn prepare(home: &std::path::Path) -> anyhow::Result<()> {
     let network = "version: 2\nethernets:\n  eth0:\n    addresses: [10.77.0.10/24]\n";
     fs::write(home.join("web.yaml"), network)?;
-    let ssh = "Host *\n  User debian\n  IdentityFile key\n  IdentitiesOnly yes\n  UserKnownHostsFile known_hosts\n  \
-               StrictHostKeyChecking accept-new\n  ConnectTimeout 10\n  ServerAliveInterval 5\n  LogLevel ERROR\n";
+    let ssh = "Host *\n  User debian\n  IdentityFile key\n  IdentitiesOnly yes\n  PasswordAuthentication no\n  \
+               UserKnownHostsFile known_hosts\n  StrictHostKeyChecking accept-new\n  ConnectTimeout 10\n  \
+               ServerAliveInterval 5\n  LogLevel ERROR\n";
     fs::write(home.join("ssh.conf"), ssh)?;
     let made = std::process::Command::new("ssh-keygen")
         .args(["-q", "-t", "ed25519", "-N", "", "-C", "me@example.org", "-f"])

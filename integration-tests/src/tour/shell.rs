@@ -26,6 +26,16 @@ pub(super) struct Shell {
     behind: Vec<(String, Child)>,
 }
 
+impl Drop for Shell {
+    fn drop(&mut self) {
+        // The tour has failed if one is left.
+        for (_, child) in &mut self.behind {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
 /// What was typed and what came out, as Markdown.
 #[derive(Clone, Debug)]
 pub struct Transcript(String);
@@ -80,18 +90,20 @@ impl Shell {
         Ok(out.into_owned())
     }
 
-    /// Types a line again and again until it succeeds; only that is written down. For what a person would try again, such as a login
-    /// to a guest that boots.
-    pub(super) async fn run_until(&mut self, line: &str, limit: Duration) -> anyhow::Result<String> {
+    /// Types a line again and again until it succeeds and says this; only that is written down. For what a person would try again,
+    /// such as a login to a guest that boots.
+    pub(super) async fn run_until(&mut self, line: &str, says: &str, limit: Duration) -> anyhow::Result<String> {
         eprintln!("$ {line}");
         let begin = Instant::now();
         let out = loop {
-            match self.attempt(line).await {
-                Err(error) if begin.elapsed() > limit => return Err(error.context(format!("not within {limit:?}"))),
-                // What fails at once is not asked all the time.
-                Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
-                Ok(out) => break out,
-            }
+            let other = match self.attempt(line).await {
+                Ok(out) if out.contains(says) => break out,
+                Ok(out) => anyhow::anyhow!("`{line}` does not say `{says}`, but\n{out}"),
+                Err(error) => error,
+            };
+            ensure!(begin.elapsed() <= limit, "not within {limit:?}: {other:#}");
+            // What fails at once is not asked all the time.
+            tokio::time::sleep(Duration::from_secs(1)).await;
         };
         eprintln!("{out}(after {:.1?})", begin.elapsed());
         self.write(line, &out);
@@ -113,19 +125,17 @@ impl Shell {
     /// Waits for what was begun by [`Self::behind`].
     pub(super) async fn wait(&mut self) -> anyhow::Result<()> {
         let begin = Instant::now();
-        for (line, mut child) in std::mem::take(&mut self.behind) {
+        for (line, child) in &mut self.behind {
             loop {
                 match child.try_wait()? {
                     Some(status) if status.success() => break,
                     Some(status) => bail!("`{line}` ended with {status}"),
-                    None if begin.elapsed() > LIMIT => {
-                        child.kill()?;
-                        bail!("`{line}` did not end");
-                    }
+                    None if begin.elapsed() > LIMIT => bail!("`{line}` did not end"),
                     None => tokio::time::sleep(LOOK_EVERY).await,
                 }
             }
         }
+        self.behind.clear();
         self.write("wait", "");
         Ok(())
     }
@@ -136,11 +146,7 @@ impl Shell {
     }
 
     /// The document, with what is there before the first command.
-    pub(super) fn finish(mut self, preface: &str) -> Transcript {
-        for (_, child) in &mut self.behind {
-            // The tour has failed already if one is left.
-            drop(child.kill());
-        }
+    pub(super) fn finish(&self, preface: &str) -> Transcript {
         let mut files = String::new();
         for name in ["web.yaml", "ssh.conf"] {
             let text = std::fs::read_to_string(self.file(name)).unwrap_or_default();
