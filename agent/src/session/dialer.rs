@@ -64,7 +64,7 @@ impl Dialer {
 
     /// A session, or the attempt at one, ended.
     pub fn ended(&mut self, outcome: Outcome) {
-        let dialled_hint = self.hint.take().is_some();
+        self.hint = None;
         self.refused = outcome == Outcome::Refused;
         match outcome {
             // Perhaps it is back in a moment; if not, the next failure goes on to the others.
@@ -76,9 +76,8 @@ impl Dialer {
             Outcome::NotLeader(_) | Outcome::Silent | Outcome::Unreachable | Outcome::Refused => {
                 self.failures = self.failures.saturating_add(1);
                 self.hints_followed = 0;
-                if !dialled_hint {
-                    self.current = (self.current + 1) % self.known.len();
-                }
+                // Also after a hint that led nowhere: who gave it would give it again, and the others would never be asked.
+                self.current = (self.current + 1) % self.known.len();
             }
         }
     }
@@ -114,8 +113,17 @@ mod tests {
         dialer.ended(Outcome::NotLeader(Some("d:1".into())));
         assert_eq!((dialer.address(), dialer.wait(0.5)), ("d:1", Duration::ZERO));
         dialer.ended(Outcome::NotLeader(Some("c:1".into())));
-        assert_eq!(dialer.address(), "a:1");
+        assert_eq!(dialer.address(), "b:1");
         assert!(dialer.wait(0.0) >= SHORTEST);
+    }
+
+    #[test]
+    fn a_controller_that_names_a_leader_that_is_gone_does_not_keep_an_agent_from_the_others() {
+        let mut dialer = dialer();
+        dialer.ended(Outcome::NotLeader(Some("gone:1".into())));
+        assert_eq!(dialer.address(), "gone:1");
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!(dialer.address(), "b:1");
     }
 
     #[test]

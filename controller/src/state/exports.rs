@@ -79,11 +79,10 @@ pub(super) fn network_pool(state: &State, vm: &VmRecord) -> Option<String> {
 ///
 /// The pool that has them, if no host exports it.
 pub(super) fn keeper_of_files(state: &State, vm: &VmRecord, on: HostId) -> Result<Option<HostId>, String> {
-    for (name, id) in network_pools(state, vm, on) {
-        let found = id.and_then(|id| exporter(state, &name, id)).ok_or(name)?;
-        return Ok(Some(found.host).filter(|&host| host != on));
-    }
-    Ok(None)
+    // All of its disks lie in the same one, if any does.
+    let Some((name, id)) = network_pools(state, vm, on).into_iter().next() else { return Ok(None) };
+    let found = id.and_then(|id| exporter(state, &name, id)).ok_or(name)?;
+    Ok(Some(found.host).filter(|&host| host != on))
 }
 
 /// P5: a storage host has made all disks of a VM and serves them: they may hold data from now on.

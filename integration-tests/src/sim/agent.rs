@@ -252,7 +252,7 @@ impl Host {
             vms: agent.outbox.hello(),
             newest_term: agent.gate.newest_term().0,
             // In one of three clusters only the first host takes migrations: a drain of it may have to stop VMs.
-            migration_address: if self.index == 0 || self.shared_pool.as_bytes()[0] % 3 > 0 {
+            migration_address: if self.index == 0 || !self.shared_pool.as_bytes()[0].is_multiple_of(3) {
                 format!("10.0.0.{}", self.index)
             } else {
                 String::new()
