@@ -223,6 +223,18 @@ fn nft(namespace: &str, rules: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The link-local address that a guest makes from its MAC address (RFC 4291, appendix A), with the interface of its users.
+///
+/// # Errors
+///
+/// It is no MAC address.
+pub fn link_local(mac: &str) -> anyhow::Result<String> {
+    let b = mac.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<Vec<u8>, _>>()?;
+    ensure!(b.len() == 6, "MAC {mac}");
+    let (first, last) = (u16::from(b[0] ^ 2) << 8 | u16::from(b[1]), u16::from(b[4]) << 8 | u16::from(b[5]));
+    Ok(format!("fe80::{first:x}:{:x}ff:fe{:02x}:{last:x}%{USERS_INTERFACE}", b[2], b[3]))
+}
+
 /// A command in a namespace.
 #[must_use]
 pub fn command(namespace: &str, program: &str) -> Command {

@@ -5,7 +5,7 @@ use std::process::{Child, Stdio};
 use harness::{
     agent::HostOptions,
     api::{host_of, phase_of},
-    netns::{self, GUEST_BRIDGE, USERS_INTERFACE},
+    netns::{self, GUEST_BRIDGE},
     prelude::*,
     proc_table::Kind,
     process,
@@ -21,13 +21,8 @@ fn on_bridge(name: &str, bridge: &str) -> v1::CreateVmRequest {
     })
 }
 
-/// The link-local address that a Linux guest makes from its MAC address (RFC 4291, appendix A), with the users' interface.
 fn address(vm: &Vm) -> anyhow::Result<String> {
-    let mac = &vm.spec.as_ref().context("a spec")?.nics[0].mac;
-    let b: Vec<u8> = mac.split(':').map(|b| u8::from_str_radix(b, 16)).collect::<Result<_, _>>()?;
-    ensure!(b.len() == 6, "MAC {mac}");
-    let (first, last) = (u16::from(b[0] ^ 2) << 8 | u16::from(b[1]), u16::from(b[4]) << 8 | u16::from(b[5]));
-    Ok(format!("fe80::{first:x}:{:x}ff:fe{:02x}:{last:x}%{USERS_INTERFACE}", b[2], b[3]))
+    netns::link_local(&vm.spec.as_ref().context("a spec")?.nics[0].mac)
 }
 
 async fn reached(cluster: &Cluster, vm: &Vm) -> anyhow::Result<()> {

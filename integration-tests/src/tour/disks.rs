@@ -1,12 +1,12 @@
-//! What is done to the disk of the tour's VM: it grows, is kept in a snapshot, is spoilt, and is put back.
+//! What is done to the disk of the tour's VM: it grows, is kept in a snapshot, is spoilt, is put back, and is copied.
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 
 use super::{
     shell::Shell,
-    steps::{BOOT_LIMIT, MOMENT, SSH, file_system_mib, web},
+    steps::{BOOT_LIMIT, MOMENT, SSH, file_system_mib, vm, web},
 };
-use crate::{Cluster, api::incarnation_of, wait_for};
+use crate::{Cluster, api::incarnation_of, netns, proc_table, wait_for};
 
 /// The disk in sectors of 512 bytes, as the guest tells it.
 const GROWN: u64 = (4 << 30) / 512;
@@ -56,6 +56,28 @@ pub(super) async fn revert(cluster: &Cluster, shell: &mut Shell) -> anyhow::Resu
     let after = web(cluster).await?;
     ensure!(incarnation_of(&after) > incarnation_of(&before), "it was started again: {after:?}");
     ensure!(after.reverting_to.is_empty(), "it is over: {after:?}");
+    Ok(())
+}
+
+pub(super) async fn clone(cluster: &Cluster, shell: &mut Shell) -> anyhow::Result<()> {
+    shell.say(
+        "## A copy\n\nA second VM with the disks of the snapshot, while the first one runs. cloud-init sees that it is another one and gives \
+         it a name of its own. Its network configuration is a copy, too, and so is its address; `$COPY` is the one that IPv6 makes from \
+         its MAC address, which is its own.",
+    );
+    shell.run("uncloud vm clone web copy --snapshot before --wait").await?;
+    let copy = vm(cluster, "copy").await?;
+    let nics = &copy.spec.as_ref().context("a spec")?.nics;
+    shell.set("COPY", &netns::link_local(&nics.first().context("a NIC")?.mac)?);
+    let out = shell.run("uncloud vm list").await?;
+    ensure!(out.contains("web") && out.contains("copy"), "both are there: {out}");
+    let out = shell.run_until("ssh -F ssh.conf $COPY hostname", "copy", BOOT_LIMIT).await?;
+    ensure!(out == "copy\n", "its host name: {out}");
+    let out = shell.run("ssh -F ssh.conf $COPY cat notes").await?;
+    ensure!(out == "buy milk\n", "the notes: {out}");
+    shell.say("It needs neither the snapshot nor the first VM, nor they it.");
+    shell.run("uncloud vm delete copy --wait").await?;
+    ensure!(!proc_table::under(cluster.path()).iter().any(|p| p.vm == copy.id), "no process of it is left");
     shell.run("uncloud vm snapshot delete web before").await?;
     wait_for("the snapshot is gone", MOMENT, async || {
         let snapshots = web(cluster).await.map_err(|e| e.to_string())?.snapshots;

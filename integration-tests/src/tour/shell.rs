@@ -64,6 +64,11 @@ impl Shell {
         Ok(Self { namespace, home: home.to_owned(), environment, body: String::new(), behind: Vec::new() })
     }
 
+    /// Gives a variable a value from now on. For what differs from run to run and must stand in a line.
+    pub(super) fn set(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
     /// A paragraph for the reader.
     pub(super) fn say(&mut self, text: &str) {
         eprintln!("# {text}");

@@ -25,6 +25,7 @@ pub(super) async fn all(cluster: &Cluster, shell: &mut Shell) -> anyhow::Result<
     disks::snapshot(shell).await?;
     disks::destroy(shell).await?;
     disks::revert(cluster, shell).await?;
+    disks::clone(cluster, shell).await?;
     hosts::migrate(cluster, shell).await?;
     hosts::drain(cluster, shell).await?;
     screenshot(shell).await?;
@@ -101,8 +102,13 @@ async fn delete(cluster: &Cluster, shell: &mut Shell) -> anyhow::Result<()> {
 
 /// The VM of the tour, as the controller knows it.
 pub(super) async fn web(cluster: &Cluster) -> anyhow::Result<v1::Vm> {
+    vm(cluster, "web").await
+}
+
+/// Any VM.
+pub(super) async fn vm(cluster: &Cluster, name: &str) -> anyhow::Result<v1::Vm> {
     let listed = cluster.api.vms().list_vms(v1::ListVmsRequest::default()).await?.into_inner().vms;
-    listed.into_iter().find(|vm| vm.name == "web").context("there is no VM `web`")
+    listed.into_iter().find(|vm| vm.name == name).with_context(|| format!("there is no VM `{name}`"))
 }
 
 /// Asks the guest how large its file system is.
