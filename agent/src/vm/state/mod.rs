@@ -544,6 +544,11 @@ impl VmState {
         if desired.incarnation < self.record.desired.incarnation {
             return; // The gate lets none of these through; here it costs nothing to be sure.
         }
+        // P3: of a VM whose record is lost nobody knows which restarts were carried out. What executes is not restarted for them, and
+        // what does not has nothing to restart.
+        if self.record.desired.incarnation == Incarnation::NONE {
+            self.record.restarts_done = self.record.restarts_done.max(desired.restarts);
+        }
         let fresh = desired.incarnation > self.record.desired.incarnation;
         if fresh {
             // Another host may have begun on the disks meanwhile.

@@ -398,6 +398,29 @@ fn a_vm_that_another_keeper_holds_is_looked_for() {
     assert_eq!(shown(&state), ReportState::Running);
 }
 
+/// P3: the record was moved away, as docs/operations.md says, and the VM was restarted by its user some day.
+#[test]
+fn a_vm_whose_record_is_lost_is_not_restarted_for_that() {
+    let restarted = |n| Desired { restarts: n, ..fake::desired(1) };
+    let word = |n| Event::Desired(Box::new(restarted(n)), Acceptance::Firm(1));
+    let mut state = VmState::without_record(VmId::from_uuid(Uuid::from_u128(7)));
+    state.on(Event::Started(Incarnation(1), 1), moment(0, 1, true));
+    let effects = state.on(word(3), moment(1, 1, true));
+    assert!(!effects.contains(&Effect::PowerDown) && !effects.contains(&Effect::Reset), "{effects:?}");
+    assert_eq!(state.report().restarts_done, 3);
+    // One that is asked for now is carried out.
+    let executes = Standing {
+        guest: crate::vm::migration::Guest::Executes,
+        transfer: crate::vm::migration::Transfer::None,
+        address: None,
+        progress: crate::vm::migration::Progress::default(),
+        problem: String::new(),
+    };
+    let effects = state.on(Event::Stands(Some(Box::new(executes))), moment(2, 1, true));
+    assert!(!effects.contains(&Effect::PowerDown), "{effects:?}");
+    assert!(state.on(word(4), moment(3, 1, true)).contains(&Effect::PowerDown));
+}
+
 /// What the environment is asked to do, and has not answered.
 #[derive(Default, Debug)]
 struct Environment {
