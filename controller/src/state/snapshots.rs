@@ -52,8 +52,8 @@ pub(super) fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     }
     if let Some(pool) = exports::network_pool(draft.state, record) {
         return Err(Refusal::Precondition(format!(
-            "the disks of VM `{name}` lie in pool `{pool}`, which hosts reach over the network; disks there cannot have \
-             snapshots yet"
+            "the disks of VM `{name}` lie in pool `{pool}`, which hosts reach over the network; disks there cannot be \
+             copied or have snapshots yet"
         )));
     }
     if !record.disks_exist {
