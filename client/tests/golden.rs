@@ -98,6 +98,13 @@ fn running() -> v1::Vm {
         revision: 4711,
         pending_restart: vec!["spec.memory_mib".to_owned(), "spec.failover".to_owned()],
         next_spec: Some(next_spec),
+        snapshots: vec![v1::Snapshot {
+            id: id(9),
+            name: "before-upgrade".into(),
+            created: ago(600),
+            state: v1::SnapshotState::Ready.into(),
+            guest: v1::SnapshotGuest::Frozen.into(),
+        }],
         ..Default::default()
     }
 }

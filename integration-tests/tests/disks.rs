@@ -83,14 +83,25 @@ async fn found_at_start(cluster: &Cluster, vm: &str, after: Instant) -> anyhow::
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_of_what_runs_is_put_back_once_and_the_guest_goes_on_from_there() -> anyhow::Result<()> {
     let mut cluster = Options::hosts(2).linux().start().await?;
-    let two = |s: &mut v1::VmSpec| s.disks.push(v1::Disk { size_bytes: 1 << 20, ..Default::default() });
+    let two = |s: &mut v1::VmSpec| {
+        s.disks.push(v1::Disk { size_bytes: 1 << 20, ..Default::default() });
+        s.guest_agent = v1::GuestAgentMode::Enabled.into();
+    };
     let vm = cluster.run(specs::with(specs::linux("back"), two)).await?;
     let id = vm.id.as_str();
+    // Its agent has answered: then it is asked to hold its file systems still, too.
+    let answers = |vm: &v1::Vm| vm.status.as_ref().is_some_and(|s| !s.addresses.is_empty());
+    cluster.api.wait_vm(id, "has addresses", secs(30), answers).await?;
+    let before = Instant::now();
     let first = snapshot(&cluster, id, "first").await?;
+    cluster.checker.wait_line(id, "FROZEN", before, secs(20)).await?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(20)).await?;
+    let taken = cluster.api.vm(id).await?.snapshots.iter().map(v1::Snapshot::guest).collect::<Vec<_>>();
+    assert_eq!(taken, [v1::SnapshotGuest::Frozen]);
     resize(&cluster, id, 2 << 20).await?;
     cluster.checker.wait_beats(id, 4, secs(30)).await?;
     let listed = cluster.cli(&["vm", "snapshot", "list", "back"]).await?.success()?;
-    ensure!(listed.stdout.contains("first") && listed.stdout.contains("ready"), "{}", listed.stdout);
+    ensure!(listed.stdout.contains("first") && listed.stdout.contains("frozen"), "{}", listed.stdout);
 
     cluster.checker.expect_return(id, first.clone());
     let before = Instant::now();

@@ -11,7 +11,7 @@ use super::{
     process::{Instance, InstanceEvent},
     qmp,
 };
-use crate::vm::disks::{Orders, Wanted};
+use crate::vm::disks::{Done, Orders, Wanted};
 
 /// Why a disk is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -59,9 +59,10 @@ pub async fn grow(instance: &Instance, sizes: &[(&str, u64)]) -> Result<(), Erro
 /// # Errors
 ///
 /// See [`Error`]. Those before the one that failed are done.
-pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Result<(), Error> {
+pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Result<Done, Error> {
+    let mut done = orders.done();
     if orders.snapshots.is_empty() || count == 0 {
-        return Ok(());
+        return Ok(done);
     }
     let answer = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
     let nodes: Vec<String> = (0..count).map(disk_node).collect();
@@ -79,11 +80,16 @@ pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Re
             let one =
                 |node| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
             let actions: Vec<Value> = nodes.iter().map(one).collect();
-            instance.execute("transaction", Some(json!({ "actions": actions }))).await?;
-            tracing::info!(snapshot = id, "a snapshot is taken");
+            // Clean, where the guest has an agent; otherwise as after a power cut.
+            let guest = instance.freeze().await;
+            let taken = instance.execute("transaction", Some(json!({ "actions": actions }))).await;
+            instance.thaw().await;
+            taken?;
+            done.guests.insert(order.id, guest);
+            tracing::info!(snapshot = id, ?guest, "a snapshot is taken");
         }
     }
-    Ok(())
+    Ok(done)
 }
 
 /// Whether a node has a snapshot of this name.

@@ -399,8 +399,7 @@ impl Storage {
         disks::check_expected(&plan, DisksExpected::Exist).await?;
         let _tool = self.tools.acquire().await.expect("it is never closed");
         let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
-        snapshots::tend(tool, &plan, &desired.orders).await?;
-        Ok(desired.orders.done())
+        snapshots::tend(tool, &plan, &desired.orders).await
     }
 
     /// Names a pool of this VM's that is full. `None`: all have room, as far as can be said.

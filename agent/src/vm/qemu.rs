@@ -132,8 +132,7 @@ impl Hypervisor for Qemu {
         let disks = desired.spec.iter().flat_map(|s| &s.disks);
         let sizes: Vec<_> = disks.map(|d| (d.name.as_str(), d.size_bytes)).collect();
         disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
-        disks::snapshots(instance, sizes.len(), &desired.orders).await.map_err(|e| e.to_string())?;
-        Ok(desired.orders.done())
+        disks::snapshots(instance, sizes.len(), &desired.orders).await.map_err(|e| e.to_string())
     }
 
     async fn tend_idle(&self, vm: VmId, desired: &Desired) -> Result<Done, String> {

@@ -70,11 +70,16 @@ pub fn vms(vms: &[v1::Vm], columns: Columns, now: WallTime) -> String {
 #[must_use]
 pub fn snapshots(vm: &v1::Vm, now: WallTime) -> String {
     let state = |s: &v1::Snapshot| match vm.reverting_to == s.name {
-        true => "Reverting".to_owned(),
+        true => "reverting".to_owned(),
         false => word(s.state().as_str_name(), "SNAPSHOT_STATE_"),
     };
-    let row = |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), age(s.created.as_ref(), now)];
-    table(&["NAME", "ID", "STATE", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
+    let guest = |s: &v1::Snapshot| match s.guest() {
+        v1::SnapshotGuest::Unspecified => "-".to_owned(),
+        known => word(known.as_str_name(), "SNAPSHOT_GUEST_"),
+    };
+    let row =
+        |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), guest(s), age(s.created.as_ref(), now)];
+    table(&["SNAPSHOT", "ID", "STATE", "GUEST", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
 }
 
 /// One VM in a line, for watches and progress.
@@ -196,6 +201,9 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
             .map(|d| vec![d.name.clone(), d.pool.clone(), size(d.size_bytes), or_dash(&d.image)])
             .collect();
         out.push_str(&format!("\n{}\n", table(&["DISK", "POOL", "SIZE", "IMAGE"], &rows)));
+    }
+    if !vm.snapshots.is_empty() {
+        out.push_str(&format!("\n{}\n", snapshots(vm, now)));
     }
     if !spec.nics.is_empty() {
         let rows: Vec<Vec<String>> = spec.nics.iter().map(|n| vec![nic(n), or_dash(&n.mac)]).collect();

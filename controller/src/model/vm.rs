@@ -113,6 +113,21 @@ pub struct Snapshot {
     pub created: WallTime,
     /// What it is.
     pub state: SnapshotState,
+    /// What the guest did when it was taken, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<SnapshotGuest>,
+}
+
+/// What a guest did when a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotGuest {
+    /// It held its file systems still.
+    Frozen,
+    /// It ran: the disks are as after a power cut.
+    Running,
+    /// It did not run.
+    Off,
 }
 
 /// What a snapshot is.

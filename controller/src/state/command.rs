@@ -20,7 +20,7 @@ use crate::model::{
     host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
-    vm::{CpuModel, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
+    vm::{CpuModel, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, SnapshotGuest, VmSpec},
 };
 
 /// What the state must know about this moment.
@@ -319,6 +319,8 @@ pub struct VmObservation {
 pub struct DisksObservation {
     /// Snapshots that are there, as they should be.
     pub made: Vec<Uuid>,
+    /// What the guest did when they were taken, where that is known.
+    pub guests: BTreeMap<Uuid, SnapshotGuest>,
     /// Snapshots that are gone, as they should be.
     pub removed: Vec<Uuid>,
     /// The newest revert that was carried out. 0: none.

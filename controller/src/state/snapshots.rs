@@ -28,7 +28,7 @@ use super::{
 use crate::{
     model::{
         Desired, EventType, VmRecord,
-        vm::{Revert, Snapshot, SnapshotState},
+        vm::{Revert, Snapshot, SnapshotGuest, SnapshotState},
     },
     scheduler::Choice,
 };
@@ -115,6 +115,7 @@ pub(super) fn create(draft: &mut Draft<'_>, vm: VmId, id: Uuid, name: &str) -> R
         name: name.to_owned(),
         created: draft.cx.now,
         state: SnapshotState::Creating,
+        guest: None,
     });
     draft.vm_event(&record, EventType::SnapshotRequested, format!("a user wants snapshot `{name}`"));
     Ok(Answer::Vm(draft.put_vm(record)?))
@@ -171,7 +172,14 @@ pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     for snapshot in &mut record.snapshots {
         if snapshot.state == SnapshotState::Creating && done.made.contains(&snapshot.id) {
             snapshot.state = SnapshotState::Ready;
-            draft.vm_event(&entry.record, EventType::SnapshotTaken, format!("snapshot `{}` is taken", snapshot.name));
+            snapshot.guest = done.guests.get(&snapshot.id).copied();
+            let guest = match snapshot.guest {
+                Some(SnapshotGuest::Frozen) => "; the guest held its file systems still",
+                Some(SnapshotGuest::Running) => "; the disks are in it as after a power cut",
+                Some(SnapshotGuest::Off) | None => "",
+            };
+            let message = format!("snapshot `{}` is taken{guest}", snapshot.name);
+            draft.vm_event(&entry.record, EventType::SnapshotTaken, message);
         }
     }
     for gone in record.snapshots.extract_if(.., |s| s.state == SnapshotState::Deleting && done.removed.contains(&s.id))

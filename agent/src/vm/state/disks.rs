@@ -144,6 +144,7 @@ impl VmState {
         let (orders, done) = (&self.record.desired.orders, &self.idle.done);
         Done {
             made: orders.ids(There::There).filter(|id| done.made.contains(id)).collect(),
+            guests: orders.ids(There::There).filter_map(|id| Some((id, *done.guests.get(&id)?))).collect(),
             removed: orders.ids(There::Gone).filter(|id| done.removed.contains(id)).collect(),
             reverted: orders.revert.filter(|r| r.number == done.reverted).map_or(0, |r| r.number),
         }

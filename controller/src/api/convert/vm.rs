@@ -9,7 +9,7 @@ use crate::{
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
             CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
-            OnDiskLoss, RestartPolicy, Snapshot, SnapshotState, VmSpec,
+            OnDiskLoss, RestartPolicy, Snapshot, SnapshotGuest, SnapshotState, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -95,7 +95,14 @@ fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
         SnapshotState::Ready => v1::SnapshotState::Ready,
         SnapshotState::Deleting => v1::SnapshotState::Deleting,
     };
+    let guest = match snapshot.guest {
+        None => v1::SnapshotGuest::Unspecified,
+        Some(SnapshotGuest::Frozen) => v1::SnapshotGuest::Frozen,
+        Some(SnapshotGuest::Running) => v1::SnapshotGuest::Running,
+        Some(SnapshotGuest::Off) => v1::SnapshotGuest::Off,
+    };
     v1::Snapshot {
+        guest: guest.into(),
         id: snapshot.id.to_string(),
         name: snapshot.name.clone(),
         created: timestamp(snapshot.created),
