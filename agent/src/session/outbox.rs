@@ -105,6 +105,7 @@ impl Entry {
             snapshot_guests: r.disks.made.iter().map(|id| guest_then(r.disks.guests.get(id)).into()).collect(),
             snapshots_removed: r.disks.removed.iter().map(ToString::to_string).collect(),
             reverted: r.disks.reverted,
+            disk_orders_done: r.disks.disks.clone(),
             migration: r.migration.as_ref().map(|m| v1::MigrationReport {
                 incarnation: m.incarnation.0,
                 address: m.address.map(|a| a.to_string()).unwrap_or_default(),

@@ -16,6 +16,9 @@ pub struct Orders {
     /// Put all disks back to a snapshot. Only of what is stopped.
     #[serde(default)]
     pub revert: Option<Revert>,
+    /// Numbers of what is to be done to single disks; their states in the spec say what.
+    #[serde(default)]
+    pub disks: Vec<u64>,
 }
 
 /// A snapshot to take or to remove.
@@ -80,13 +83,15 @@ pub struct Done {
     pub removed: Vec<Uuid>,
     /// The newest revert that was carried out. 0: none.
     pub reverted: u64,
+    /// Numbers of what was done to single disks.
+    pub disks: Vec<u64>,
 }
 
 impl Orders {
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.snapshots.is_empty() && self.revert.is_none()
+        self.snapshots.is_empty() && self.revert.is_none() && self.disks.is_empty()
     }
 
     /// Ids of the snapshots that should be there, or gone.
@@ -102,6 +107,7 @@ impl Orders {
             guests: BTreeMap::new(),
             removed: self.ids(Wanted::Gone).collect(),
             reverted: self.revert.map_or(0, |r| r.number),
+            disks: self.disks.clone(),
         }
     }
 }

@@ -26,7 +26,7 @@ use crate::{
         vm::{LastExit, SnapshotGuest},
     },
     state::{
-        MAX_SNAPSHOTS,
+        MAX_DISKS, MAX_SNAPSHOTS,
         command::{DisksObservation, HostFacts, MigrationObservation, ObservedState, VmObservation},
     },
 };
@@ -194,6 +194,7 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
                 guests: snapshot_guests(&vm.snapshots_made, &vm.snapshot_guests),
                 removed: snapshot_ids(&vm.snapshots_removed),
                 reverted: vm.reverted,
+                orders: vm.disk_orders_done.into_iter().take(MAX_DISKS).collect(),
             },
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };

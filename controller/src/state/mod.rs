@@ -13,6 +13,7 @@
 //! * A change has a key at most once, and never has a key whose record cannot be read.
 
 mod absorb;
+mod attach;
 mod clone;
 pub mod command;
 mod decide;
@@ -50,6 +51,7 @@ use crate::{
     scheduler::{ClusterView, Resources},
 };
 
+pub use attach::{MAX_DISKS, MAX_SATA_DISKS};
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use drain::Prospect;
 pub use effective::EffectiveStatus;

@@ -24,7 +24,7 @@ use uncloud_proto::{
     ids::{HostId, VmId},
 };
 
-use super::{VmEntry, command::Refusal, draft::Draft, exports, migration, vms};
+use super::{VmEntry, attach, command::Refusal, draft::Draft, exports, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
@@ -164,6 +164,7 @@ pub(super) fn find_host(
     // They are lost with the disks.
     record.snapshots.clear();
     record.revert = None;
+    attach::begin_anew(record);
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 

@@ -300,6 +300,7 @@ pub(crate) fn spec() -> VmSpec {
         firmware: Default::default(),
         cpu: Default::default(),
         cloud_init: None,
+        disk_hotplug: Default::default(),
         extra: serde_json::Map::new(),
     }
 }
