@@ -27,6 +27,7 @@ pub mod proc_table;
 pub mod process;
 pub mod proxy;
 pub mod qmp;
+pub mod refusal;
 pub mod sim;
 pub mod site;
 pub mod slots;
