@@ -2,33 +2,11 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use harness::{
-    api::{error_fields, host_of},
-    paths,
-    prelude::*,
-    specs::with,
-};
-use tonic::Status;
+use harness::{api::host_of, paths, prelude::*, refusal::check, specs::with};
 use uncloud_proto::v1::{Disk, ImageFileRole, KernelBoot, Nic, PowerState, VmPhase, VmSpec};
 
 /// One row: what is wrong, the code, the field that must be named, the request.
 type Row<T> = (&'static str, Code, &'static str, T);
-
-/// What every refusal must have. An empty `field`: only the code counts.
-fn check(what: &str, status: &Status, code: Code, field: &str) {
-    assert_eq!(status.code(), code, "{what}: {status}");
-    assert!(!status.message().trim().is_empty(), "{what}: no message");
-    assert!(status.message().len() < 4096, "{what}: a message of {} bytes", status.message().len());
-    let control = status.message().chars().any(char::is_control);
-    assert!(!control, "{what}: the message has control characters: {:?}", status.message());
-    if !field.is_empty() {
-        assert!(status.message().contains(field), "{what}: the message does not name `{field}`: {status}");
-        if code == Code::InvalidArgument {
-            let fields = error_fields(status);
-            assert!(fields.iter().any(|f| f == field), "{what}: the details name {fields:?}, not `{field}`");
-        }
-    }
-}
 
 fn vm(change: impl FnOnce(&mut VmSpec)) -> v1::CreateVmRequest {
     with(specs::micro("good"), change)

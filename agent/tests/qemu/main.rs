@@ -8,4 +8,5 @@
 mod console;
 mod fencing;
 mod life;
+mod migration;
 mod support;

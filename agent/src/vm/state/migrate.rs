@@ -135,7 +135,8 @@ impl VmState {
     /// It is on its way.
     fn follow(&mut self, at: Moment, effects: &mut Vec<Effect>) {
         let Some(x) = &mut self.execution else { return };
-        if x.standing.as_ref().is_some_and(|s| s.transfer == Transfer::Ready) {
+        // One that takes no notice for long is reported, and the leader gives it up.
+        if x.standing.as_ref().is_some_and(|s| s.transfer == Transfer::Ready) && !x.overdue {
             x.standing = None;
             x.look_at = at.now.after(SOON);
             effects.push(Effect::Continue);
@@ -154,7 +155,11 @@ impl VmState {
         let under_way = match standing.transfer {
             Transfer::Active | Transfer::Ready | Transfer::Last => true,
             Transfer::None | Transfer::Completed | Transfer::Failed | Transfer::Cancelled => false,
+            // Told again: an agent that was killed half-way through it has left a QEMU that waits (`qemu/migration.rs`).
             Transfer::Cancelling => {
+                if word && x.look_at <= at.now {
+                    effects.push(Effect::Cancel);
+                }
                 x.look(at, effects);
                 return Migrating::Yes;
             }

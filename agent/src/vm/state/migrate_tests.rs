@@ -311,6 +311,37 @@ fn the_leader_is_told_why_it_fails() {
     assert_eq!(state.report().migration.unwrap().failure, "the target does not say that it has everything");
 }
 
+/// It was told to send the last of it, and does not: the guest stands still meanwhile.
+#[test]
+fn a_source_that_does_not_send_the_last_of_it_says_so() {
+    let mut state = launched(run(1, None));
+    state.on(Event::Started(Incarnation(1), 1), at(0));
+    state.on(word(run(1, Some(2))), at(10));
+    assert_eq!(state.on(stands(Guest::Still, Transfer::Ready), at(11)), [Effect::Continue]);
+    assert_eq!(state.on(Event::Wake, at(40)), [Effect::Look]);
+    assert_eq!(state.on(stands(Guest::Still, Transfer::Ready), at(41)), [Effect::Continue], "told again");
+    assert_eq!(state.report().migration.unwrap().failure, "");
+    state.on(stands(Guest::Still, Transfer::Ready), at(5_000));
+    assert_eq!(state.report().migration.unwrap().failure, "QEMU does not send the last of it");
+    // The leader gives it up.
+    assert!(state.on(word(run(1, None)), at(5_010)).contains(&Effect::Cancel));
+}
+
+/// An agent was killed between the two things that QEMU must be told to cancel it.
+#[test]
+fn what_is_being_cancelled_for_long_is_cancelled_again() {
+    let mut state = launched(run(1, None));
+    state.on(Event::Started(Incarnation(1), 1), at(0));
+    state.on(word(run(1, Some(2))), at(10));
+    state.on(stands(Guest::Executes, Transfer::Active), at(11));
+    assert_eq!(state.on(word(run(1, None)), at(12)), [Effect::Persist, Effect::Cancel]);
+    state.on(stands(Guest::Still, Transfer::Cancelling), at(40));
+    assert_eq!(state.on(Event::Wake, at(41)), [], "not at once");
+    assert_eq!(state.on(Event::Wake, at(200)), [Effect::Cancel, Effect::Look]);
+    state.on(stands(Guest::Executes, Transfer::Cancelled), at(201));
+    assert_eq!(state.record().moving, None);
+}
+
 #[test]
 fn a_guest_that_was_off_when_it_was_sent_is_off() {
     let mut state = received();
