@@ -149,6 +149,47 @@ async fn a_snapshot_of_what_runs_is_put_back_once_and_the_guest_goes_on_from_the
     cluster.finish().await
 }
 
+/// A guest is not held still for long, whatever becomes of its agent or of ours, and a snapshot says what it is worth.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_does_not_answer_gets_its_snapshot_and_is_told_to_go_on_until_it_says_so() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(1).linux().start().await?;
+    let with_agent = |s: &mut v1::VmSpec| s.guest_agent = v1::GuestAgentMode::Enabled.into();
+    let vm = cluster.run(specs::with(specs::linux("deaf"), with_agent)).await?;
+    let id = vm.id.as_str();
+    let answers = |vm: &v1::Vm| vm.status.as_ref().is_some_and(|s| !s.addresses.is_empty());
+    cluster.api.wait_vm(id, "has addresses", secs(30), answers).await?;
+    let guest = async |cluster: &Cluster, name: &str| {
+        let vm = cluster.api.vm(id).await?;
+        let found = vm.snapshots.iter().find(|s| s.name == name).map(v1::Snapshot::guest);
+        found.with_context(|| format!("no snapshot {name}"))
+    };
+    let mut console = Console::open(&cluster, id).await?;
+    console.type_line("deaf").await?;
+    console.expect("ECHO deaf").await?;
+    snapshot(&cluster, id, "unasked").await?;
+    assert_eq!(guest(&cluster, "unasked").await?, v1::SnapshotGuest::Running);
+    // It may have held still all the same.
+    let before = Instant::now();
+    console.type_line("hear").await?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(30)).await?;
+
+    // The agent dies after it has had the guest hold still.
+    let host = cluster.host_of(&vm)?;
+    host.kill();
+    std::fs::write(host.state_dir().join("vms").join(id).join("frozen"), "")?;
+    let before = Instant::now();
+    host.start_again()?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(30)).await?;
+    snapshot(&cluster, id, "clean").await?;
+    assert_eq!(guest(&cluster, "clean").await?, v1::SnapshotGuest::Frozen);
+
+    cluster.api.stop(id).await?;
+    cluster.api.wait_phase(id, VmPhase::Stopped, secs(30)).await?;
+    snapshot(&cluster, id, "off").await?;
+    assert_eq!(guest(&cluster, "off").await?, v1::SnapshotGuest::Off);
+    cluster.finish().await
+}
+
 /// A small file system of its own.
 struct SmallPool {
     dir: tempfile::TempDir,

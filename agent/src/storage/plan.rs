@@ -582,7 +582,7 @@ mod tests {
         desired
     }
 
-    /// D2, D3
+    /// D2
     #[test]
     fn what_comes_later_has_a_file_of_its_own_and_what_is_detached_none_in_the_machine() {
         let id = Some(Uuid::from_u128(5));
@@ -606,7 +606,11 @@ mod tests {
         // The file of one is not that of another with its name.
         let old = removal(vm(), &disk("data", "b", None), &later(DiskState::Deleting), &pools()).unwrap();
         assert!(!old.files.iter().any(|f| f.ends_with(file)) && old.files.iter().any(|f| f.ends_with("data.0.qcow2")));
+    }
 
+    /// D3
+    #[test]
+    fn writeback_is_refused_where_other_hosts_have_the_pool_too() {
         let cached = |cache| wanted(vec![Disk { cache, ..disk("root", "a", None) }], vec![]);
         let mut shared = pools();
         shared.get_mut("a").unwrap().kind = Kind::Shared;

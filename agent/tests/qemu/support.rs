@@ -20,6 +20,7 @@ use uncloud_agent::{
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
     storage::place::Place,
+    vm::desired::DiskCache,
 };
 use uncloud_proto::{
     clock::{Clock, Tick},

@@ -264,6 +264,9 @@ mod tests {
                 pool: "default".into(),
                 size_bytes: 1 << 30,
                 image: "uuid-of-debian".into(),
+                bus: v1::DiskBus::Virtio.into(),
+                cache: v1::DiskCache::None.into(),
+                ..Default::default()
             }],
             restart: v1::RestartPolicy::OnFailure.into(),
             failover: v1::FailoverPolicy::Fast.into(),

@@ -388,6 +388,7 @@ cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
                 ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
                 ..Default::default()
             }),
+            disk_hotplug: v1::DiskHotplug::Unspecified.into(),
         };
         let expected = v1::CreateVmRequest {
             request_id: String::new(),

@@ -273,7 +273,11 @@ static int open_agent_port(void) {
   return -1;
 }
 
+// The agent hears and says nothing.
+static int deaf;
+
 static void asked(int port, const char *line) {
+  if (deaf) return;
   char answer[600];
   const char *id = strstr(line, "\"id\":");
   if (strstr(line, "guest-sync-delimited") && id)
@@ -405,6 +409,8 @@ static void typed(const char *line) {
   unsigned from, to;
   if (sscanf(line, "fill %u %u", &from, &to) == 2) fill(from, to);
   if (strcmp(line, "size") == 0) say_size();
+  if (strcmp(line, "deaf") == 0) deaf = 1;
+  if (strcmp(line, "hear") == 0) deaf = 0;
   if (strcmp(line, "scsi") == 0) {
     load_modules(SCSI_MODULES, sizeof SCSI_MODULES / sizeof *SCSI_MODULES);
     say("SCSI loaded");

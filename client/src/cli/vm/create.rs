@@ -396,7 +396,7 @@ mod tests {
     fn flags_become_a_request() {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
-             --disk size=1G,name=data --nic user --nic bridge=br0 --restart always --failover recreate --priority 5 --host-label rack=1 \
+             --disk size=1G,name=data,bus=scsi,cache=writethrough --nic user --nic bridge=br0 --restart always --failover recreate --priority 5 --host-label rack=1 \
              --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1 \
              --cpu x86-64-v3 --firmware uefi --hostname w",
         )
@@ -408,7 +408,13 @@ mod tests {
             kernel: Some(v1::KernelBoot { image: "k".into(), command_line: "quiet".into() }),
             disks: vec![
                 v1::Disk { image: "deb".into(), size_bytes: 10 << 30, pool: "fast".into(), ..Default::default() },
-                v1::Disk { name: "data".into(), size_bytes: 1 << 30, ..Default::default() },
+                v1::Disk {
+                    name: "data".into(),
+                    size_bytes: 1 << 30,
+                    bus: v1::DiskBus::Scsi.into(),
+                    cache: v1::DiskCache::Writethrough.into(),
+                    ..Default::default()
+                },
             ],
             nics: vec![
                 v1::Nic { r#type: v1::NicType::User.into(), ..Default::default() },
@@ -426,6 +432,7 @@ mod tests {
             cpu: v1::CpuModel::X8664V3.into(),
             firmware: v1::Firmware::Uefi.into(),
             cloud_init: Some(v1::CloudInit { hostname: "w".into(), ..Default::default() }),
+            disk_hotplug: v1::DiskHotplug::Unspecified.into(),
         };
         let expected = v1::CreateVmRequest {
             request_id: "r1".into(),

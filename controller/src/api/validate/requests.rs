@@ -563,4 +563,30 @@ mod tests {
         let long = v1::CloneVmRequest { request_id: "x".repeat(129), ..Default::default() };
         assert_eq!(fields(clone_vm(long)), ["request_id", "vm", "name"]);
     }
+
+    #[test]
+    fn a_disk_to_attach_is_a_new_one_or_has_a_name() {
+        let attach = |disk: v1::Disk| {
+            let request = v1::AttachDiskRequest { vm: "web".into(), owner: String::new(), disk: Some(disk) };
+            attach_disk(request, Uuid::from_u128(1))
+        };
+        let disk = |change: fn(&mut v1::Disk)| {
+            let mut disk = v1::Disk { size_bytes: 512, ..Default::default() };
+            change(&mut disk);
+            attach(disk)
+        };
+        let (_, new) = disk(|d| d.bus = v1::DiskBus::Sata.into()).unwrap();
+        assert_eq!((new.size_bytes, new.name, new.bus, new.cache), (512, None, Some(DiskBus::Sata), None));
+        let (_, again) = attach(v1::Disk { name: "data".into(), ..Default::default() }).unwrap();
+        assert_eq!((again.size_bytes, again.name.as_deref()), (0, Some("data")));
+        assert_eq!(fields(attach_disk(v1::AttachDiskRequest::default(), Uuid::nil())), ["vm", "disk"]);
+        assert_eq!(fields(attach(v1::Disk::default())), ["disk.size_bytes"]);
+        assert_eq!(fields(disk(|d| d.size_bytes = 511)), ["disk.size_bytes"]);
+        assert_eq!(fields(disk(|d| d.name = "../x".into())), ["disk.name"]);
+        assert_eq!(fields(disk(|d| d.pool = "../x".into())), ["disk.pool"]);
+        assert_eq!(fields(disk(|d| d.image = "debian".into())), ["disk.image"]);
+        assert_eq!(fields(disk(|d| (d.bus, d.cache) = (9, -1))), ["disk.bus", "disk.cache"]);
+        assert_eq!(fields(disk(|d| (d.state, d.unit, d.order) = (1, 1, 1))), ["disk.state", "disk.unit", "disk.order"]);
+        assert_eq!(fields(detach_disk(v1::DetachDiskRequest::default())), ["vm", "disk"]);
+    }
 }

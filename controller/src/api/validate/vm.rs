@@ -716,7 +716,7 @@ mod tests {
             spec.memory_mib = memory_mib >> 40;
             spec.machine = machine;
             spec.restart = restart % 5;
-            spec.disks = vec![v1::Disk { name: disk, pool: String::new(), size_bytes: size & !511, image: image.clone() }];
+            spec.disks = vec![v1::Disk { name: disk, pool: String::new(), size_bytes: size & !511, image: image.clone(), ..Default::default() }];
             spec.kernel = (size % 2 == 0).then_some(v1::KernelBoot { image, command_line: line });
             if let Ok(vm) = check(request) {
                 prop_assert!(uncloud_proto::names::check(&vm.name).is_ok());
