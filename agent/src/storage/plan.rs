@@ -589,7 +589,7 @@ mod tests {
         let data = |state| Disk { id, state, ..disk("data", "b", None) };
         let later = |state| wanted(vec![disk("root", "a", None), data(state)], vec![]);
         let made = |state| plan(vm(), &later(state), &pools()).unwrap().disks;
-        let file = "data.00000000-0000-0000-0000-000000000005.0.qcow2";
+        let file = "data.00000000-0000-0000-0000-000000000005.1.qcow2";
         assert!(made(DiskState::Attaching)[1].path.ends_with(file));
         for (state, expected) in
             [(DiskState::Attaching, DisksExpected::New), (DiskState::Returning, DisksExpected::Exist)]
@@ -605,7 +605,7 @@ mod tests {
         }
         // The file of one is not that of another with its name.
         let old = removal(vm(), &disk("data", "b", None), &later(DiskState::Deleting), &pools()).unwrap();
-        assert!(!old.files.iter().any(|f| f.ends_with(file)) && old.files.iter().any(|f| f.ends_with("data.0.qcow2")));
+        assert!(!old.files.iter().any(|f| f.ends_with(file)) && old.files.iter().any(|f| f.ends_with("data.1.qcow2")));
     }
 
     /// D3
