@@ -21,7 +21,7 @@ use std::{
 
 use uncloud_proto::ids::HostId;
 
-use super::kind::{Kind, Signature};
+use super::kind::{Kind, Signature, Size};
 
 /// Where a host is, in the order of the scores of hosts of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,8 +59,15 @@ pub(super) struct Index {
 pub(super) struct Slot {
     pub(super) signature: Signature,
     /// The best host of the class. `None`: it has none that takes VMs.
-    pub(super) first: Option<Rank>,
+    pub(super) first: Option<First>,
     class: Option<Arc<Class>>,
+}
+
+/// All that its score is made of, so that the class itself is not touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct First {
+    pub(super) rank: Rank,
+    pub(super) size: Size,
 }
 
 #[derive(Clone, Debug)]
@@ -139,7 +146,8 @@ impl Index {
         {
             let class = Arc::make_mut(class);
             change(class);
-            slot.first = class.buckets.iter().map(|b| b.first).min();
+            let size = class.kind.size();
+            slot.first = class.buckets.iter().map(|b| b.first).min().map(|rank| First { rank, size });
         }
     }
 
@@ -156,7 +164,7 @@ impl Index {
             let slot = &self.slots[n];
             let class = slot.class.as_ref().expect("what is found by its kind is there");
             assert_eq!((&class.kind, slot.signature), (kind, kind.signature()));
-            assert_eq!(slot.first, class.buckets.iter().filter_map(|b| b.hosts.first().copied()).min());
+            assert_eq!(slot.first.map(|f| f.rank), class.buckets.iter().filter_map(|b| b.hosts.first().copied()).min());
             assert!(class.buckets.iter().all(|b| b.hosts.first() == Some(&b.first)));
             assert!(class.buckets.is_sorted_by(|a, b| a.vcpus < b.vcpus));
             let hosts = class.buckets.iter().flat_map(|b| b.hosts.iter().map(|&rank| (b.vcpus, rank)));

@@ -33,6 +33,14 @@ pub(super) struct Kind {
     pools: Vec<PoolKind>,
 }
 
+/// What the scores of its hosts depend on, besides what is promised on them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Size {
+    /// MiB for VMs.
+    pub(super) memory_mib: u64,
+    pub(super) accelerator: AcceleratorKind,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Migrations {
     /// It has an address for them.
@@ -87,9 +95,15 @@ impl Kind {
         }
     }
 
-    /// Whether hosts of this kind can take the VM as far as that is a matter of their kind.
+    pub(super) const fn size(&self) -> Size {
+        Size { memory_mib: self.memory_mib, accelerator: self.accelerator }
+    }
+
+    /// Whether hosts of this kind can take the VM as far as that is a matter of their kind. Its signature has all that is asked for.
     pub(super) fn admits(&self, request: &Request) -> bool {
-        self.check_arrival(request).is_ok() && self.check_fit(request).is_ok()
+        // The signature knows of each level, and no two share a bit.
+        let cpu = request.cpu.level().is_some() || self.check_cpu(request).is_ok();
+        cpu && self.check_arrival(request).is_ok() && self.check_equipment(request).is_ok()
     }
 
     /// Whether a VM that comes like this can come at all.
@@ -107,6 +121,10 @@ impl Kind {
     /// Whether it has what the VM asks for.
     pub(super) fn check_fit(&self, request: &Request) -> Result<(), Rejection> {
         self.check_cpu(request)?;
+        self.check_equipment(request)
+    }
+
+    fn check_equipment(&self, request: &Request) -> Result<(), Rejection> {
         for (key, value) in &request.host_labels {
             if self.labels.get(key) != Some(value) {
                 return Err(Rejection::Label { key: key.clone(), value: value.clone() });

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use uncloud_proto::ids::HostId;
 
-use super::{HostView, Request, index::Rank, kind::Kind};
+use super::{HostView, Request, index::Rank, kind::Size};
 use crate::model::host::AcceleratorKind;
 
 /// How a host compares. Lower is better; fields are compared from the top, so their order is the policy.
@@ -94,12 +94,12 @@ impl Score {
         self.preference == Preference::Preferred
     }
 
-    /// Of a host of this kind on which the VM holds nothing yet, and which is not preferred.
-    pub(super) fn of_rank(kind: &Kind, rank: Rank, request: &Request) -> Self {
+    /// Of a host of this size on which the VM holds nothing yet, and which is not preferred.
+    pub(super) fn of_rank(size: Size, rank: Rank, request: &Request) -> Self {
         Self {
             preference: Preference::Indifferent,
-            speed: speed(kind.accelerator),
-            memory_share: share(rank.memory_mib, request.memory_mib, kind.memory_mib),
+            speed: speed(size.accelerator),
+            memory_share: share(rank.memory_mib, request.memory_mib, size.memory_mib),
             vms: usize::try_from(rank.vms).unwrap_or(usize::MAX),
             host: rank.host,
         }

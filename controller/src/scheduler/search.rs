@@ -58,18 +58,33 @@ impl Search<'_> {
 
     fn ask_classes(&mut self) {
         let asked = Signature::asked_for(self.request);
-        // First the best. A host that is preferred and can take it is that already.
+        // A host that is preferred and can take it is the best already.
         if self.best.is_none_or(|best| !best.is_preferred()) {
-            for slot in self.view.index().slots() {
-                let (Some(first), true) = (slot.first, slot.signature.has_all(asked)) else { continue };
-                let Some(class) = slot.class() else { continue };
-                let bound = Score::of_rank(&class.kind, first, self.request);
-                if self.best.is_none_or(|best| bound < best) && class.kind.admits(self.request) {
-                    self.ask_class(class);
-                }
+            self.ask_for_best(asked);
+        }
+        // It is said when a host is the only one.
+        self.ask_for_second(asked);
+    }
+
+    fn ask_for_best(&mut self, asked: Signature) {
+        let (view, request) = (self.view, self.request);
+        let bounds = || {
+            let slots = view.index().slots().filter(|slot| slot.signature.has_all(asked));
+            slots.filter_map(|slot| Some((Score::of_rank(slot.first?.size, slot.first?.rank, request), slot.class()?)))
+        };
+        // No host has a better score than the best of those that come first in their classes. Mostly it can take the VM.
+        let Some((least, first)) = bounds().min_by_key(|(bound, _)| *bound) else { return };
+        for (bound, class) in std::iter::once((least, first)).chain(bounds()) {
+            if self.best.is_some_and(|best| best <= least) {
+                return;
+            }
+            if self.best.is_none_or(|best| bound < best) && class.kind.admits(request) {
+                self.ask_class(class);
             }
         }
-        // Then whether there is any other: it is said that a host is the only one.
+    }
+
+    fn ask_for_second(&mut self, asked: Signature) {
         let Some(best) = self.best else { return };
         for slot in self.view.index().slots() {
             if self.second.is_some() {
@@ -106,7 +121,7 @@ impl Search<'_> {
     fn ask_bucket(&mut self, class: &Class, bucket: &Bucket) {
         // The first needs no look into the set.
         for rank in std::iter::once(&bucket.first).chain(bucket.hosts.iter().skip(1)) {
-            let score = Score::of_rank(&class.kind, *rank, self.request);
+            let score = Score::of_rank(class.kind.size(), *rank, self.request);
             if self.best.is_some_and(|best| best <= score) {
                 return;
             }
@@ -123,11 +138,12 @@ impl Search<'_> {
 
     /// Of a host whose kind admits the VM.
     fn can_take(&self, host: HostId) -> bool {
-        self.view.host(host).is_some_and(|found| {
-            filter::check_this_host(host, found, self.request, self.limits)
-                .and_then(|()| filter::check_now(self.view, host, found, self.request, self.limits))
-                .is_ok()
-        })
+        !self.limits.silent.contains(&host)
+            && self.view.host(host).is_some_and(|found| {
+                filter::check_this_host(host, found, self.request, self.limits)
+                    .and_then(|()| filter::check_now(self.view, host, found, self.request, self.limits))
+                    .is_ok()
+            })
     }
 
     fn found(&mut self, score: Score) {
