@@ -22,6 +22,7 @@ mod draft;
 mod drain;
 mod effective;
 pub mod exports;
+mod host_index;
 mod hosts;
 mod images;
 mod migration;
@@ -50,6 +51,8 @@ use crate::{
     model::{ClusterRecord, Desired, HostRecord, ImageRecord, Key, RequestRecord, VmRecord, VmStatusRecord},
     scheduler::{ClusterView, Resources},
 };
+
+use host_index::HostIndex;
 
 pub use attach::{MAX_DISKS, MAX_SATA_DISKS};
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
@@ -82,6 +85,7 @@ pub struct State {
     macs: BTreeMap<String, VmId>,
     hosts: BTreeMap<HostId, HostEntry>,
     host_names: BTreeMap<String, BTreeSet<HostId>>,
+    host_index: HostIndex,
     /// VMs whose placement names a host that is not there.
     orphans: BTreeMap<HostId, BTreeSet<VmId>>,
     images: BTreeMap<ImageId, ImageEntry>,

@@ -99,7 +99,13 @@ pub fn request(vm: &VmRecord) -> Request {
         prefer: None,
         cpu: next.cpu,
         arrival: Arrival::Start,
+        holds: holds(vm),
     }
+}
+
+/// The hosts on which it may be promised something (`absorb.rs`).
+fn holds(vm: &VmRecord) -> Vec<HostId> {
+    vm.placement.host.into_iter().chain(vm.migration.as_ref().map(|m| m.target)).collect()
 }
 
 /// The pools of its disks, and how much of each is for disks that are not there yet.
@@ -399,6 +405,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         // No guest is started. What every host has.
         cpu: CpuModel::V2,
         arrival: Arrival::Removal,
+        holds: holds(vm),
     }
 }
 

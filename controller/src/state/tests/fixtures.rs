@@ -256,6 +256,7 @@ impl World {
         }
         rebuilt.advance(self.state.revision());
         assert_same(&self.state, &rebuilt);
+        assert!(self.state.host_index_is_right());
 
         // R1
         for (id, entry) in self.state.vms().filter(|(_, e)| e.record.revert.is_some()) {

@@ -5,7 +5,7 @@
 //! `guests/micro`, the programs are those that were built beside this one.
 //!
 //! ```text
-//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations)
+//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations, placement)
 //! uncloud-bench idle-client HOST:PORT     (what agent_memory is compared with; started by the above)
 //! ```
 
@@ -13,6 +13,7 @@ mod creates;
 mod failover;
 mod guests;
 mod migrations;
+mod placement;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -58,12 +59,14 @@ async fn main() -> anyhow::Result<()> {
             all.extend(guests::measure().await?);
             all.extend(failover::measure().await?);
             all.extend(migrations::measure().await?);
+            all.extend(placement::measure()?);
         }
         Some("creates") => all = creates::measure().await?,
         Some("guests") => all = guests::measure().await?,
         Some("failover") => all = failover::measure().await?,
         Some("migrations") => all = migrations::measure().await?,
-        Some(other) => bail!("`{other}` is no part; there are creates, guests, failover and migrations"),
+        Some("placement") => all = placement::measure()?,
+        Some(other) => bail!("`{other}` is no part; there are creates, guests, failover, migrations and placement"),
     }
     print_table(&all);
     if let Some(out) = out {
