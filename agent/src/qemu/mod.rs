@@ -11,6 +11,7 @@ mod files;
 mod guest_agent;
 mod instance;
 pub mod migration;
+mod mirror;
 mod pidfd;
 pub mod process;
 pub mod qmp;
