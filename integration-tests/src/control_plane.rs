@@ -7,7 +7,7 @@ use crate::{
     controller::Controller,
     etcd::{Member, TestEtcd},
     logs,
-    process::free_port,
+    ports::free_port,
     proxy::Proxy,
     wait_for,
 };

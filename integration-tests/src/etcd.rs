@@ -10,7 +10,8 @@ use etcd_client::{Client, ConnectOptions};
 
 use crate::{
     logs,
-    process::{Process, Signal, Spec, free_port},
+    ports::free_port,
+    process::{Process, Signal, Spec},
     wait_for,
 };
 

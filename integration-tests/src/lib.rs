@@ -23,6 +23,7 @@ pub mod migration;
 pub mod netns;
 pub mod netsim;
 pub mod paths;
+pub mod ports;
 pub mod proc_table;
 pub mod process;
 pub mod proxy;

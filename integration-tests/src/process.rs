@@ -215,12 +215,3 @@ pub fn signal_pid(pid: u32, signal: Signal) -> anyhow::Result<()> {
 fn to_pid(pid: u32) -> anyhow::Result<Pid> {
     i32::try_from(pid).ok().and_then(Pid::from_raw).context("not a process id")
 }
-
-/// A TCP port that nobody uses just now.
-///
-/// # Errors
-///
-/// The kernel has none.
-pub fn free_port() -> anyhow::Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
-}

@@ -193,7 +193,7 @@ async fn a_second_controller_serves_and_takes_over_when_the_first_is_gone() -> a
     let etcd = cluster.etcd.as_ref().context("an etcd")?.endpoint().to_owned();
     let dir = cluster.path().join("second");
     std::fs::create_dir(&dir)?;
-    let listen = format!("127.0.0.1:{}", harness::process::free_port()?);
+    let listen = format!("127.0.0.1:{}", harness::ports::free_port()?);
     let mut second = harness::controller::Controller::spawn(&dir, &listen, vec!["--etcd".into(), etcd.into()])?;
 
     // It does not lead, and serves all the same: what the leader must do it passes on.
@@ -252,7 +252,7 @@ async fn a_leader_that_wakes_up_too_late_writes_nothing() -> anyhow::Result<()> 
     let (endpoint, mut store) = (etcd.endpoint().to_owned(), etcd.client().await?);
     let dir = cluster.path().join("second");
     std::fs::create_dir(&dir)?;
-    let listen = format!("127.0.0.1:{}", harness::process::free_port()?);
+    let listen = format!("127.0.0.1:{}", harness::ports::free_port()?);
     let mut second = harness::controller::Controller::spawn(&dir, &listen, vec!["--etcd".into(), endpoint.into()])?;
     let stopped = |name: &str| {
         let mut request =

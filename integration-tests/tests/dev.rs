@@ -31,7 +31,7 @@ fn directory() -> anyhow::Result<tempfile::TempDir> {
 async fn a_cluster_comes_up_runs_a_vm_and_leaves_no_process_behind_on_ctrl_c() -> anyhow::Result<()> {
     let _slot = slots::Slot::take(slots::Share::One).await?;
     let dir = directory()?;
-    let listen = format!("127.0.0.1:{}", process::free_port()?);
+    let listen = format!("127.0.0.1:{}", harness::ports::free_port()?);
     let mut dev = tokio::process::Command::new(paths::binary("uncloud")?)
         .args(["dev", "--hosts", "2", "--memory-mib", "512", "--listen", &listen, "--dir"])
         .arg(dir.path().join("dev"))

@@ -19,6 +19,7 @@ use uncloud_proto::{
 
 use super::{Leader, LeaderToken, Mirror, Validity};
 use crate::{
+    metrics::Transaction,
     model::{Key, Record},
     report,
     state::{
@@ -105,6 +106,12 @@ struct Transactions {
 }
 
 impl Writer {
+    /// How many commands wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     /// Waits until everything that etcd may have stored so far is in the mirror. Until then somebody who follows etcd may have
     /// seen more than this leader (C2). Cancel safe.
     ///
@@ -242,7 +249,10 @@ impl Work {
         let mut next = Some(first);
         while let Some(job) = next.take() {
             match self.state.decide(&job.command, &cx) {
-                Err(refusal) => batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) }),
+                Err(refusal) => {
+                    self.leader.settings.metrics.refused();
+                    batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
+                }
                 Ok(decision) => {
                     let added = decision.change.mutations.len();
                     let bytes: usize = decision.change.mutations.iter().map(size).sum();
@@ -289,7 +299,15 @@ impl Work {
             transactions.send_modify(|t| t.sent += 1);
             // The working state has the batch, at the revision that it is based on.
             let based_on = self.state.revision();
-            let revision = match self.store.commit(&self.token, &mutations, &self.leases, based_on).await {
+            let (metrics, began) = (self.leader.settings.metrics.clone(), self.clock.now());
+            let stored = self.store.commit(&self.token, &mutations, &self.leases, based_on).await;
+            let end = match &stored {
+                Ok(_) => Transaction::Stored,
+                Err(CommitError::Full) => Transaction::Full,
+                Err(CommitError::Deposed | CommitError::Unknown(_)) => Transaction::Lost,
+            };
+            metrics.transaction(end, waiting.len(), &mutations, self.clock.now().since(began));
+            let revision = match stored {
                 Ok(revision) => revision,
                 Err(CommitError::Full) => {
                     error!(

@@ -189,6 +189,7 @@ pub(crate) fn settings() -> Settings {
         disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: vec!["127.0.0.1:1".into()],
+        metrics: Default::default(),
     }
 }
 
