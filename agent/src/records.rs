@@ -57,6 +57,10 @@ pub struct Record {
     /// its guest goes on. Written before QEMU is told anything of it.
     #[serde(default)]
     pub moving: Option<Incarnation>,
+    /// The migration of which its memory is or was sent. If its disks are copied, they were the same on both sides before that.
+    /// Written before QEMU is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sending: Option<Incarnation>,
     /// The QEMU that executes has been told to let its guest stand still, and it is not known yet that it goes on again.
     #[serde(default)]
     pub stands_still: bool,
@@ -149,6 +153,7 @@ impl Record {
             settled_at: WallTime::default(),
             last_exit: None,
             moving: None,
+            sending: None,
             stands_still: false,
         }
     }

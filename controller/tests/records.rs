@@ -102,6 +102,8 @@ fn vm() -> VmRecord {
             bytes_per_second: 100 << 20,
             arrival: Arrival::Listening,
             address: "10.0.0.2:49152".into(),
+            disk_generation: Some(2),
+            disks_address: "10.0.0.2:49153".into(),
             handed_over: Some(AT),
             extra: Extra::new(),
         }),
@@ -120,6 +122,8 @@ fn vm() -> VmRecord {
         disks_exist: true,
         disk_home: Some(DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() }),
         disk_generation: 1,
+        disks_reserved: 2,
+        disks_copied_from: Some(0),
         clone_of: None,
         snapshots: Vec::new(),
         revert: None,
@@ -176,6 +180,8 @@ fn small_vm() -> VmRecord {
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        disks_reserved: 0,
+        disks_copied_from: None,
         ..vm()
     }
 }

@@ -94,14 +94,16 @@ async fn a_vm_moves_to_and_fro_while_it_counts() -> anyhow::Result<()> {
 async fn what_cannot_migrate_is_refused_with_a_reason() -> anyhow::Result<()> {
     let mut cluster = Options::hosts(2).start().await?;
     let vm = cluster.run(specs::micro("picky")).await?;
+    // Its disk would be copied without the snapshot.
     let local = specs::with(specs::micro("local"), |s| s.disks[0].pool = specs::LOCAL.into());
     let local = cluster.run(local).await?;
+    cluster.cli(&["vm", "snapshot", "create", "local", "before"]).await?.success()?;
     cluster.add_host(&HostOptions { memory_mib: 8, ..HostOptions::default() }).await?;
     let cases = [
         (to(&vm, host_of(&vm)), Code::FailedPrecondition, "has the VM already"),
         (to(&vm, "host-3"), Code::FailedPrecondition, "lacks 16 MiB of memory"),
         (to(&vm, "nowhere"), Code::NotFound, "nowhere"),
-        (to(&local, ""), Code::FailedPrecondition, "pools that both hosts share"),
+        (to(&local, ""), Code::FailedPrecondition, "has snapshots"),
         (v1::MigrateVmRequest { bytes_per_second: 5, ..to(&vm, "") }, Code::InvalidArgument, "bytes_per_second"),
     ];
     for (request, code, words) in cases {

@@ -15,13 +15,14 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
+    mirror,
     process::{Instance, VmUser},
     qmp,
 };
-use crate::vm::migration::{Guest, MigrateTo, Progress, Standing, Step, Transfer};
+use crate::vm::migration::{Guest, MigrateTo, Mirror, Progress, Standing, Step, Transfer};
 
 /// Name of the key's object in QEMU, and of its directory in the VM's.
-const CREDENTIALS: &str = "migration";
+pub(super) const CREDENTIALS: &str = "migration";
 /// Who the source says that it is. The key is what counts.
 const USER: &str = "uncloud";
 /// A group for the key exchange (RFC 7919, ffdhe2048). Without it the target's QEMU makes one of its own each time, which takes
@@ -65,6 +66,12 @@ pub enum Error {
     /// This host takes nobody.
     #[error("this host's agent has no --migration-address")]
     NoAddress,
+    /// There is no port for the disks.
+    #[error("no port of --migration-ports is free to take the disks on")]
+    NoPort,
+    /// A disk is not the same on both sides.
+    #[error("copying its disks failed: {0}")]
+    NotCopied(String),
 }
 
 /// Has QEMU take a step. A step that it has taken before does no harm.
@@ -80,22 +87,36 @@ pub async fn step(
     step: &Step,
 ) -> Result<(), Error> {
     match step {
-        Step::Listen { secret } => {
+        Step::Listen { secret, disks } => {
             let listen = listen.ok_or(Error::NoAddress)?;
             capabilities(instance).await?;
             credentials(instance, vm_dir, user, secret, "server").await?;
             instance.execute("migrate-set-parameters", Some(json!({ "tls-creds": CREDENTIALS }))).await?;
+            // First, so that who sees where memory is taken sees where disks are.
+            mirror::serve(instance, listen, *disks).await?;
             instance.execute("migrate-incoming", Some(json!({ "uri": listen.uri() }))).await?;
         }
-        Step::Send(to) => send(instance, vm_dir, user, to).await?,
+        Step::Send(to) => {
+            credentials(instance, vm_dir, user, &to.secret, "client").await?;
+            match to.disks {
+                Some(disks) => mirror::begin(instance, disks, to.bytes_per_second).await?,
+                None => send(instance, to).await?,
+            }
+        }
+        Step::SendMemory(to) => send(instance, to).await?,
         Step::Continue => {
+            mirror::finish(instance).await?;
             instance.execute("migrate-continue", Some(json!({ "state": "pre-switchover" }))).await?;
         }
-        Step::Cancel => cancel(instance).await?,
+        Step::Cancel => {
+            cancel(instance).await?;
+            mirror::cancel(instance).await?;
+        }
         Step::Pause => {
             instance.execute("stop", None).await?;
         }
         Step::Resume => {
+            mirror::close(instance).await?;
             instance.cont().await?;
             // Nobody needs it any more. What is left is overwritten by the next, and goes with the VM's directory.
             let _ = fs::remove_dir_all(vm_dir.join(CREDENTIALS));
@@ -104,9 +125,8 @@ pub async fn step(
     Ok(())
 }
 
-async fn send(instance: &Instance, vm_dir: &Path, user: Option<VmUser>, to: &MigrateTo) -> Result<(), Error> {
+async fn send(instance: &Instance, to: &MigrateTo) -> Result<(), Error> {
     capabilities(instance).await?;
-    credentials(instance, vm_dir, user, &to.secret, "client").await?;
     let bandwidth = if to.bytes_per_second == 0 { NO_LIMIT } else { to.bytes_per_second };
     let parameters = json!({ "tls-creds": CREDENTIALS, "max-bandwidth": bandwidth });
     instance.execute("migrate-set-parameters", Some(parameters)).await?;
@@ -192,7 +212,10 @@ pub async fn standing(instance: &Instance) -> Result<Standing, qmp::Error> {
     let migration = instance.execute("query-migrate", None).await?;
     // Second, so that a guest that stands still because all was sent is never taken for one that still executes.
     let status = instance.execute("query-status", None).await?;
-    Ok(parse(&migration, &status))
+    let mut standing = parse(&migration, &status);
+    (standing.mirror, standing.disks_address) =
+        mirror::standing(instance, &mut standing.progress, standing.address).await?;
+    Ok(standing)
 }
 
 fn parse(migration: &Value, status: &Value) -> Standing {
@@ -227,6 +250,8 @@ fn parse(migration: &Value, status: &Value) -> Standing {
         guest,
         transfer,
         address: listens(&migration["socket-address"]),
+        disks_address: None,
+        mirror: Mirror::None,
         progress: Progress {
             transferred_bytes: number(&ram["transferred"]),
             remaining_bytes: number(&ram["remaining"]),

@@ -12,6 +12,7 @@ mod guest_agent;
 pub mod hotplug;
 mod instance;
 pub mod migration;
+mod mirror;
 mod pidfd;
 pub mod process;
 pub mod qmp;

@@ -114,6 +114,8 @@ impl Entry {
                 bytes_per_second: m.progress.bytes_per_second,
                 expected_downtime_ms: m.progress.expected_downtime_ms,
                 failure: m.failure.clone(),
+                disks_address: m.disks_address.map(|a| a.to_string()).unwrap_or_default(),
+                disks_sent: m.disks == crate::vm::state::DisksSent::All,
             }),
             paused: r.paused,
         }

@@ -31,6 +31,7 @@ mod snapshots;
 pub mod source;
 #[cfg(test)]
 mod tests;
+mod void;
 pub(crate) mod writing;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
@@ -437,12 +438,16 @@ impl Storage {
         }
     }
 
-    /// Deletes the files of this VM's disks, and nothing else. Idempotent.
+    /// Deletes the files of this VM's disks, and nothing else; of one that is to be forgotten only those that are void (M7). Idempotent.
     ///
     /// # Errors
     ///
     /// A pool cannot be used, so that nobody can say what is in it; or a file cannot be removed.
     pub async fn delete(&self, vm: VmId, desired: &Desired) -> Result<(), Error> {
+        if desired.disposition == Disposition::Forget {
+            let Some(void) = desired.void else { return Ok(()) };
+            return void::remove(vm, void, self.pools.values().cloned().collect()).await;
+        }
         let removals = plan::removals(vm, desired, &self.pools)?;
         self.check_pools(removals.iter().map(|r| r.pool.clone()).collect()).await?;
         let exported = plan::exported_nodes(vm, desired, &self.pools);

@@ -209,7 +209,7 @@ impl Plan {
 }
 
 /// The directory of a VM's disks in a pool.
-fn disks_dir(pool: &Path, vm: VmId) -> PathBuf {
+pub(super) fn disks_dir(pool: &Path, vm: VmId) -> PathBuf {
     pool.join("disks").join(vm.to_string())
 }
 

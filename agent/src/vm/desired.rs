@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{
     disks::{CloneFrom, Orders, Revert, SnapshotOrder, Wanted},
-    migration::MigrateTo,
+    migration::{DisksTo, MigrateTo},
 };
 use crate::lease::LeaseClass;
 
@@ -59,6 +59,9 @@ pub struct Desired {
     /// For Run: where to send it.
     #[serde(default)]
     pub migrate_to: Option<MigrateTo>,
+    /// For Forget: generations of its disks that are void here. They are removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub void: Option<VoidDisks>,
     /// For Incoming: what the source knows, too.
     #[serde(default)]
     pub migration_secret: String,
@@ -123,6 +126,23 @@ pub enum StopMode {
     Graceful,
     /// It is killed at once.
     Kill,
+}
+
+/// Generations of a VM's disks that are void on a host (docs/fencing.md, M7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VoidDisks {
+    /// From this one on, and before `current`, each was copied into the next.
+    pub copied_from: u32,
+    /// That of the VM's disks, which are on another host. Larger ones are copies that were given up.
+    pub current: u32,
+}
+
+impl VoidDisks {
+    /// Whether disks of this generation are void. Those of the VM's own generation never are.
+    #[must_use]
+    pub const fn has(self, generation: u32) -> bool {
+        generation > self.current || (self.copied_from <= generation && generation < self.current)
+    }
 }
 
 /// Whether a VM's disks have been made before.
@@ -522,6 +542,16 @@ impl Desired {
         self.spec.as_ref().map_or(LeaseClass::Fast, |s| s.class.lease())
     }
 
+    /// How many disks are copied here before the guest comes from another host.
+    #[must_use]
+    pub fn disks_to_copy(&self) -> usize {
+        match (self.disposition, self.disks) {
+            (Disposition::Incoming, DisksExpected::New) => self.spec.as_ref().map_or(0, |s| s.disks.len()),
+            (Disposition::Incoming, DisksExpected::Exist)
+            | (Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget, _) => 0,
+        }
+    }
+
     /// Checks a message of the leader.
     ///
     /// # Errors
@@ -551,7 +581,10 @@ impl Desired {
             names::check(&m.name).map_err(|e| unusable("name", e.to_string()))?;
         }
         let migrate_to = match disposition {
-            Disposition::Run => m.migrate_to.as_ref().map(|m| parse_migrate_to(incarnation, m)).transpose()?,
+            Disposition::Run => {
+                let disks = spec.as_ref().map_or(0, |s: &Spec| s.disks.len());
+                m.migrate_to.as_ref().map(|m| parse_migrate_to(incarnation, disks, m)).transpose()?
+            }
             Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming => None,
         };
         let migration_secret = match disposition {
@@ -571,6 +604,11 @@ impl Desired {
             disks: if m.disks_exist { DisksExpected::Exist } else { DisksExpected::New },
             disk_generation: m.disk_generation,
             migrate_to,
+            void: match (disposition, &m.void_disks) {
+                (Disposition::Forget, Some(v)) => Some(VoidDisks { copied_from: v.copied_from, current: v.current }),
+                (Disposition::Forget, None)
+                | (Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Incoming, _) => None,
+            },
             migration_secret,
             pause: if m.paused { Pause::StandStill } else { Pause::GoOn },
             orders: parse_orders(disposition, m)?,
@@ -709,7 +747,7 @@ fn parse_cloud_init(c: &v1::CloudInit) -> Result<CloudInit, Unusable> {
     })
 }
 
-fn parse_migrate_to(own: Incarnation, m: &v1::MigrateTo) -> Result<MigrateTo, Unusable> {
+fn parse_migrate_to(own: Incarnation, count: usize, m: &v1::MigrateTo) -> Result<MigrateTo, Unusable> {
     let address = m
         .address
         .parse()
@@ -719,7 +757,17 @@ fn parse_migrate_to(own: Incarnation, m: &v1::MigrateTo) -> Result<MigrateTo, Un
         return Err(unusable("migrate_to.incarnation", format!("is {incarnation}, not larger than {own}")));
     }
     let secret = secret("migrate_to.secret", &m.secret)?;
-    Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second })
+    let disks = match m.disks_address.as_str() {
+        "" => None,
+        text => {
+            let address = text.parse();
+            let address = address.map_err(|_| {
+                unusable("migrate_to.disks_address", format!("is `{}`, not IP:PORT", text.escape_debug()))
+            })?;
+            Some(DisksTo { address, count })
+        }
+    };
+    Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second, disks })
 }
 
 fn parse_orders(disposition: Disposition, m: &v1::DesiredVm) -> Result<Orders, Unusable> {

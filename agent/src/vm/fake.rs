@@ -14,7 +14,7 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
-use super::migration::{Guest, Progress, Standing, Step, Transfer};
+use super::migration::{Guest, Mirror, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
         Class, CpuModel, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, Pause,
@@ -56,6 +56,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         disks: DisksExpected::New,
         disk_generation: 0,
         migrate_to: None,
+        void: None,
         migration_secret: String::new(),
         pause: Pause::GoOn,
         network_pools: std::collections::BTreeMap::new(),
@@ -67,7 +68,15 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
 /// A guest that is part of no migration.
 fn executes() -> Standing {
     let (guest, transfer) = (Guest::Executes, Transfer::None);
-    Standing { guest, transfer, address: None, progress: Progress::default(), problem: String::new() }
+    Standing {
+        guest,
+        transfer,
+        address: None,
+        disks_address: None,
+        mirror: Mirror::None,
+        progress: Progress::default(),
+        problem: String::new(),
+    }
 }
 
 /// What "executes" on the host. Outlives a [`FakeHypervisor`], as processes outlive an agent.
@@ -211,7 +220,7 @@ impl Hypervisor for FakeHypervisor {
         let standing = inner.standings.entry(instance.vm).or_insert_with(executes);
         match step {
             Step::Listen { .. } => standing.address = Some("127.0.0.1:1".parse().unwrap()),
-            Step::Send(_) => standing.transfer = Transfer::Active,
+            Step::Send(_) | Step::SendMemory(_) => standing.transfer = Transfer::Active,
             Step::Continue => (standing.transfer, standing.guest) = (Transfer::Completed, Guest::Sent),
             Step::Cancel => (standing.transfer, standing.guest) = (Transfer::Cancelled, Guest::Executes),
             Step::Resume => standing.guest = Guest::Executes,

@@ -18,6 +18,32 @@ pub struct MigrateTo {
     /// The most that may be sent. 0: no limit.
     #[serde(default)]
     pub bytes_per_second: u64,
+    /// Where its disks are to be copied to first. `None`: both hosts share them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DisksTo>,
+}
+
+/// Where the disks of a VM are to be copied to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DisksTo {
+    /// Where the target takes them.
+    pub address: SocketAddr,
+    /// How many there are.
+    pub count: usize,
+}
+
+/// How far the copying of a guest's disks is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Mirror {
+    /// None is copied, and nothing is left of a copying.
+    #[default]
+    None,
+    /// They are being copied.
+    Copying,
+    /// This many disks, all that are being copied, are the same on both sides, and every write goes to both.
+    Ready(usize),
+    /// Copying one failed, in QEMU's words.
+    Failed(String),
 }
 
 /// A step of a migration.
@@ -27,10 +53,14 @@ pub enum Step {
     Listen {
         /// 64 hexadecimal digits.
         secret: String,
+        /// How many disks are copied to it before the guest comes.
+        disks: usize,
     },
-    /// The source: send the guest, and stop before the last of it.
+    /// The source: send the guest, and stop before the last of it; or begin to copy its disks, if they are to be copied.
     Send(MigrateTo),
-    /// The source, which stands still before the last of it: send that, too.
+    /// The source, whose disks are the same on both sides: send the guest, and stop before the last of it.
+    SendMemory(MigrateTo),
+    /// The source, which stands still before the last of it: end the copying of its disks, and send that, too.
     Continue,
     /// The source: give it up. The guest goes on here.
     Cancel,
@@ -87,6 +117,10 @@ pub struct Standing {
     pub transfer: Transfer,
     /// Where it listens, if it does.
     pub address: Option<SocketAddr>,
+    /// Where it takes disks, if it does.
+    pub disks_address: Option<SocketAddr>,
+    /// How far the copying of its disks is.
+    pub mirror: Mirror,
     /// How much was sent.
     pub progress: Progress,
     /// What went wrong, in QEMU's words. Empty: nothing.

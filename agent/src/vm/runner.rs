@@ -300,7 +300,13 @@ impl<H: Hypervisor> Runner<H> {
                         events.push(look(instance).await);
                     }
                 }
-                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause => {
+                Effect::Listen
+                | Effect::Send
+                | Effect::SendMemory
+                | Effect::Continue
+                | Effect::Cancel
+                | Effect::Resume
+                | Effect::Pause => {
                     if let Some(instance) = &self.instance {
                         let desired = &self.state.record().desired;
                         events.extend(take_step(&*self.host.hypervisor, self.vm, instance, desired, *effect).await);
@@ -371,7 +377,7 @@ impl<H: Hypervisor> Runner<H> {
                 }
             }
             Effect::Persist | Effect::PowerDown | Effect::Reset | Effect::Quit | Effect::TendDisks | Effect::GoOn => {}
-            Effect::Look | Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel => {}
+            Effect::Look | Effect::Listen | Effect::Send | Effect::SendMemory | Effect::Continue | Effect::Cancel => {}
             Effect::Resume | Effect::Pause => {}
         }
     }
@@ -411,6 +417,7 @@ async fn command(instance: &impl Instance, effect: Effect) {
         | Effect::Look
         | Effect::Listen
         | Effect::Send
+        | Effect::SendMemory
         | Effect::Continue
         | Effect::Cancel
         | Effect::Resume
@@ -447,8 +454,9 @@ async fn take_step<H: Hypervisor>(
     effect: Effect,
 ) -> Option<Event> {
     let step = match effect {
-        Effect::Listen => Step::Listen { secret: desired.migration_secret.clone() },
+        Effect::Listen => Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() },
         Effect::Send => Step::Send(desired.migrate_to.clone()?),
+        Effect::SendMemory => Step::SendMemory(desired.migrate_to.clone()?),
         Effect::Continue => Step::Continue,
         Effect::Cancel => Step::Cancel,
         Effect::Resume => Step::Resume,

@@ -55,11 +55,11 @@ async fn until(instance: &Instance, what: &str, is: impl Fn(&Standing) -> bool) 
 async fn send(source: &Host, running: &Instance) -> (Instant, Host, Instance) {
     let target = target(source);
     let waiting = target.start().await;
-    take(&target, &waiting, Step::Listen { secret: SECRET.into() }).await;
+    take(&target, &waiting, Step::Listen { secret: SECRET.into(), disks: 0 }).await;
     let listens = until(&waiting, "the target to listen", |s| s.address.is_some()).await;
     let (address, secret) = (listens.address.unwrap(), SECRET.into());
     let began = Instant::now();
-    let to = MigrateTo { incarnation: Incarnation(4), address, secret, bytes_per_second: 0 };
+    let to = MigrateTo { incarnation: Incarnation(4), address, secret, bytes_per_second: 0, disks: None };
     take(source, running, Step::Send(to)).await;
     (began, target, waiting)
 }

@@ -32,6 +32,13 @@ pub struct Migration {
     /// Where the target's QEMU listens, IP:PORT. Empty while it does not.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub address: String,
+    /// The generation of the copies of its disks that the target makes. Reserved: no other disks ever get this number. `None`: both
+    /// hosts share the disks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_generation: Option<u32>,
+    /// Where the target takes the disks, IP:PORT. Empty: it does not, or not yet.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub disks_address: String,
     /// When the source said that it has sent everything and stands still, ms since 1970.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handed_over: Option<WallTime>,
@@ -100,5 +107,11 @@ impl VmRecord {
     pub fn next_incarnation(&self) -> Incarnation {
         let migration = self.migration.as_ref().map_or(Incarnation::NONE, |m| m.incarnation);
         self.placement.incarnation.max(self.reserved).max(migration).next()
+    }
+
+    /// The generation that its next disks get: larger than every one that its disks ever had or that was reserved for them.
+    #[must_use]
+    pub fn next_disk_generation(&self) -> u32 {
+        self.disk_generation.max(self.disks_reserved).saturating_add(1)
     }
 }

@@ -68,6 +68,12 @@ pub struct VmRecord {
     /// Part of the disks' file names. Grows when lost disks are given up and made anew.
     #[serde(default)]
     pub disk_generation: u32,
+    /// The newest generation that was reserved for copies of its disks on another host, whatever came of them (M7).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub disks_reserved: u32,
+    /// From this generation on each was copied into the next, by migrations, up to `disk_generation` (M7).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks_copied_from: Option<u32>,
     /// Whose disks its own are copies of. Goes when `disks_exist` comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub clone_of: Option<CloneOf>,

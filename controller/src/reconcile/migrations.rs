@@ -23,6 +23,8 @@ use crate::{
 
 /// How long a target may take until it listens: it may have to fetch a kernel's image first.
 pub const READY_LIMIT: Duration = Duration::from_secs(120);
+/// The same if it has to make disks, too: it may have to fetch their images.
+pub const DISKS_READY_LIMIT: Duration = Duration::from_secs(1800);
 /// How long the guest may stand still on the source, which has sent everything, before the target has it. QEMU needs some
 /// milliseconds.
 pub const HANDED_OVER_LIMIT: Duration = Duration::from_secs(5);
@@ -31,6 +33,8 @@ pub const HANDED_OVER_LIMIT: Duration = Duration::from_secs(5);
 pub const STALLED_LIMIT: Duration = Duration::from_secs(15);
 /// How long a migration may take in all. A guest that writes faster than the network carries never gets there.
 pub const MIGRATION_LIMIT: Duration = Duration::from_secs(3600);
+/// The same if its disks are copied, too.
+pub const DISKS_MIGRATION_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Watches the migrations under way. Lives as long as the term.
 #[derive(Debug, Default)]
@@ -117,18 +121,22 @@ fn why_hopeless(
     if let Some(source) = source.filter(|&source| !is_up(source)) {
         return Some(format!("host `{}` is down", name(source)));
     }
+    let (ready_limit, limit) = match migration.disk_generation {
+        None => (READY_LIMIT, MIGRATION_LIMIT),
+        Some(_) => (DISKS_READY_LIMIT, DISKS_MIGRATION_LIMIT),
+    };
     let in_stage = now.since(seen.stage_since);
     match seen.stage {
         Stage::HandedOver if in_stage > HANDED_OVER_LIMIT => {
             Some(format!("host `{}` has not got the guest in time", name(target)))
         }
-        Stage::Preparing if in_stage > READY_LIMIT => Some(format!("host `{}` was not ready in time", name(target))),
+        Stage::Preparing if in_stage > ready_limit => Some(format!("host `{}` was not ready in time", name(target))),
         Stage::Sending if now.since(seen.sent_since) > STALLED_LIMIT => {
             let secs = STALLED_LIMIT.as_secs();
             Some(format!("nothing has got to host `{}` for {secs} s; do the hosts reach each other?", name(target)))
         }
-        Stage::Preparing | Stage::Sending | Stage::HandedOver if now.since(seen.since) > MIGRATION_LIMIT => {
-            Some(format!("it took longer than {} minutes", MIGRATION_LIMIT.as_secs() / 60))
+        Stage::Preparing | Stage::Sending | Stage::HandedOver if now.since(seen.since) > limit => {
+            Some(format!("it took longer than {} minutes", limit.as_secs() / 60))
         }
         Stage::Preparing | Stage::Sending | Stage::HandedOver => None,
     }

@@ -107,6 +107,8 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        disks_reserved: 0,
+        disks_copied_from: None,
         clone_of: None,
         snapshots: Vec::new(),
         revert: None,

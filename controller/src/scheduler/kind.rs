@@ -186,7 +186,14 @@ impl Kind {
                 Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
             }
             match &request.home {
-                Home::Anywhere | Home::OnlyHost(_) => {}
+                Home::Anywhere => match request.arrival {
+                    // Disks that only one host has are copied into a pool of the same kind: what is void in it can be removed.
+                    Arrival::Migration { .. } if pool.shared_id.is_some() => {
+                        return Err(Rejection::OtherPool(name.clone()));
+                    }
+                    Arrival::Migration { .. } | Arrival::Start | Arrival::Removal => {}
+                },
+                Home::OnlyHost(_) => {}
                 // The same name does not make it the same directory: the id in the marker does.
                 Home::SharedPools { ids } => {
                     if ids.get(name).is_some_and(|&expected| pool.shared_id != Some(expected)) {

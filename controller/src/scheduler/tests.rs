@@ -359,7 +359,9 @@ fn a_guest_that_sees_its_hosts_cpu_goes_on_only_where_there_is_the_same() {
             fingerprint: fingerprint.into(),
             busy: BTreeSet::new(),
         };
-        explain(&view, &Request { cpu, arrival, ..request(1, 1) }, &limits(100)).candidates
+        // Its disks lie where both hosts have them.
+        let home = Home::SharedPools { ids: BTreeMap::new() };
+        explain(&view, &Request { cpu, arrival, home, ..request(1, 1) }, &limits(100)).candidates
     };
     assert_eq!(go(CpuModel::Host, "a"), [host_id(2)]);
     assert_eq!(go(CpuModel::Host, ""), [], "what is not known is not the same");

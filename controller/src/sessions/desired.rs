@@ -21,7 +21,7 @@ use crate::{
     model::{
         Desired, Key,
         migration::Migration,
-        vm::{Snapshot, SnapshotState, VmSpec},
+        vm::{Snapshot, SnapshotState, VmRecord, VmSpec},
     },
     state::{State, VmEntry, command::ObservedState},
 };
@@ -107,6 +107,7 @@ pub fn message(state: &State, host: HostId, vm: VmId, wanted: Wanted) -> Option<
             vm_id: vm.to_string(),
             incarnation: incarnation.0,
             disposition: v1::Disposition::Forget.into(),
+            void_disks: state.vm(vm).and_then(|entry| void_disks(&entry.record, host)),
             ..Default::default()
         }),
         // It may have been given to another host since the plan was made: then this one must not be told to run it.
@@ -150,8 +151,10 @@ pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
             address: m.address.clone(),
             secret: m.secret.clone(),
             bytes_per_second: m.bytes_per_second,
+            disks_address: m.disks_address.clone(),
         }),
         migration_secret: String::new(),
+        void_disks: None,
         paused: record.paused,
         network_pools: Vec::new(),
         snapshots: record.snapshots.iter().filter_map(snapshot_order).collect(),
@@ -176,13 +179,22 @@ fn snapshot_order(snapshot: &Snapshot) -> Option<v1::SnapshotOrder> {
     Some(v1::SnapshotOrder { id: snapshot.id.to_string(), remove })
 }
 
+/// M7: which disks of a VM are void on a host that does not have it.
+fn void_disks(record: &VmRecord, host: HostId) -> Option<v1::VoidDisks> {
+    let home = record.disk_home.as_ref().filter(|_| record.disks_exist)?;
+    let copied = record.disks_reserved > 0 && home.host != host;
+    let current = record.disk_generation;
+    copied.then(|| v1::VoidDisks { copied_from: record.disks_copied_from.unwrap_or(current), current })
+}
+
 /// M2: what the target of a migration is told before the hand-over.
 fn arriving(state: &State, entry: &VmEntry, migration: &Migration) -> v1::DesiredVm {
     v1::DesiredVm {
         incarnation: migration.incarnation.0,
         disposition: v1::Disposition::Incoming.into(),
-        // The guest has them open.
-        disks_exist: true,
+        // The guest has them open; or they are to be made, and copied to.
+        disks_exist: migration.disk_generation.is_none(),
+        disk_generation: migration.disk_generation.unwrap_or(entry.record.disk_generation),
         migrate_to: None,
         clone_from: None,
         migration_secret: migration.secret.clone(),

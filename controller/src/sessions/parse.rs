@@ -254,6 +254,10 @@ fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option
         check.fail(format!("{field}.address"), format!("is `{}`; expected IP:PORT", quoted(&m.address)));
         return None;
     }
+    if !m.disks_address.is_empty() && m.disks_address.parse::<SocketAddr>().is_err() {
+        check.fail(format!("{field}.disks_address"), format!("is `{}`; expected IP:PORT", quoted(&m.disks_address)));
+        return None;
+    }
     let progress = MigrationProgress {
         incarnation: Incarnation(m.incarnation),
         transferred_bytes: m.transferred_bytes,
@@ -261,7 +265,13 @@ fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option
         bytes_per_second: m.bytes_per_second,
         expected_downtime_ms: m.expected_downtime_ms,
     };
-    Some(MigrationObservation { progress, address: m.address, failure: clean(&m.failure) })
+    Some(MigrationObservation {
+        progress,
+        address: m.address,
+        failure: clean(&m.failure),
+        disks_address: m.disks_address,
+        disks_sent: m.disks_sent,
+    })
 }
 
 fn check_bridges(check: &mut Checker, bridges: Vec<String>) -> BTreeSet<String> {

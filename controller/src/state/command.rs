@@ -371,6 +371,10 @@ pub struct MigrationObservation {
     pub address: String,
     /// Why it failed. Empty: it has not.
     pub failure: String,
+    /// Where the target takes disks. Empty: nowhere.
+    pub disks_address: String,
+    /// The source: all disks were copied, up to the guest's last write (M6).
+    pub disks_sent: bool,
 }
 
 /// What a VM is on a host. Documented in `agent.proto` (`AgentVmState`).

@@ -9,7 +9,9 @@ use super::{
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
-    drain, exports, hosts, images, migration, placement, reports, snapshots, update, vms,
+    drain, exports, hosts, images,
+    migration::{self, OwnDisks},
+    placement, reports, snapshots, update, vms,
 };
 use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
 
@@ -60,7 +62,7 @@ impl State {
             }
             Command::DeleteVm { vm } => vms::delete(&mut draft, *vm)?,
             Command::MigrateVm { vm, to, secret, bytes_per_second } => {
-                migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second)?
+                migration::begin(&mut draft, *vm, *to, secret, *bytes_per_second, OwnDisks::Copied)?
             }
             Command::CancelMigration { vm } => migration::cancel(&mut draft, *vm)?,
             Command::GiveUpMigration { vm, migration, why } => {

@@ -24,7 +24,7 @@ use super::{
     State, VmEntry,
     command::{Answer, Context, DrainStep, Refusal},
     draft::Draft,
-    migration::{self, MIGRATIONS_PER_HOST},
+    migration::{self, MIGRATIONS_PER_HOST, OwnDisks},
     placement,
 };
 use crate::{
@@ -122,7 +122,8 @@ fn of_running(draft: &mut Draft<'_>, entry: &VmEntry, host: &HostRecord) -> Pros
         return Prospect::Waits("waits for its turn".into());
     }
     // Nothing of this is written.
-    let refusal = match migration::begin(&mut Draft::new(draft.state, draft.cx), record.id, None, "", 0) {
+    let refusal = match migration::begin(&mut Draft::new(draft.state, draft.cx), record.id, None, "", 0, OwnDisks::Stay)
+    {
         Ok(_) => return Prospect::CanMigrate,
         Err(refusal) => refusal.to_string(),
     };
@@ -165,7 +166,7 @@ pub(super) fn step(draft: &mut Draft<'_>, vm: VmId, from: HostId, step: &DrainSt
         return Err(Refusal::Precondition(format!("VM `{name}` is not on host `{}` any more", host.name)));
     }
     match step {
-        DrainStep::Migrate { secret } => migration::begin(draft, vm, None, secret, 0),
+        DrainStep::Migrate { secret } => migration::begin(draft, vm, None, secret, 0, OwnDisks::Stay),
         DrainStep::Stop => {
             if host.drain_how != DrainHow::StopAndMove {
                 let message = format!("the VMs of host `{}` may not be stopped to empty it", host.name);

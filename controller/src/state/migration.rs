@@ -16,6 +16,12 @@
 //! * **M3** [`hand_over`] happens only after the source has said that it has sent everything. From then on the source lets
 //!   the guest go on only when it is told RUN without this migration, which is said only after a give-up.
 //!
+//! Disks that only the source has are copied by the two QEMUs before the memory is sent:
+//!
+//! * **M6** There is a hand-over of such a VM only after the source has also said that all of its disks were copied, up to the
+//!   guest's last write.
+//! * **M7** The copies have a generation that was reserved for them. They become the VM's disks by the hand-over, and never without it.
+//!
 //! So after a hand-over only the target can execute, after a give-up only the source, and before either the source alone.
 //! No lease and no time is part of the argument: who is late, cut off or restarted waits for the leader's word.
 
@@ -28,19 +34,37 @@ use super::{
     command::{Answer, ObservedState, Refusal, VmObservation},
     draft::Draft,
     placement::{self, schedule, status_or_new},
-    snapshots, vms,
+    reports, snapshots, vms,
 };
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Liveness, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
-        vm::Placement,
+        vm::{Disk, DiskBus, DiskState, Placement},
     },
     scheduler::{self, Home, Limits, Request, Resources},
 };
 
 /// Migrations that a host may be part of at once, as source or as target: more only share its network, and each takes longer.
 pub const MIGRATIONS_PER_HOST: usize = 2;
+
+/// What becomes of disks that only a VM's host has, if it migrates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OwnDisks {
+    /// They are copied.
+    Copied,
+    /// They stay, so the VM does.
+    Stay,
+}
+
+/// How a VM's disks get to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Disks {
+    /// It has them, or there are none.
+    Shared,
+    /// They are copied, all of them.
+    Copied,
+}
 
 /// Somebody wants a VM to go to another host.
 pub(super) fn begin(
@@ -49,9 +73,10 @@ pub(super) fn begin(
     to: Option<HostId>,
     secret: &str,
     bytes_per_second: u64,
+    own: OwnDisks,
 ) -> Result<Answer, Refusal> {
     let entry = draft.vm(vm)?;
-    let source = may_leave(draft, &entry)?;
+    let (source, disks) = may_leave(draft, &entry, own)?;
     let from = draft.host(source)?;
     let busy = busy(draft);
     if busy.contains(&source) {
@@ -60,7 +85,7 @@ pub(super) fn begin(
             from.name
         ));
     }
-    let request = request(&entry.record, &from, busy);
+    let request = request(&entry.record, &from, busy, disks);
     let (target, why) = match to {
         Some(host) => {
             let limits = draft.limits();
@@ -79,6 +104,14 @@ pub(super) fn begin(
     let mut record = (*entry.record).clone();
     let incarnation = record.next_incarnation();
     record.reserved = incarnation;
+    let disk_generation = match disks {
+        Disks::Shared => None,
+        Disks::Copied => {
+            // M7
+            record.disks_reserved = record.next_disk_generation();
+            Some(record.disks_reserved)
+        }
+    };
     record.migration = Some(Migration {
         target,
         incarnation,
@@ -88,6 +121,8 @@ pub(super) fn begin(
         bytes_per_second,
         arrival: Arrival::Preparing,
         address: String::new(),
+        disk_generation,
+        disks_address: String::new(),
         handed_over: None,
         extra: Extra::new(),
     });
@@ -97,20 +132,24 @@ pub(super) fn begin(
 }
 
 /// What the scheduler is asked for a VM that leaves `from`. `busy` are hosts that may not be part of another migration.
-fn request(record: &VmRecord, from: &HostRecord, busy: BTreeSet<HostId>) -> Request {
+fn request(record: &VmRecord, from: &HostRecord, busy: BTreeSet<HostId>, disks: Disks) -> Request {
     let (accelerator, fingerprint) = (from.accelerator.kind, from.cpu.fingerprint.clone());
     let arrival = scheduler::Arrival::Migration { from: from.id, accelerator, fingerprint, busy };
     // Room for what it has, and for what it has from its next incarnation on.
     let Resources { vcpus, memory_mib } = absorb::needs(record).resources;
     // The CPU that the guest sees now.
-    Request { arrival, vcpus, memory_mib, cpu: record.spec.cpu, ..placement::request(record) }
+    let request = Request { arrival, vcpus, memory_mib, cpu: record.spec.cpu, ..placement::request(record) };
+    match disks {
+        Disks::Shared => request,
+        Disks::Copied => Request { home: Home::Anywhere, pools: placement::room(record), ..request },
+    }
 }
 
 /// Whether there is a host that could take the VM from `from` if it were not busy or silent at the moment.
 pub(super) fn could_later(draft: &mut Draft<'_>, record: &VmRecord, from: &HostRecord) -> bool {
     let silent = BTreeSet::new();
     let limits = Limits { silent: &silent, ..draft.limits() };
-    scheduler::place(draft.view(), &request(record, from, BTreeSet::new()), &limits).is_ok()
+    scheduler::place(draft.view(), &request(record, from, BTreeSet::new(), Disks::Shared), &limits).is_ok()
 }
 
 fn refuse<T>(message: String) -> Result<T, Refusal> {
@@ -118,7 +157,7 @@ fn refuse<T>(message: String) -> Result<T, Refusal> {
 }
 
 /// The host that the VM may leave, or why it may not.
-fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
+fn may_leave(draft: &Draft<'_>, entry: &VmEntry, own: OwnDisks) -> Result<(HostId, Disks), Refusal> {
     let record = &entry.record;
     let name = &record.name;
     if record.desired == Desired::Deleted {
@@ -151,16 +190,47 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
         return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
     }
     match placement::home(record) {
-        Home::OnlyHost(_) => refuse(format!(
-            "VM `{name}` has a disk in a pool that only host `{}` has; only VMs whose disks all lie in pools that both \
-             hosts share can migrate",
+        Home::OnlyHost(_) if own == OwnDisks::Stay => refuse(format!(
+            "VM `{name}` has a disk in a pool that only host `{}` has, and is not moved with it by itself; `uncloud vm migrate` \
+             copies its disks to another host while it runs",
             draft.host_name(source)
         )),
+        Home::OnlyHost(_) => may_be_copied(draft, record, source).map(|()| (source, Disks::Copied)),
         Home::Anywhere if !record.spec.disks.is_empty() => {
             refuse(format!("the disks of VM `{name}` are not known to be made yet; try again in a second"))
         }
-        Home::Anywhere | Home::SharedPools { .. } => Ok(source),
+        Home::Anywhere | Home::SharedPools { .. } => Ok((source, Disks::Shared)),
     }
+}
+
+/// M5: whether a VM's disks can be copied while it runs, or why not.
+fn may_be_copied(draft: &Draft<'_>, record: &VmRecord, source: HostId) -> Result<(), Refusal> {
+    let name = &record.name;
+    let host = draft.host_name(source);
+    if !record.snapshots.is_empty() {
+        return refuse(format!(
+            "VM `{name}` has snapshots and a disk in a pool that only host `{host}` has; the disk would be copied without its \
+             snapshots. Delete them first (`uncloud vm snapshot delete`)"
+        ));
+    }
+    let odd = |d: &&Disk| d.id.is_some() || d.bus == DiskBus::Scsi || d.state != DiskState::Attached;
+    if let Some(disk) = record.spec.disks.iter().find(odd) {
+        return refuse(format!(
+            "VM `{name}` has a disk in a pool that only host `{host}` has, and disk `{}` was attached later, is detached, or has the bus \
+             scsi: such a VM cannot be copied to another host while it runs",
+            disk.name
+        ));
+    }
+    let home = record.disk_home.as_ref();
+    let shared = |pool: &str| home.is_some_and(|h| h.pools.get(pool).copied().flatten().is_some());
+    if let Some(disk) = record.spec.disks.iter().find(|d| shared(&d.pool)) {
+        return refuse(format!(
+            "VM `{name}` has disk `{}` in a pool that hosts share, and another in a pool that only host `{host}` has; only VMs whose \
+             disks are all of one kind can migrate",
+            disk.name
+        ));
+    }
+    Ok(())
 }
 
 /// Hosts that have as many migrations under way as they may.
@@ -250,6 +320,12 @@ pub(super) fn from_target(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObs
             {
                 now.arrival = Arrival::Listening;
                 now.address.clone_from(&seen.address);
+                now.disks_address.clone_from(&seen.disks_address);
+                // M6
+                if now.disk_generation.is_some() && now.disks_address.is_empty() {
+                    let why = format!("host `{}` takes no disks; update its agent", draft.host_name(now.target));
+                    return give_up(draft, entry, &why).map(drop);
+                }
             }
         }
         ObservedState::Received => now.arrival = Arrival::Received,
@@ -275,6 +351,17 @@ pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     let Some(migration) = entry.record.migration.clone() else { return Ok(entry) };
     let seen = report.migration.as_ref().filter(|m| m.progress.incarnation == migration.incarnation);
     match report.state {
+        // M6
+        ObservedState::HandedOver
+            if migration.disk_generation.is_some() && seen.is_some_and(|seen| !seen.disks_sent) =>
+        {
+            let failure = seen.map(|seen| seen.failure.clone()).filter(|f| !f.is_empty());
+            give_up(
+                draft,
+                &entry,
+                &failure.unwrap_or_else(|| "its disks were not copied; update its host's agent".to_owned()),
+            )
+        }
         ObservedState::HandedOver if seen.is_some() => {
             let handed_over = migration.handed_over.or(Some(draft.cx.now));
             advance(draft, &entry, Migration { handed_over, ..migration })
@@ -332,6 +419,12 @@ fn hand_over(draft: &mut Draft<'_>, entry: &VmEntry, migration: &Migration) -> R
     record.migration = None;
     let why = format!("migrated from host `{from}`: {}", migration.why);
     record.placement = Placement { host: Some(migration.target), incarnation: migration.incarnation, why, since: now };
+    if let Some(generation) = migration.disk_generation {
+        // M7: in the same write its disks are the copies, and the old ones are not its disks any more.
+        record.disks_copied_from.get_or_insert(record.disk_generation);
+        record.disk_generation = generation;
+        record.disk_home = Some(reports::disk_home(draft, &record, migration.target));
+    }
     draft.vm_event(&record, EventType::Migrated, format!("from host `{from}` to host `{to}`"));
     let status = VmStatusRecord {
         phase: Phase::Migrating,

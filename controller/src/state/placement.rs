@@ -108,6 +108,16 @@ fn holds(vm: &VmRecord) -> Vec<HostId> {
     vm.placement.host.into_iter().chain(vm.migration.as_ref().map(|m| m.target)).collect()
 }
 
+/// The pools of its disks, and how much of each they take if they are made anew.
+pub(super) fn room(vm: &VmRecord) -> BTreeMap<String, u64> {
+    let mut pools = BTreeMap::new();
+    for disk in &vm.spec.disks {
+        let sum: &mut u64 = pools.entry(disk.pool.clone()).or_default();
+        *sum = sum.saturating_add(disk.size_bytes);
+    }
+    pools
+}
+
 /// The pools of its disks, and how much of each is for disks that are not there yet.
 fn pools(vm: &VmRecord) -> BTreeMap<String, u64> {
     let mut pools = BTreeMap::new();
@@ -119,7 +129,7 @@ fn pools(vm: &VmRecord) -> BTreeMap<String, u64> {
     pools
 }
 
-/// Where the VM's disks are, or are about to be made, and how large they may become there.
+/// Where the VM's disks are, or are about to be made or copied to, and how large they may become there.
 pub(super) fn disk_places(vm: &VmRecord) -> BTreeMap<Place, u64> {
     let mut places = BTreeMap::new();
     for disk in &vm.spec.disks {
@@ -131,8 +141,12 @@ pub(super) fn disk_places(vm: &VmRecord) -> BTreeMap<Place, u64> {
             (None, Some(host)) => Place::OnHost(host, disk.pool.clone()),
             (None, None) => continue,
         };
-        let sum: &mut u64 = places.entry(place).or_default();
-        *sum = sum.saturating_add(disk.size_bytes);
+        let coming = vm.migration.as_ref().filter(|m| m.disk_generation.is_some());
+        let coming = coming.map(|m| Place::OnHost(m.target, disk.pool.clone()));
+        for place in coming.into_iter().chain([place]) {
+            let sum: &mut u64 = places.entry(place).or_default();
+            *sum = sum.saturating_add(disk.size_bytes);
+        }
     }
     places
 }
@@ -166,7 +180,8 @@ pub(super) fn find_host(
     }
     record.disks_exist = false;
     record.disk_home = None;
-    record.disk_generation = record.disk_generation.saturating_add(1);
+    record.disk_generation = record.next_disk_generation();
+    record.disks_copied_from = None;
     // They are lost with the disks.
     record.snapshots.clear();
     record.revert = None;
@@ -224,7 +239,8 @@ fn leave_disks(draft: &Draft<'_>, before: &VmEntry, record: &mut VmRecord, to: O
         && !before.spec.disks.is_empty()
         && draft.peek_host(old).is_none_or(|old| !shared_on(&old, before))
     {
-        record.disk_generation = record.disk_generation.saturating_add(1);
+        record.disk_generation = record.next_disk_generation();
+        record.disks_copied_from = None;
     }
 }
 

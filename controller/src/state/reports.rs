@@ -211,16 +211,21 @@ fn keep_exit(entry: &VmEntry, report: &VmObservation) -> VmEntry {
     entry
 }
 
+/// Where a VM's disks lie if a host has made them.
+pub(super) fn disk_home(draft: &Draft<'_>, record: &VmRecord, host: HostId) -> DiskHome {
+    let host_pools = draft.peek_host(host).map(|host| host.pools.clone()).unwrap_or_default();
+    let shared_id = |name: &str| host_pools.iter().find(|p| p.name == *name).and_then(|p| p.shared_id);
+    let pools: BTreeMap<_, _> =
+        record.spec.disks.iter().map(|disk| (disk.pool.clone(), shared_id(&disk.pool))).collect();
+    DiskHome { host, pools }
+}
+
 /// From the first time that a host says so, the VM has disks, and they lie where that host has its pools now.
 fn note_disks(draft: &mut Draft<'_>, entry: VmEntry, host: HostId, report: &VmObservation) -> Result<VmEntry, Refusal> {
     if !report.disks_ready || entry.record.disks_exist {
         return Ok(entry);
     }
-    let host_pools = draft.peek_host(host).map(|host| host.pools.clone()).unwrap_or_default();
-    let shared_id = |name: &str| host_pools.iter().find(|p| p.name == *name).and_then(|p| p.shared_id);
-    let pools: BTreeMap<_, _> =
-        entry.record.spec.disks.iter().map(|disk| (disk.pool.clone(), shared_id(&disk.pool))).collect();
-    let disk_home = Some(DiskHome { host, pools });
+    let disk_home = Some(disk_home(draft, &entry.record, host));
     let record = VmRecord { disks_exist: true, disk_home, clone_of: None, ..(*entry.record).clone() };
     let record = draft.put_vm(record)?;
     Ok(VmEntry { record, ..entry })

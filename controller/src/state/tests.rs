@@ -11,6 +11,7 @@ mod fixtures;
 mod hosts;
 mod images;
 mod migration;
+mod migration_disks;
 mod properties;
 mod reports;
 mod simulate;

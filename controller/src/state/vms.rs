@@ -85,6 +85,8 @@ pub(super) fn store(
         disks_exist: false,
         disk_home: None,
         disk_generation: 0,
+        disks_reserved: 0,
+        disks_copied_from: None,
         clone_of,
         snapshots: Vec::new(),
         revert: None,

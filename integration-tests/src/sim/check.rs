@@ -244,6 +244,13 @@ impl Check {
         }
     }
 
+    /// M7: a disk that was called void is removed.
+    pub(crate) fn void_removed(&mut self, vm: VmId, disk: (Uuid, u32)) {
+        if self.vm(vm).data.as_ref().is_some_and(|data| data.contains(&disk)) {
+            self.violation(format!("P5: {vm} has its data in {disk:?}, which is removed"));
+        }
+    }
+
     // --- what is stored ---
 
     /// A leader was elected.
@@ -325,7 +332,8 @@ impl Truth {
             _ => {}
         }
         if before.disks_exist && after.disk_generation != before.disk_generation {
-            if after.spec.on_disk_loss == OnDiskLoss::Wait {
+            let copied = before.migration.as_ref().is_some_and(|m| m.disk_generation == Some(after.disk_generation));
+            if after.spec.on_disk_loss == OnDiskLoss::Wait && !copied {
                 wrong.push("P5: its disks are given up");
             }
             self.data = None;

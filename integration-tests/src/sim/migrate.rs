@@ -9,7 +9,7 @@
 use std::net::SocketAddr;
 
 use uncloud_agent::vm::{
-    migration::{Guest, MigrateTo, Progress, Standing, Step, Transfer},
+    migration::{Guest, MigrateTo, Mirror, Progress, Standing, Step, Transfer},
     state::Event as VmEvent,
 };
 use uncloud_proto::ids::VmId;
@@ -34,8 +34,12 @@ pub(crate) struct Moving {
     pub(crate) to: Option<(usize, u16)>,
     /// As a target: it takes a connection.
     pub(crate) listens: bool,
+    /// As a target: it takes disks, too.
+    pub(crate) takes_disks: bool,
     /// It was told to go on before it had arrived.
     pub(crate) autostart: bool,
+    /// How far the copying of its disks is, as a source.
+    pub(crate) mirror: Mirror,
     /// It takes nothing and says nothing until then.
     pub(crate) hung_until: Ns,
 }
@@ -43,7 +47,17 @@ pub(crate) struct Moving {
 impl Moving {
     /// Of a QEMU that has just been started.
     pub(crate) const fn new(guest: Guest) -> Self {
-        Self { guest, transfer: Transfer::None, attempt: 0, to: None, listens: false, autostart: false, hung_until: 0 }
+        Self {
+            guest,
+            transfer: Transfer::None,
+            attempt: 0,
+            to: None,
+            listens: false,
+            takes_disks: false,
+            autostart: false,
+            mirror: Mirror::None,
+            hung_until: 0,
+        }
     }
 }
 
@@ -52,6 +66,8 @@ impl Moving {
 pub(crate) enum Wire {
     /// A step takes effect.
     Step(Step),
+    /// So many disks have been copied, or could not be.
+    Copied(usize, bool),
     /// The source has sent everything but the last.
     Ready(u64),
     /// The target gets the last, from this host's VM with this uid and attempt.
@@ -101,6 +117,9 @@ impl Host {
                 guest: q.moving.guest,
                 transfer: q.moving.transfer,
                 address: (q.moving.listens && q.moving.guest == Guest::Awaited).then_some(address),
+                disks_address: (q.moving.listens && q.moving.guest == Guest::Awaited && q.moving.takes_disks)
+                    .then_some(address),
+                mirror: q.moving.mirror.clone(),
                 progress: Progress::default(),
                 problem: String::new(),
             })
@@ -112,8 +131,14 @@ impl Host {
         let Some(qemu) = self.qemus.get_mut(&vm).filter(|q| q.uid == uid && q.executing && !q.dying) else { return };
         let moving = &mut qemu.moving;
         match step {
-            Step::Listen { .. } => moving.listens = true,
-            Step::Send(MigrateTo { address, .. }) => {
+            Step::Listen { disks, .. } => (moving.listens, moving.takes_disks) = (true, disks > 0),
+            Step::Send(MigrateTo { disks: Some(disks), .. }) => {
+                moving.mirror = Mirror::Copying;
+                let fails = !core.healed && core.rng.permille(50);
+                let delay = core.between(20, 3000);
+                core.after(delay, kernel, boot, What::Wire(vm, uid, Wire::Copied(disks.count, !fails)));
+            }
+            Step::Send(MigrateTo { address, disks: None, .. }) | Step::SendMemory(MigrateTo { address, .. }) => {
                 if moving.guest != Guest::Executes
                     || matches!(moving.transfer, Transfer::Active | Transfer::Ready | Transfer::Last)
                 {
@@ -130,6 +155,11 @@ impl Host {
             }
             Step::Continue => {
                 let (Transfer::Ready, Some((host, port))) = (moving.transfer, moving.to) else { return };
+                // `qemu::mirror::finish`
+                match moving.mirror {
+                    Mirror::None | Mirror::Ready(_) => moving.mirror = Mirror::None,
+                    Mirror::Copying | Mirror::Failed(_) => return,
+                }
                 moving.transfer = Transfer::Last;
                 let wire = What::Wire(vm, 0, Wire::Last(port, self.index, uid, moving.attempt));
                 if core.healed || !core.rng.permille(50) {
@@ -140,6 +170,7 @@ impl Host {
                 }
             }
             Step::Cancel => {
+                moving.mirror = Mirror::None;
                 if matches!(moving.transfer, Transfer::Active | Transfer::Ready | Transfer::Last) {
                     moving.transfer = Transfer::Cancelled;
                     self.goes_on(core, vm);
@@ -166,6 +197,13 @@ impl Host {
                 core.log(format_args!("host {}: {vm}: {step:?} takes effect late", self.index));
                 self.take_step(core, vm, uid, step);
                 self.moved(core, vm);
+            }
+            Wire::Copied(count, well) => {
+                let Some(qemu) = self.qemus.get_mut(&vm).filter(|q| q.uid == uid && !q.dying) else { return };
+                if qemu.moving.mirror == Mirror::Copying {
+                    qemu.moving.mirror =
+                        if well { Mirror::Ready(count) } else { Mirror::Failed("the connection broke".into()) };
+                }
             }
             Wire::Ready(attempt) => {
                 let failed = !core.healed && core.rng.permille(50);

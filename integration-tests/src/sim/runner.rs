@@ -163,7 +163,13 @@ impl Host {
                 }
                 (Effect::Look, Some(uid)) => events.push(self.standing(core, vm, uid)),
                 (
-                    Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause,
+                    Effect::Listen
+                    | Effect::Send
+                    | Effect::SendMemory
+                    | Effect::Continue
+                    | Effect::Cancel
+                    | Effect::Resume
+                    | Effect::Pause,
                     Some(uid),
                 ) => {
                     if let Some(step) = step(*effect, &runner.state.record().desired) {
@@ -187,6 +193,7 @@ impl Host {
             Effect::Look
             | Effect::Listen
             | Effect::Send
+            | Effect::SendMemory
             | Effect::Continue
             | Effect::Cancel
             | Effect::Resume
@@ -257,8 +264,11 @@ impl Host {
 /// `runner::take_step`
 fn step(effect: Effect, desired: &Desired) -> Option<Step> {
     match effect {
-        Effect::Listen => Some(Step::Listen { secret: desired.migration_secret.clone() }),
+        Effect::Listen => {
+            Some(Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() })
+        }
         Effect::Send => desired.migrate_to.clone().map(Step::Send),
+        Effect::SendMemory => desired.migrate_to.clone().map(Step::SendMemory),
         Effect::Continue => Some(Step::Continue),
         Effect::Cancel => Some(Step::Cancel),
         Effect::Resume => Some(Step::Resume),

@@ -3,7 +3,7 @@
 //! Stands for `agent/src/storage/`: makes what is missing unless it should be there, deletes this VM's disks up to a generation.
 
 use uncloud_agent::vm::{
-    desired::{Desired, DisksExpected},
+    desired::{Desired, DisksExpected, Disposition},
     state::Event as VmEvent,
 };
 use uncloud_proto::ids::VmId;
@@ -50,6 +50,17 @@ impl Host {
         core.log(format_args!("host {}: the disks of {vm} are deleted", self.index));
         if self.qemus.get(&vm).is_some_and(|q| q.executing) {
             core.check.violation(format!("P5: the disks of {vm} are deleted while it executes"));
+        }
+        if desired.disposition == Disposition::Forget {
+            // `storage::void`
+            let Some(void) = desired.void else { return VmEvent::DisksDeleted };
+            let gone: Vec<u32> =
+                self.disks.iter().filter(|(id, g)| *id == vm && void.has(*g)).map(|(_, g)| *g).collect();
+            for generation in gone {
+                core.check.void_removed(vm, (self.id.uuid(), generation));
+                self.disks.remove(&(vm, generation));
+            }
+            return VmEvent::DisksDeleted;
         }
         core.check.disks_deleted(vm);
         for pool in pools(desired) {

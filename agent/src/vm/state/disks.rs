@@ -159,9 +159,8 @@ impl VmState {
             (_, Work::Tending) if self.record.desired.orders.revert.is_some() => {
                 "its disks are being put back".to_owned()
             }
-            (_, Work::None | Work::Looking | Work::Preparing | Work::Launching | Work::Deleting | Work::Tending) => {
-                String::new()
-            }
+            (_, Work::None | Work::Looking | Work::Preparing | Work::Launching) => String::new(),
+            (_, Work::Deleting | Work::Sweeping | Work::Tending) => String::new(),
         }
     }
 }
@@ -361,6 +360,7 @@ mod tests {
             address: "127.0.0.1:1".parse().unwrap(),
             secret: "0".repeat(64),
             bytes_per_second: 0,
+            disks: None,
         };
         let moving = Desired { migrate_to: Some(to), ..with_disk(1024) };
         assert!(!state.on(word(moving), at(20)).contains(&Effect::TendDisks));

@@ -16,6 +16,7 @@
 //! * **M3** The source, once it has begun to send, lets the guest go on only when the leader has said RUN (or STOP) without
 //!   `migrate_to`, under the lease generation of its launch. (Until the last of it has been sent QEMU lets it go on by
 //!   itself when sending fails: it has not handed anything over then.)
+//! * **M5** The memory of a guest whose disks are copied is sent only when all of them are the same on both sides.
 //! * **M4** While the leader's word has `migrate_to`, nothing is launched: what was sent may execute elsewhere.
 
 use std::time::Duration;
@@ -23,7 +24,7 @@ use std::time::Duration;
 use super::{Acceptance, Disposition, Effect, Ending, Execution, Moment, Push, Role, StopMode, VmState};
 use crate::{
     records::Settled,
-    vm::migration::{Guest, Standing, Transfer},
+    vm::migration::{Guest, Mirror, Standing, Transfer},
 };
 
 /// How often QEMU is asked how much it has sent. Each answer is stored, so not more often.
@@ -43,6 +44,21 @@ pub(super) enum Migrating {
     No,
     /// It is on its way, or must first be as if it never had been.
     Yes,
+}
+
+/// What of a migration is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// The disks, this many.
+    Disks {
+        /// How many.
+        count: usize,
+    },
+    /// The memory, after this many disks.
+    Memory {
+        /// How many.
+        disks: usize,
+    },
 }
 
 impl VmState {
@@ -108,6 +124,7 @@ impl VmState {
             (Some(_), None) if self.frozen.is_some() => Migrating::No,
             (Some(order), None) => {
                 self.record.moving = Some(order.incarnation);
+                self.record.sending = order.disks.is_none().then_some(order.incarnation);
                 x.standing = None;
                 x.look_at = at.now;
                 x.last_since = None;
@@ -134,7 +151,18 @@ impl VmState {
 
     /// It is on its way.
     fn follow(&mut self, at: Moment, effects: &mut Vec<Effect>) {
+        let phase = self.phase();
         let Some(x) = &mut self.execution else { return };
+        if let Phase::Disks { count } = phase {
+            // M5: no memory is sent before all disks are the same on both sides.
+            if x.standing.as_ref().is_some_and(|s| s.mirror == Mirror::Ready(count)) && self.frozen.is_none() {
+                self.record.sending = self.record.moving;
+                x.standing = None;
+                x.look_at = at.now;
+                effects.push(Effect::SendMemory);
+            }
+            return x.look(at, effects);
+        }
         // One that takes no notice for long is reported, and the leader gives it up.
         if x.standing.as_ref().is_some_and(|s| s.transfer == Transfer::Ready) && !x.overdue {
             x.standing = None;
@@ -142,6 +170,17 @@ impl VmState {
             effects.push(Effect::Continue);
         }
         x.look(at, effects);
+    }
+
+    /// What of a migration under way is on its way.
+    pub(super) fn phase(&self) -> Phase {
+        let order = self.record.desired.migrate_to.as_ref();
+        let disks = order.filter(|o| self.record.moving == Some(o.incarnation)).and_then(|o| o.disks);
+        match disks {
+            Some(to) if self.record.sending == self.record.moving => Phase::Memory { disks: to.count },
+            Some(to) => Phase::Disks { count: to.count },
+            None => Phase::Memory { disks: 0 },
+        }
     }
 
     /// The migration is over without the VM having left: it is to be as if it never had been (M3).
@@ -154,7 +193,9 @@ impl VmState {
         };
         let under_way = match standing.transfer {
             Transfer::Active | Transfer::Ready | Transfer::Last => true,
-            Transfer::None | Transfer::Completed | Transfer::Failed | Transfer::Cancelled => false,
+            Transfer::None | Transfer::Completed | Transfer::Failed | Transfer::Cancelled => {
+                standing.mirror != Mirror::None
+            }
             // Told again: an agent that was killed half-way through it has left a QEMU that waits (`qemu/migration.rs`).
             Transfer::Cancelling => {
                 if word && x.look_at <= at.now {
@@ -167,6 +208,7 @@ impl VmState {
         match standing.guest {
             Guest::Executes if !under_way => {
                 self.record.moving = None;
+                self.record.sending = None;
                 x.standing = None;
                 // The next one may be waiting.
                 return self.settle_outgoing(at, effects);
@@ -241,13 +283,23 @@ impl Execution {
     }
 
     /// Why sending it has failed. Empty: it has not.
-    pub(super) fn send_failure(&self) -> String {
+    pub(super) fn send_failure(&self, phase: Phase) -> String {
         let Some(standing) = &self.standing else { return String::new() };
         let words = |what: &str| match standing.problem.as_str() {
             "" if self.trouble.is_empty() => what.to_owned(),
             "" => format!("{what}: {}", self.trouble),
             problem => format!("{what}: {problem}"),
         };
+        if let Mirror::Failed(problem) = &standing.mirror {
+            return format!("copying its disks failed: {problem}");
+        }
+        if let Phase::Disks { .. } = phase {
+            // What the newest transfer is says nothing: it is of an earlier migration.
+            return match &standing.mirror {
+                Mirror::None => words("QEMU did not begin to copy its disks"),
+                Mirror::Copying | Mirror::Ready(_) | Mirror::Failed(_) => String::new(),
+            };
+        }
         match standing.transfer {
             Transfer::None => words("QEMU did not begin to send it"),
             Transfer::Failed => words("sending it failed"),

@@ -8,56 +8,65 @@ use uuid::Uuid;
 use super::*;
 use crate::vm::{
     fake::desired,
-    migration::{Guest, MigrateTo, Progress, Transfer},
+    migration::{Guest, MigrateTo, Mirror, Progress, Transfer},
 };
 
 const SECRET: &str = "00000000000000000000000000000000000000000000000000000000000000aa";
 
-fn at(millis: u64) -> Moment {
+pub(super) fn at(millis: u64) -> Moment {
     lease_at(millis, 1, true)
 }
 
-fn lease_at(millis: u64, generation: u16, valid: bool) -> Moment {
+pub(super) fn lease_at(millis: u64, generation: u16, valid: bool) -> Moment {
     let now = Tick::from_boot(Duration::from_millis(millis));
     Moment { now, wall: WallTime(millis), lease: Lease { generation, valid } }
 }
 
-fn order(incarnation: u64) -> MigrateTo {
+pub(super) fn order(incarnation: u64) -> MigrateTo {
     MigrateTo {
         incarnation: Incarnation(incarnation),
         address: "127.0.0.1:4444".parse().unwrap(),
         secret: SECRET.into(),
         bytes_per_second: 0,
+        disks: None,
     }
 }
 
-fn run(incarnation: u64, to: Option<u64>) -> Desired {
+pub(super) fn run(incarnation: u64, to: Option<u64>) -> Desired {
     Desired { migrate_to: to.map(order), ..desired(incarnation) }
 }
 
-fn incoming(incarnation: u64) -> Desired {
+pub(super) fn incoming(incarnation: u64) -> Desired {
     let disposition = Disposition::Incoming;
     Desired { disposition, restarts: 3, migration_secret: SECRET.into(), ..desired(incarnation) }
 }
 
-fn word(desired: Desired) -> Event {
+pub(super) fn word(desired: Desired) -> Event {
     Event::Desired(Box::new(desired), Acceptance::Firm(1))
 }
 
-fn stands(guest: Guest, transfer: Transfer) -> Event {
+pub(super) fn stands(guest: Guest, transfer: Transfer) -> Event {
     Event::Stands(Some(Box::new(standing(guest, transfer))))
 }
 
-fn standing(guest: Guest, transfer: Transfer) -> Standing {
-    Standing { guest, transfer, address: None, progress: Progress::default(), problem: String::new() }
+pub(super) fn standing(guest: Guest, transfer: Transfer) -> Standing {
+    Standing {
+        guest,
+        transfer,
+        address: None,
+        disks_address: None,
+        mirror: Mirror::None,
+        progress: Progress::default(),
+        problem: String::new(),
+    }
 }
 
-fn listening() -> Event {
+pub(super) fn listening() -> Event {
     let address = Some("127.0.0.1:4444".parse().unwrap());
     Event::Stands(Some(Box::new(Standing { address, ..standing(Guest::Awaited, Transfer::None) })))
 }
 
-fn launched(desired: Desired) -> VmState {
+pub(super) fn launched(desired: Desired) -> VmState {
     let incarnation = desired.incarnation;
     let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
     state.on(word(desired), at(0));
@@ -497,6 +506,7 @@ impl World {
                     qemu.standing.transfer = Transfer::Active;
                 }
             }
+            Effect::SendMemory => prop_assert!(false, "no disks are copied"),
             Effect::Continue => {
                 if let Some(qemu) = self.qemu.as_mut().filter(|q| q.standing.transfer == Transfer::Ready) {
                     qemu.standing.transfer = Transfer::Last;

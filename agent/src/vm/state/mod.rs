@@ -18,7 +18,7 @@
 //!   leader's word for this incarnation was accepted under, and only while nothing executes and no launch is under way.
 //! * **V1** A settled incarnation is never launched again, unless a user asked for a restart after it stopped or failed
 //!   by itself. *Fenced* is left by a new incarnation only.
-//! * **P5** [`Effect::DeleteDisks`] comes only while the leader says *delete* and nothing executes.
+//! * **P5** [`Effect::DeleteDisks`] comes only while the leader says *delete*, or *forget* with what is void (M7), and nothing executes.
 //! * **M2**, **M3**, **M4** Who goes on after a migration: `migrate.rs`.
 //! * **V2** Whatever changes the record puts [`Effect::Persist`] before every other effect.
 //! * **V3** A record that could not be read freezes its VM: nothing is started, deleted or written. What executes can
@@ -29,6 +29,8 @@ mod disks;
 mod migrate;
 #[cfg(test)]
 mod migrate_tests;
+#[cfg(test)]
+mod mirror_tests;
 mod pause;
 #[cfg(test)]
 mod pause_tests;
@@ -45,7 +47,7 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
-pub use self::report::{MigrationReport, Report, ReportState};
+pub use self::report::{DisksSent, MigrationReport, Report, ReportState};
 use super::{
     backoff,
     desired::{Desired, DisksExpected, Disposition, Pause, RestartMode, RestartPolicy, StopMode},
@@ -203,6 +205,8 @@ pub enum Effect {
     Listen,
     /// The source: let QEMU send the guest to where the desired state says.
     Send,
+    /// The source, whose disks are the same on both sides: let QEMU send the guest.
+    SendMemory,
     /// The source: send the last of it.
     Continue,
     /// The source: give the migration up. The guest goes on.
@@ -226,7 +230,7 @@ pub enum Effect {
     Quit,
     /// SIGKILL.
     Kill,
-    /// Delete this VM's disks. Answer: `DisksDeleted` or `DeleteFailed`.
+    /// Delete this VM's disks, or those that are void here (M7). Answer: `DisksDeleted` or `DeleteFailed`.
     DeleteDisks,
 }
 
@@ -236,7 +240,13 @@ impl Effect {
     pub const fn needs_record(self) -> bool {
         match self {
             Self::Prepare | Self::Launch { .. } | Self::DeleteDisks => true,
-            Self::Listen | Self::Send | Self::Continue | Self::Cancel | Self::Resume | Self::Pause => true,
+            Self::Listen
+            | Self::Send
+            | Self::SendMemory
+            | Self::Continue
+            | Self::Cancel
+            | Self::Resume
+            | Self::Pause => true,
             Self::TendDisks | Self::TendIdle { .. } => true,
             Self::CancelTend => false,
             // Nothing of it is remembered: QEMU says whether it is held still.
@@ -310,6 +320,8 @@ enum Work {
     Preparing,
     Launching,
     Deleting,
+    /// Files that are not its disks are being removed (M7).
+    Sweeping,
     /// Its disks, which nobody has open, are put in order.
     Tending,
 }
@@ -515,14 +527,23 @@ impl VmState {
                     self.record.settled = Some(Settled::Deleted);
                 }
             }
-            Event::DeleteFailed(reason) if self.work == Work::Deleting => {
+            Event::DisksDeleted if self.work == Work::Sweeping => {
+                self.work = Work::None;
+                if self.record.desired.disposition == Disposition::Forget {
+                    self.record.settled = Some(Settled::Forgotten);
+                }
+            }
+            Event::DeleteFailed(reason) if matches!(self.work, Work::Deleting | Work::Sweeping) => {
                 self.work = Work::None;
                 self.failed(reason, at);
             }
             // P1: a launch that was under way before is not over because something else could not be written.
             Event::PersistFailed(_, Skipped::Nothing) => {}
             Event::PersistFailed(reason, Skipped::Work) => {
-                if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting | Work::Tending) {
+                if matches!(
+                    self.work,
+                    Work::Preparing | Work::Launching | Work::Deleting | Work::Sweeping | Work::Tending
+                ) {
                     self.work = Work::None;
                     self.not_launched(|s| s.failed(reason, at));
                 }
@@ -659,6 +680,7 @@ impl VmState {
     fn gone(&mut self, was: Launched, ending: Option<Ending>, exit: &Exit, at: Moment) {
         self.record.launched = None;
         self.record.moving = None;
+        self.record.sending = None;
         self.record.stands_still = false;
         let lost = !at.lease.valid || at.lease.generation != was.lease_generation || exit.kind == ExitKind::Fenced;
         let desired = &self.record.desired;
@@ -752,6 +774,7 @@ impl Desired {
             disks: DisksExpected::Exist,
             disk_generation: 0,
             migrate_to: None,
+            void: None,
             migration_secret: String::new(),
             pause: Pause::GoOn,
             network_pools: Default::default(),

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::*;
 use crate::vm::{
     fake::desired,
-    migration::{Guest, Progress, Transfer},
+    migration::{Guest, Mirror, Progress, Transfer},
 };
 
 fn at(millis: u64) -> Moment {
@@ -21,7 +21,15 @@ fn word(pause: Pause) -> Event {
 
 fn stands(guest: Guest) -> Event {
     let (transfer, progress) = (Transfer::None, Progress::default());
-    Event::Stands(Some(Box::new(Standing { guest, transfer, address: None, progress, problem: String::new() })))
+    Event::Stands(Some(Box::new(Standing {
+        guest,
+        transfer,
+        address: None,
+        disks_address: None,
+        mirror: Mirror::None,
+        progress,
+        problem: String::new(),
+    })))
 }
 
 fn running() -> VmState {

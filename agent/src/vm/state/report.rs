@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use uncloud_proto::{clock::WallTime, ids::Incarnation};
 
-use super::{Acceptance, Disposition, Ending, Execution, VmState, Work};
+use super::{Acceptance, Disposition, Ending, Execution, VmState, Work, migrate::Phase};
 use crate::{
     records::{LastExit, Role, Settled},
     vm::{
@@ -53,6 +53,19 @@ pub struct MigrationReport {
     pub progress: Progress,
     /// Why it failed. Empty: it has not.
     pub failure: String,
+    /// Where the target takes disks.
+    pub disks_address: Option<SocketAddr>,
+    /// Which of its disks the source has copied.
+    pub disks: DisksSent,
+}
+
+/// Which of a guest's disks were copied to its target before the guest was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DisksSent {
+    /// None, or not all of it yet.
+    No,
+    /// All of them, up to the guest's last write.
+    All,
 }
 
 /// What a VM is on a host. The same as in the protocol.
@@ -119,8 +132,16 @@ impl VmState {
             });
             if let Some(incarnation) = moving {
                 let progress = x.standing.as_ref().map(|s| s.progress).unwrap_or_default();
-                let failure = x.send_failure();
-                report.migration = Some(MigrationReport { incarnation, address: None, progress, failure });
+                let phase = self.phase();
+                let failure = x.send_failure(phase);
+                let disks = match phase {
+                    // M6
+                    Phase::Memory { disks: 1.. } if x.is_sent() => DisksSent::All,
+                    Phase::Disks { .. } | Phase::Memory { .. } => DisksSent::No,
+                };
+                let (address, disks_address) = (None, None);
+                report.migration =
+                    Some(MigrationReport { incarnation, address, progress, failure, disks_address, disks });
                 // M3: what is told to go on has no standing until it has been asked again.
                 if x.is_sent() {
                     report.state = ReportState::HandedOver;
@@ -165,7 +186,7 @@ impl VmState {
                 return;
             }
             (Work::Preparing, _) => return report.reason.clone_from(&self.progress),
-            (Work::None | Work::Looking | Work::Deleting | Work::Tending, _) => {}
+            (Work::None | Work::Looking | Work::Deleting | Work::Sweeping | Work::Tending, _) => {}
         }
         let settled = match disposition {
             // On the way to its end it does not matter how it came to rest before.
@@ -213,6 +234,8 @@ fn report_incoming(x: &Execution, report: &mut Report) {
         address: standing.address,
         progress: Progress::default(),
         failure: String::new(),
+        disks_address: standing.disks_address,
+        disks: DisksSent::No,
     };
     report.state = match standing.guest {
         Guest::Awaited if standing.address.is_some() => ReportState::Incoming,

@@ -104,7 +104,19 @@ impl VmState {
     fn settle_idle(&mut self, at: Moment, effects: &mut Vec<Effect>) {
         let desired = &self.record.desired;
         match desired.disposition {
-            Disposition::Forget => self.record.settled = Some(Settled::Forgotten),
+            Disposition::Forget => {
+                let due = self.retry.as_ref().is_none_or(|r| at.now >= r.at);
+                match desired.void {
+                    // M7
+                    Some(_) if self.frozen.is_none() && self.record.settled != Some(Settled::Forgotten) => {
+                        if due {
+                            self.work = Work::Sweeping;
+                            effects.push(Effect::DeleteDisks);
+                        }
+                    }
+                    Some(_) | None => self.record.settled = Some(Settled::Forgotten),
+                }
+            }
             Disposition::Stop => {
                 self.record.restarts_done = self.record.restarts_done.max(desired.restarts);
                 // V1: what was fenced stays so until it has a new incarnation.

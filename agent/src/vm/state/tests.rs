@@ -413,6 +413,8 @@ fn a_vm_whose_record_is_lost_is_not_restarted_for_that() {
         guest: crate::vm::migration::Guest::Executes,
         transfer: crate::vm::migration::Transfer::None,
         address: None,
+        disks_address: None,
+        mirror: crate::vm::migration::Mirror::None,
         progress: crate::vm::migration::Progress::default(),
         problem: String::new(),
     };
@@ -523,7 +525,13 @@ impl Driver {
                 Effect::TendDisks | Effect::GoOn => prop_assert!(self.env.executing.is_some()),
                 // Of migrations, none of which is begun here: `migrate_tests.rs`.
                 Effect::Look => {}
-                Effect::Listen | Effect::Send | Effect::Continue | Effect::Cancel | Effect::Resume | Effect::Pause => {
+                Effect::Listen
+                | Effect::Send
+                | Effect::SendMemory
+                | Effect::Continue
+                | Effect::Cancel
+                | Effect::Resume
+                | Effect::Pause => {
                     prop_assert!(false, "nothing migrates, and yet {effect:?}");
                 }
             }

@@ -404,7 +404,13 @@ pub(super) fn seen(incarnation: u64, address: &str) -> MigrationObservation {
         bytes_per_second: 300,
         expected_downtime_ms: 400,
     };
-    MigrationObservation { progress, address: address.to_owned(), failure: String::new() }
+    MigrationObservation {
+        progress,
+        address: address.to_owned(),
+        failure: String::new(),
+        disks_address: String::new(),
+        disks_sent: false,
+    }
 }
 
 /// A host other than this one, of two.

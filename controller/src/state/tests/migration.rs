@@ -249,7 +249,9 @@ fn what_cannot_migrate_is_refused_and_the_reason_says_why() {
     let source = world.host_of(vm).unwrap();
     assert!(why(&mut world, begin(vm, Some(source))).contains("has the VM already"));
     let local = world.running(2, with_disk("local"));
-    assert!(why(&mut world, begin(local, None)).contains("pools that both hosts share"));
+    let snapshot = Command::CreateSnapshot { vm: local, id: uuid::Uuid::from_u128(5), name: "before".into() };
+    world.ok(snapshot);
+    assert!(why(&mut world, begin(local, None)).contains("has snapshots"));
     let starting = world.create(3, spec());
     assert!(why(&mut world, begin(starting, None)).contains("does not run"));
     world.ok(Command::SetHostMode { host: other(source), mode: HostMode::Cordoned, reason: String::new() });

@@ -1,0 +1,339 @@
+//! Copying the disks of a guest that migrates, in QEMU's words.
+//!
+//! The target makes disks of the same size and lets its QEMU serve them (NBD, in TLS with the migration's key). The source's QEMU
+//! copies each to there by a job, and from then on every write of the guest goes to both. Before the last of the guest is sent,
+//! when it stands still, the jobs are ended; that flushes the target's disks.
+//!
+//! A job that has ended well is dismissed by [`finish`] and by nothing else, and one that has not is left for [`cancel`]. So what
+//! QEMU says of its jobs is all that there is to know, whatever became of the agent meanwhile.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::time;
+
+use super::{
+    migration::{CREDENTIALS, Error, Listen},
+    process::Instance,
+    qmp,
+};
+use crate::vm::migration::{DisksTo, Mirror, Progress};
+
+/// Jobs and nodes of the source begin with this.
+const NAME: &str = "mirror-";
+/// So many ports are tried before the disks are not served: each may be taken between our look and QEMU's.
+const PORTS_TRIED: usize = 8;
+/// How long jobs may take to end. It is the guest's downtime, and takes milliseconds.
+const END_LIMIT: Duration = Duration::from_secs(3);
+/// How often they are looked at meanwhile.
+const END_LOOK: Duration = Duration::from_millis(5);
+
+/// The node of the machine's disk with this number. The leader has no VM copied that has a disk on the bus SCSI, and of the others this
+/// is what [`places`](super::command_line::places) calls them.
+fn disk_node(index: usize) -> String {
+    format!("disk{index}")
+}
+
+/// The target: serves the first `count` disks. What was served before is not any more.
+///
+/// # Errors
+///
+/// QEMU refuses, or no port is free.
+pub(super) async fn serve(instance: &Instance, listen: Listen, count: usize) -> Result<(), Error> {
+    close(instance).await?;
+    if count == 0 {
+        return Ok(());
+    }
+    let address = start(instance, listen, count).await?;
+    for index in 0..count {
+        let node = disk_node(index);
+        // The port is part of the id, because QEMU does not tell it otherwise.
+        let id = format!("{NAME}{}-{node}", address.port());
+        let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": node, "writable": true });
+        instance.execute("block-export-add", Some(export)).await?;
+    }
+    Ok(())
+}
+
+async fn start(instance: &Instance, listen: Listen, count: usize) -> Result<SocketAddr, Error> {
+    let ports: Vec<u16> = match listen.ports {
+        None => vec![0; PORTS_TRIED],
+        Some((first, last)) => (first..=last).collect(),
+    };
+    let mut refused = None;
+    for port in ports {
+        // Whether it is free. QEMU would take another one than it is told, or not say which.
+        let Ok(free) = TcpListener::bind((listen.address, port)).and_then(|l| l.local_addr()) else { continue };
+        let data = json!({ "host": free.ip().to_string(), "port": free.port().to_string() });
+        let server = json!({
+            "addr": { "type": "inet", "data": data },
+            "tls-creds": CREDENTIALS,
+            // One connection for each disk.
+            "max-connections": count,
+        });
+        match instance.execute("nbd-server-start", Some(server)).await {
+            Ok(_) => return Ok(free),
+            Err(error @ qmp::Error::Refused { .. }) => refused = Some(error),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(refused.map_or(Error::NoPort, Error::Qmp))
+}
+
+/// The target: disks are not served any more. From then on nobody but the guest writes to them.
+///
+/// # Errors
+///
+/// QEMU does not answer.
+pub(super) async fn close(instance: &Instance) -> Result<(), qmp::Error> {
+    ignore_refusal(instance.execute("nbd-server-stop", None).await)
+}
+
+/// The source: begins to copy. The key is in place.
+///
+/// # Errors
+///
+/// QEMU refuses. Nothing is left of it, unless QEMU does not answer.
+pub(super) async fn begin(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> Result<(), Error> {
+    cancel(instance).await?;
+    let begun = begin_all(instance, to, bytes_per_second).await;
+    if begun.is_err() {
+        cancel(instance).await?;
+    }
+    begun
+}
+
+async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> Result<(), Error> {
+    let server = json!({ "type": "inet", "host": to.address.ip().to_string(), "port": to.address.port().to_string() });
+    let count = u64::try_from(to.count).unwrap_or(u64::MAX).max(1);
+    // 0 stays "no limit".
+    let speed = if bytes_per_second == 0 { 0 } else { (bytes_per_second / count).max(1) };
+    for index in 0..to.count {
+        let (disk, node) = (disk_node(index), format!("{NAME}{index}"));
+        let target = json!({
+            "driver": "nbd",
+            "node-name": node,
+            "server": server,
+            "export": disk,
+            "tls-creds": CREDENTIALS,
+            "discard": "unmap",
+        });
+        instance.execute("blockdev-add", Some(target)).await?;
+    }
+    for index in 0..to.count {
+        let node = format!("{NAME}{index}");
+        let job = json!({
+            "job-id": node,
+            "device": disk_node(index),
+            "target": node,
+            // What lies in the image the target has, too.
+            "sync": "top",
+            // So that the copy keeps up with any guest.
+            "copy-mode": "write-blocking",
+            "speed": speed,
+            // The guest must not suffer.
+            "on-source-error": "report",
+            "on-target-error": "report",
+            "auto-dismiss": false,
+        });
+        instance.execute("blockdev-mirror", Some(job)).await?;
+    }
+    Ok(())
+}
+
+/// The source, whose guest stands still before the last of it: ends the copying. Then both sides are the same (M5).
+///
+/// # Errors
+///
+/// A disk is not the same on both sides. The rest is left as it is.
+pub(super) async fn finish(instance: &Instance) -> Result<(), Error> {
+    for job in jobs(instance).await? {
+        match job.state {
+            JobState::Ready => {
+                // Of one that is ready this is the good end: it ends with both sides the same, and stays with this one.
+                instance.execute("block-job-cancel", Some(json!({ "device": job.id }))).await?;
+            }
+            JobState::Ended => {}
+            JobState::Copying => return Err(Error::NotCopied(format!("{} is not copied yet", job.id))),
+            JobState::Failed(problem) => return Err(Error::NotCopied(problem)),
+        }
+    }
+    for job in ended(instance).await? {
+        if let JobState::Failed(problem) = job.state {
+            return Err(Error::NotCopied(problem));
+        }
+        instance.execute("job-dismiss", Some(json!({ "id": job.id }))).await?;
+    }
+    remove_nodes(instance).await
+}
+
+/// The source: gives the copying up. Nothing is left of it.
+///
+/// # Errors
+///
+/// QEMU does not answer, or not in time.
+pub(super) async fn cancel(instance: &Instance) -> Result<(), Error> {
+    for job in jobs(instance).await? {
+        match job.state {
+            JobState::Copying | JobState::Ready => {
+                let arguments = json!({ "device": job.id, "force": true });
+                ignore_refusal(instance.execute("block-job-cancel", Some(arguments)).await)?;
+            }
+            JobState::Ended | JobState::Failed(_) => {}
+        }
+    }
+    for job in ended(instance).await? {
+        ignore_refusal(instance.execute("job-dismiss", Some(json!({ "id": job.id }))).await)?;
+    }
+    remove_nodes(instance).await
+}
+
+/// Waits until no job goes on. Returns how they ended.
+async fn ended(instance: &Instance) -> Result<Vec<Job>, Error> {
+    let wait = async {
+        loop {
+            let jobs = jobs(instance).await?;
+            if jobs.iter().all(|job| job.concluded) {
+                return Ok(jobs);
+            }
+            time::sleep(END_LOOK).await;
+        }
+    };
+    time::timeout(END_LIMIT, wait).await.map_err(|_| Error::NotCopied("QEMU does not end it".to_owned()))?
+}
+
+async fn remove_nodes(instance: &Instance) -> Result<(), Error> {
+    for node in nodes(instance).await? {
+        instance.execute("blockdev-del", Some(json!({ "node-name": node }))).await?;
+    }
+    Ok(())
+}
+
+async fn nodes(instance: &Instance) -> Result<Vec<String>, qmp::Error> {
+    let nodes = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
+    let names = nodes.as_array().into_iter().flatten().filter_map(|n| n["node-name"].as_str());
+    Ok(names.filter(|n| n.starts_with(NAME)).map(str::to_owned).collect())
+}
+
+fn ignore_refusal(answer: Result<Value, qmp::Error>) -> Result<(), qmp::Error> {
+    match answer {
+        Ok(_) | Err(qmp::Error::Refused { .. }) => Ok(()),
+        Err(other) => Err(other),
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Job {
+    id: String,
+    state: JobState,
+    /// It waits to be dismissed.
+    concluded: bool,
+    done: u64,
+    total: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum JobState {
+    Copying,
+    Ready,
+    /// Well.
+    Ended,
+    Failed(String),
+}
+
+async fn jobs(instance: &Instance) -> Result<Vec<Job>, qmp::Error> {
+    Ok(parse_jobs(&instance.execute("query-jobs", None).await?))
+}
+
+fn parse_jobs(answer: &Value) -> Vec<Job> {
+    let ours = |job: &&Value| job["id"].as_str().is_some_and(|id| id.starts_with(NAME));
+    answer.as_array().into_iter().flatten().filter(ours).map(parse_job).collect()
+}
+
+fn parse_job(job: &Value) -> Job {
+    let status = job["status"].as_str().unwrap_or_default();
+    let concluded = status == "concluded";
+    let state = match (job["error"].as_str(), status) {
+        (Some(problem), _) => JobState::Failed(problem.chars().take(500).collect()),
+        (None, "ready") => JobState::Ready,
+        (None, "aborting") => JobState::Failed("it was cancelled".to_owned()),
+        (None, "concluded") => JobState::Ended,
+        (None, _) => JobState::Copying,
+    };
+    let number = |field: &str| job[field].as_u64().unwrap_or(0);
+    let id = job["id"].as_str().unwrap_or_default().to_owned();
+    Job { id, state, concluded, done: number("current-progress"), total: number("total-progress") }
+}
+
+/// How far the copying is; what it adds to `progress`; and where disks are taken.
+///
+/// # Errors
+///
+/// QEMU does not say.
+pub(super) async fn standing(
+    instance: &Instance,
+    progress: &mut Progress,
+    address: Option<SocketAddr>,
+) -> Result<(Mirror, Option<SocketAddr>), qmp::Error> {
+    let jobs = jobs(instance).await?;
+    for job in &jobs {
+        progress.transferred_bytes = progress.transferred_bytes.saturating_add(job.done);
+        progress.remaining_bytes = progress.remaining_bytes.saturating_add(job.total.saturating_sub(job.done));
+    }
+    let mirror = match jobs.is_empty() {
+        // Half-made: whoever made them has not come back to it.
+        true if !nodes(instance).await?.is_empty() => Mirror::Failed("it was interrupted".to_owned()),
+        true => Mirror::None,
+        false => all(&jobs),
+    };
+    let Some(address) = address else { return Ok((mirror, None)) };
+    let exports = instance.execute("query-block-exports", None).await?;
+    Ok((mirror, served_at(&exports).map(|port| SocketAddr::new(address.ip(), port))))
+}
+
+fn all(jobs: &[Job]) -> Mirror {
+    let mut ready = 0;
+    for job in jobs {
+        match &job.state {
+            JobState::Failed(problem) => return Mirror::Failed(problem.clone()),
+            JobState::Ready => ready += 1,
+            JobState::Copying | JobState::Ended => {}
+        }
+    }
+    if ready == jobs.len() { Mirror::Ready(ready) } else { Mirror::Copying }
+}
+
+fn served_at(exports: &Value) -> Option<u16> {
+    let ids = exports.as_array()?.iter().filter_map(|e| e["id"].as_str());
+    ids.filter_map(|id| id.strip_prefix(NAME)?.split_once('-')?.0.parse().ok()).next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_qemu_says_of_its_jobs_is_understood() {
+        let job = |id: &str, status: &str, error: Option<&str>| json!({ "id": id, "type": "mirror", "status": status, "error": error, "current-progress": 3, "total-progress": 5 });
+        let of = |list: &[Value]| all(&parse_jobs(&Value::from(list.to_vec())));
+        assert_eq!(of(&[job("mirror-0", "running", None), job("mirror-1", "ready", None)]), Mirror::Copying);
+        // Other jobs are not looked at.
+        let others = [job("mirror-0", "ready", None), job("backup", "running", None), job("mirror-1", "ready", None)];
+        assert_eq!(of(&others), Mirror::Ready(2));
+        let failed = [job("mirror-0", "ready", None), job("mirror-1", "concluded", Some("No space left on device"))];
+        assert_eq!(of(&failed), Mirror::Failed("No space left on device".into()));
+        // One that has ended is not the same on both sides any more, if the guest goes on.
+        assert_eq!(of(&[job("mirror-0", "concluded", None), job("mirror-1", "ready", None)]), Mirror::Copying);
+        assert_eq!(of(&[job("mirror-0", "aborting", None)]), Mirror::Failed("it was cancelled".into()));
+    }
+
+    #[test]
+    fn where_disks_are_taken_is_in_the_name_of_what_takes_them() {
+        let exports = json!([{ "id": "other", "type": "nbd" }, { "id": "mirror-49153-disk0", "type": "nbd" }]);
+        assert_eq!(served_at(&exports), Some(49_153));
+        assert_eq!(served_at(&json!([])), None);
+    }
+}

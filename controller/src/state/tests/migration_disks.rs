@@ -1,0 +1,174 @@
+//! Migrations that copy disks which only the VM's host has.
+
+use uncloud_proto::{
+    ids::{HostId, Incarnation, VmId},
+    v1::VoidDisks,
+};
+
+use super::fixtures::*;
+use crate::{
+    model::{migration::MigrationResult, vm::VmSpec},
+    sessions::desired::{Wanted, message},
+    state::command::{Command, Lapsed, ObservedState, VmObservation},
+};
+
+const ADDRESS: &str = "127.0.0.1:4444";
+const DISKS: &str = "127.0.0.1:4445";
+
+fn begin(vm: VmId, to: Option<HostId>) -> Command {
+    Command::MigrateVm { vm, to, secret: "ab".repeat(32), bytes_per_second: 0 }
+}
+
+/// Which of the source's disks its agent says that it has copied.
+#[derive(Clone, Copy)]
+enum Copied {
+    No,
+    All,
+}
+
+impl World {
+    fn copying(&mut self, n: u128) -> VmId {
+        let vm = self.running(n, with_disk("local"));
+        self.ok(begin(vm, None));
+        vm
+    }
+
+    fn target_reports(&mut self, vm: VmId, state: ObservedState, disks_address: &str) {
+        let migration = self.record(vm).migration.clone().expect("it migrates");
+        let mut seen = seen(migration.incarnation.0, ADDRESS);
+        seen.disks_address = disks_address.to_owned();
+        let incarnation = migration.incarnation;
+        let report = VmObservation { incarnation, migration: Some(seen), ..self.observation(vm, state) };
+        self.ok(Command::Report { host: migration.target, reports: vec![report] });
+    }
+
+    fn source_has_sent(&mut self, vm: VmId, copied: Copied) {
+        let host = self.host_of(vm).unwrap();
+        let mut seen = seen(self.record(vm).migration.as_ref().unwrap().incarnation.0, "");
+        seen.disks_sent = matches!(copied, Copied::All);
+        let report = VmObservation { migration: Some(seen), ..self.observation(vm, ObservedState::HandedOver) };
+        self.ok(Command::Report { host, reports: vec![report] });
+    }
+
+    fn arrives(&mut self, vm: VmId) {
+        self.target_reports(vm, ObservedState::Incoming, DISKS);
+        self.target_reports(vm, ObservedState::Received, DISKS);
+        self.source_has_sent(vm, Copied::All);
+    }
+
+    /// What a host is told to remove when it is told to forget a VM.
+    fn void_on(&self, host: HostId, vm: VmId) -> Option<VoidDisks> {
+        message(&self.state, host, vm, Wanted::Forget(Incarnation(9))).unwrap().void_disks
+    }
+
+    fn how_it_ended(&self, vm: VmId) -> (MigrationResult, String) {
+        let end = self.vm(vm).status.as_ref().unwrap().last_migration.clone().expect("one has ended");
+        (end.result, end.reason)
+    }
+}
+
+#[test]
+fn m7_the_copies_become_the_disks_by_the_handover_and_the_old_ones_are_void_then() {
+    let mut world = World::with_hosts(2);
+    let vm = world.copying(1);
+    let (source, target) = (world.host_of(vm).unwrap(), other(world.host_of(vm).unwrap()));
+    let told = message(&world.state, target, vm, Wanted::AsRecorded(Default::default())).unwrap();
+    assert_eq!((told.disks_exist, told.disk_generation), (false, 1), "it makes disks of the reserved generation");
+    world.target_reports(vm, ObservedState::Incoming, DISKS);
+    let told = message(&world.state, source, vm, Wanted::AsRecorded(Default::default())).unwrap();
+    assert_eq!((told.disks_exist, told.disk_generation), (true, 0));
+    assert_eq!(told.migrate_to.unwrap().disks_address, DISKS);
+    assert_eq!(world.record(vm).disk_home.as_ref().unwrap().host, source, "until the hand-over");
+    world.target_reports(vm, ObservedState::Received, DISKS);
+    world.source_has_sent(vm, Copied::All);
+
+    let record = world.record(vm);
+    assert_eq!((record.placement.host, record.disk_generation, record.disks_exist), (Some(target), 1, true));
+    let home = record.disk_home.clone().unwrap();
+    assert_eq!((home.host, home.pools["local"]), (target, None));
+    assert_eq!(world.void_on(source, vm), Some(VoidDisks { copied_from: 0, current: 1 }));
+    assert_eq!(world.void_on(target, vm), None, "never where its disks are");
+
+    // On the way back the old number is not used again.
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, Some(source)));
+    world.arrives(vm);
+    assert_eq!((world.host_of(vm), world.record(vm).disk_generation), (Some(source), 2));
+    assert_eq!(world.void_on(target, vm), Some(VoidDisks { copied_from: 0, current: 2 }));
+}
+
+#[test]
+fn m7_copies_that_were_given_up_are_void_and_their_number_never_comes_again() {
+    let mut world = World::with_hosts(2);
+    let vm = world.copying(1);
+    let (source, target) = (world.host_of(vm).unwrap(), other(world.host_of(vm).unwrap()));
+    world.target_reports(vm, ObservedState::Incoming, DISKS);
+    world.ok(Command::CancelMigration { vm });
+    let record = world.record(vm);
+    assert_eq!((record.placement.host, record.disk_generation), (Some(source), 0));
+    assert_eq!(record.disk_home.as_ref().unwrap().host, source);
+    assert_eq!(world.void_on(target, vm), Some(VoidDisks { copied_from: 0, current: 0 }), "only what is newer");
+    assert_eq!(world.void_on(source, vm), None);
+    world.ok(begin(vm, None));
+    assert_eq!(world.record(vm).migration.as_ref().unwrap().disk_generation, Some(2));
+    world.arrives(vm);
+    assert_eq!(world.record(vm).disk_generation, 2);
+}
+
+/// M6: an agent that knows nothing of it sends the memory all the same.
+#[test]
+fn m6_nothing_is_handed_over_to_a_target_that_has_not_the_disks() {
+    let mut world = World::with_hosts(2);
+    let vm = world.copying(1);
+    let source = world.host_of(vm);
+    world.target_reports(vm, ObservedState::Incoming, DISKS);
+    world.target_reports(vm, ObservedState::Received, DISKS);
+    world.source_has_sent(vm, Copied::No);
+    assert_eq!((world.host_of(vm), world.record(vm).disk_generation), (source, 0));
+    let (result, reason) = world.how_it_ended(vm);
+    assert!(result == MigrationResult::GivenUp && reason.contains("not copied"), "{reason}");
+
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, None));
+    world.target_reports(vm, ObservedState::Incoming, "");
+    let (result, reason) = world.how_it_ended(vm);
+    assert!(result == MigrationResult::GivenUp && reason.contains("takes no disks"), "{reason}");
+}
+
+/// P5: until the hand-over the disks are the source's, whatever the target has by then.
+#[test]
+fn a_source_that_dies_before_the_handover_keeps_the_disks() {
+    let mut world = World::with_hosts(2);
+    let vm = world.copying(1);
+    let source = world.host_of(vm).unwrap();
+    world.target_reports(vm, ObservedState::Incoming, DISKS);
+    world.target_reports(vm, ObservedState::Received, DISKS);
+    world.lapse(source, Lapsed::Fast);
+    let record = world.record(vm);
+    assert_eq!((record.placement.host, record.disk_generation), (Some(source), 0));
+    assert_eq!(record.disk_home.as_ref().unwrap().host, source);
+}
+
+#[test]
+fn a_pool_that_disks_are_copied_into_must_have_room_for_them() {
+    let mut world = World::with_hosts(2);
+    // Twice what the pools are said to hold is promised at the most.
+    let huge = VmSpec { disks: vec![crate::model::vm::Disk { size_bytes: 3 << 39, ..disk("local") }], ..spec() };
+    let first = world.running(1, huge.clone());
+    let second = world.running(2, huge);
+    assert_ne!(world.host_of(first), world.host_of(second));
+    let refusal = world.refused(begin(first, None)).to_string();
+    assert!(refusal.contains("local"), "{refusal}");
+}
+
+#[test]
+fn what_cannot_be_copied_is_refused_in_words() {
+    let mut world = World::with_hosts(2);
+    let mixed = VmSpec {
+        disks: vec![disk("local"), crate::model::vm::Disk { name: "disk1".into(), ..disk("shared") }],
+        ..spec()
+    };
+    let vm = world.running(1, mixed);
+    let refusal = world.refused(begin(vm, None)).to_string();
+    assert!(refusal.contains("all of one kind"), "{refusal}");
+}
