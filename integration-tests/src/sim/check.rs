@@ -12,7 +12,11 @@ use uncloud_controller::{
 use uncloud_proto::ids::{HostId, Incarnation, Term, VmId};
 use uuid::Uuid;
 
-use super::{clock::Ns, core::Core};
+use super::{
+    clock::Ns,
+    contents::{Contents, Made},
+    core::Core,
+};
 
 /// What is true about a VM.
 #[derive(Clone, Debug, Default)]
@@ -48,6 +52,8 @@ pub(crate) struct Check {
     term: Term,
     revision: i64,
     violation: Option<String>,
+    /// What is on the disks.
+    pub(crate) contents: Contents,
     /// Nothing disturbs the cluster: no VM may stop that nobody stopped.
     pub(crate) quiet: bool,
 }
@@ -71,6 +77,27 @@ impl Check {
     /// What executes: VM, host, incarnation.
     pub(crate) fn executing(&self) -> impl Iterator<Item = (VmId, HostId, Incarnation)> {
         self.vms.iter().flat_map(|(vm, t)| t.executing.values().map(|(_, host, i, _)| (*vm, *host, *i)))
+    }
+
+    /// What is stored.
+    pub(crate) fn record(&self, vm: VmId) -> Option<Arc<VmRecord>> {
+        self.vms.get(&vm)?.record.clone()
+    }
+
+    /// A guest begins to execute, finds this on its disk, and writes.
+    pub(crate) fn began(&mut self, vm: VmId, found_and_wrote: (u64, u64)) {
+        let truth = self.vms.get(&vm);
+        let made = if truth.is_some_and(|t| t.data.is_some()) { Made::Known } else { Made::Unknown };
+        let record = truth.and_then(|t| t.record.clone());
+        self.note(|c| c.contents.began(vm, found_and_wrote, made, record.as_deref()));
+    }
+
+    /// Disks are put back.
+    pub(crate) fn put_back(&mut self, vm: VmId, number: u64, id: Uuid, count: u64) {
+        if !self.vm(vm).executing.is_empty() {
+            self.violation(format!("R1: the disks of {vm} are put back while it executes"));
+        }
+        self.note(|c| c.contents.put_back(vm, number, id, count));
     }
 
     // --- what the user does ---
@@ -223,6 +250,8 @@ impl Check {
                 || r.desired != Desired::Running
                 // The user has its host drained and allows that.
                 || r.is_moving_out()
+                // The user wants its disks put back.
+                || r.revert.is_some()
         };
         // A call that was made before this start may be carried out after it.
         let asked = later(truth.asked_at) || truth.uncertain || truth.in_flight > 0 || truth.delete_asked;
@@ -288,6 +317,7 @@ impl Check {
             }
             (Some(before), Some(after)) => {
                 truth.changed(before, after, &mut wrong);
+                self.note(|c| c.contents.changed(before, after));
             }
             (None, None) => {}
         }

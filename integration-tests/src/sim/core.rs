@@ -12,6 +12,7 @@ use super::{
     queue::{Event, Queue, What, Whom},
     report::Stats,
     rng::Rng,
+    storage::Disks,
     trace::Trace,
 };
 
@@ -101,8 +102,8 @@ pub(crate) struct Core {
     pub(crate) check: Check,
     /// What the run is made of.
     pub(crate) config: Config,
-    /// Disks in shared pools: for each pool's id, the VMs and disk generations in it.
-    pub(crate) shared_disks: BTreeMap<uuid::Uuid, std::collections::BTreeSet<(uncloud_proto::ids::VmId, u32)>>,
+    /// Disks in shared pools: for each pool's id, those of the VMs and disk generations in it.
+    pub(crate) shared_disks: BTreeMap<uuid::Uuid, Disks>,
     /// The faults are over.
     pub(crate) healed: bool,
     uid: u64,

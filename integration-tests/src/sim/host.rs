@@ -5,7 +5,7 @@
 //! own clock, whoever is stopped, and they die within the kill allowance (A2).
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
@@ -27,6 +27,7 @@ use super::{
     migrate::Moving,
     net::AGENT,
     queue::{DiskWork, Event, Start, What, Whom},
+    storage::Disks,
 };
 
 /// A keeper and its QEMU.
@@ -86,7 +87,7 @@ pub(crate) struct Host {
     pub(super) exits: BTreeMap<VmId, Exit>,
     /// What has a process.
     pub(crate) qemus: BTreeMap<VmId, Qemu>,
-    pub(super) disks: BTreeSet<(VmId, u32)>,
+    pub(super) disks: Disks,
     /// The agent's process.
     pub(crate) agent: Option<Box<Agent>>,
     /// Which of its lives.
@@ -123,7 +124,7 @@ impl Host {
             keepers: BTreeMap::new(),
             exits: BTreeMap::new(),
             qemus: BTreeMap::new(),
-            disks: BTreeSet::new(),
+            disks: Disks::new(),
             agent: None,
             agent_epoch: 0,
             agent_paused: 0,
@@ -253,6 +254,12 @@ impl Host {
             What::Disks(vm, epoch, work, DiskWork::Delete(desired)) => {
                 let event = self.delete_disks(core, vm, &desired);
                 self.done(core, vm, (epoch, work), event, None);
+            }
+            What::Disks(vm, epoch, work, DiskWork::Tend(desired)) => {
+                if !self.is_ended(vm, epoch, work) {
+                    let event = self.tend(core, vm, &desired);
+                    self.done(core, vm, (epoch, work), event, None);
+                }
             }
             What::Disks(vm, epoch, work, DiskWork::Adopt) => self.adopt(core, vm, epoch, work),
             What::Execute(start) => self.execute(core, *start),

@@ -202,12 +202,14 @@ impl Host {
     /// The guest begins to execute here.
     pub(super) fn begins(&mut self, core: &mut Core, vm: VmId) {
         let Some(Qemu { uid, start, .. }) = self.qemus.get(&vm) else { return };
+        let (uid, start) = (*uid, start.clone());
         let disks = start.pools.iter().map(|pool| match pool.as_str() {
             "shared" => (self.shared_pool, start.disk_generation),
             _ => (self.id.uuid(), start.disk_generation),
         });
         let (disks, now) = (disks.collect(), core.now);
-        core.check.started(vm, *uid, (self.index, self.id), start.incarnation, disks, now);
+        core.check.started(vm, uid, (self.index, self.id), start.incarnation, disks, now);
+        self.finds(core, vm, &start.pools, start.disk_generation);
     }
 
     fn later_ready(&self, core: &mut Core, start: Start, vm: VmId, uid: u64) {

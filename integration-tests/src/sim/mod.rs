@@ -19,6 +19,7 @@
 mod agent;
 mod check;
 mod clock;
+mod contents;
 mod controller;
 mod core;
 mod etcd;
@@ -35,6 +36,7 @@ mod rng;
 mod runner;
 mod session;
 mod storage;
+mod tend;
 mod trace;
 mod user;
 mod world;

@@ -154,6 +154,8 @@ pub(crate) enum DiskWork {
     Make(Box<uncloud_agent::vm::desired::Desired>),
     /// Deletes all.
     Delete(Box<uncloud_agent::vm::desired::Desired>),
+    /// Takes and removes snapshots, and puts them back.
+    Tend(Box<uncloud_agent::vm::desired::Desired>),
     /// None: looks for what executes.
     Adopt,
 }

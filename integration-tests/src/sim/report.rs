@@ -25,6 +25,8 @@ pub struct Stats {
     pub drain_migrations: u64,
     /// VMs that were stopped to leave such hosts.
     pub drain_stops: u64,
+    /// Disks that were put back to a snapshot.
+    pub put_back: u64,
     /// Migrations that ended with the VM on its target.
     pub migrations_done: u64,
     /// Leaders.
@@ -66,6 +68,7 @@ impl Stats {
         self.paused += other.paused;
         self.drain_migrations += other.drain_migrations;
         self.drain_stops += other.drain_stops;
+        self.put_back += other.put_back;
         self.migrations_done += other.migrations_done;
         self.elections += other.elections;
         self.commits += other.commits;
@@ -93,6 +96,7 @@ impl fmt::Display for Stats {
             self.migrations_begun, self.migrations_done, self.paused
         )?;
         writeln!(f, "drains:            {} migrations, {} stops", self.drain_migrations, self.drain_stops)?;
+        writeln!(f, "disks put back:    {}", self.put_back)?;
         writeln!(f, "killed by a lease: {}", self.fenced)?;
         writeln!(f, "verdicts on hosts: {}, the brake engaged {} times", self.verdicts, self.brakes)?;
         writeln!(f, "leaders elected:   {}", self.elections)?;

@@ -31,7 +31,7 @@ use super::{
 pub(crate) struct Runner {
     pub(super) state: VmState,
     pub(super) mailbox: Mailbox,
-    work: Option<u64>,
+    pub(super) work: Option<u64>,
     prepared: bool,
     pub(super) instance: Option<u64>,
     pub(super) now: Tick,
@@ -158,8 +158,9 @@ impl Host {
                 continue;
             }
             match (effect, runner.instance) {
-                (Effect::TendDisks, Some(_)) | (Effect::TendIdle { .. }, None) => {
-                    events.push(VmEvent::DisksTended(runner.state.record().desired.orders.done()));
+                (Effect::TendDisks, Some(uid)) => {
+                    let desired = runner.state.record().desired.clone();
+                    events.push(self.tend_running(core, vm, uid, &desired));
                 }
                 (Effect::Look, Some(uid)) => events.push(self.standing(core, vm, uid)),
                 (
@@ -189,7 +190,6 @@ impl Host {
         let delay = core.between(1, 60);
         match effect {
             Effect::Persist | Effect::Reset | Effect::TendDisks | Effect::GoOn => {}
-            Effect::TendIdle { .. } | Effect::CancelTend => {}
             Effect::Look
             | Effect::Listen
             | Effect::Send
@@ -198,7 +198,11 @@ impl Host {
             | Effect::Cancel
             | Effect::Resume
             | Effect::Pause => {}
-            Effect::CancelPrepare => runner.work = None,
+            Effect::CancelPrepare | Effect::CancelTend => runner.work = None,
+            Effect::TendIdle { .. } => {
+                runner.work = Some(work);
+                core.after(delay, self.kernel(), self.boot, disks(DiskWork::Tend(Box::new(desired))));
+            }
             Effect::Prepare => {
                 runner.work = Some(work);
                 let delay = if self.slow > 0 { delay + core.between(100, 9000) } else { delay };

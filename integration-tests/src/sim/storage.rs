@@ -2,27 +2,25 @@
 //!
 //! Stands for `agent/src/storage/`: makes what is missing unless it should be there, deletes this VM's disks up to a generation.
 
+use std::collections::BTreeMap;
+
 use uncloud_agent::vm::{
     desired::{Desired, DisksExpected, Disposition},
     state::Event as VmEvent,
 };
 use uncloud_proto::ids::VmId;
 
-use super::{core::Core, host::Host};
+use super::{contents::Disk, core::Core, host::Host};
+
+/// Disks in one pool, by VM and generation.
+pub(crate) type Disks = BTreeMap<(VmId, u32), Disk>;
 
 impl Host {
-    fn has_disk(&self, core: &Core, pool: &str, vm: VmId, generation: u32) -> bool {
-        match pool {
-            "shared" => core.shared_disks.get(&self.shared_pool).is_some_and(|d| d.contains(&(vm, generation))),
-            _ => self.disks.contains(&(vm, generation)),
-        }
-    }
-
     /// `storage::disks::{check_expected, make}`
     pub(super) fn make_disks(&mut self, core: &mut Core, vm: VmId, desired: &Desired) -> Result<(), String> {
         let pools = pools(desired);
         for pool in &pools {
-            if self.has_disk(core, pool, vm, desired.disk_generation) {
+            if self.disk(core, pool, vm, desired.disk_generation).is_some() {
                 continue;
             }
             if desired.disks == DisksExpected::Exist {
@@ -31,12 +29,13 @@ impl Host {
             if self.disk_full > 0 {
                 return Err("no space left on device".into());
             }
+            let disk = Disk::default();
             match pool.as_str() {
                 "shared" => {
-                    core.shared_disks.entry(self.shared_pool).or_default().insert((vm, desired.disk_generation));
+                    core.shared_disks.entry(self.shared_pool).or_default().insert((vm, desired.disk_generation), disk);
                 }
                 _ => {
-                    self.disks.insert((vm, desired.disk_generation));
+                    self.disks.insert((vm, desired.disk_generation), disk);
                 }
             }
         }
@@ -55,7 +54,7 @@ impl Host {
             // `storage::void`
             let Some(void) = desired.void else { return VmEvent::DisksDeleted };
             let gone: Vec<u32> =
-                self.disks.iter().filter(|(id, g)| *id == vm && void.has(*g)).map(|(_, g)| *g).collect();
+                self.disks.keys().filter(|(id, g)| *id == vm && void.has(*g)).map(|(_, g)| *g).collect();
             for generation in gone {
                 core.check.void_removed(vm, (self.id.uuid(), generation));
                 self.disks.remove(&(vm, generation));
@@ -67,10 +66,10 @@ impl Host {
             match pool.as_str() {
                 "shared" => {
                     if let Some(disks) = core.shared_disks.get_mut(&self.shared_pool) {
-                        disks.retain(|(id, generation)| *id != vm || *generation > desired.disk_generation);
+                        disks.retain(|(id, generation), _| *id != vm || *generation > desired.disk_generation);
                     }
                 }
-                _ => self.disks.retain(|(id, generation)| *id != vm || *generation > desired.disk_generation),
+                _ => self.disks.retain(|(id, generation), _| *id != vm || *generation > desired.disk_generation),
             }
         }
         VmEvent::DisksDeleted

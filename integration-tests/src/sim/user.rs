@@ -1,4 +1,5 @@
-//! The user: creates, stops, starts, restarts, pauses, changes, migrates and deletes VMs, cordons and drains hosts, and repeats
+//! The user: creates, stops, starts, restarts, pauses, changes, migrates and deletes VMs, takes snapshots and goes back to
+//! them, cordons and drains hosts, and repeats
 //! creates whose outcome is unknown with the same request id.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -68,6 +69,7 @@ enum Doing {
     Migrate,
     Mode,
     Failover,
+    Disks,
 }
 
 /// Whether the cluster moves VMs of lost hosts.
@@ -90,6 +92,8 @@ pub(crate) struct User {
     pub(crate) idle: bool,
     cordoned: BTreeSet<HostId>,
     paused: BTreeSet<VmId>,
+    /// Snapshots that the API has acknowledged.
+    snapshots: Vec<(VmId, String)>,
     /// Deletes that the API has not taken yet.
     to_delete: BTreeSet<VmId>,
     names: u64,
@@ -151,7 +155,7 @@ impl User {
             return self.create(core);
         }
         let vm = core.rng.pick(&vms);
-        match core.rng.below(30) {
+        match core.rng.below(44) {
             0 | 1 => self.delete(core, vm),
             2 => self.power(core, vm, PowerChange::Stop),
             3 => self.power(core, vm, PowerChange::ForceStop),
@@ -201,8 +205,25 @@ impl User {
                 }
                 self.pause(core, vm, change);
             }
+            30..=43 => self.disks(core, vm),
             _ => {}
         }
+    }
+
+    /// Snapshots; mostly of what has one.
+    fn disks(&mut self, core: &mut Core, vm: VmId) {
+        self.snapshots.retain(|(vm, _)| self.vms.contains(vm));
+        let some = (!self.snapshots.is_empty()).then(|| self.snapshots[core.rng.index(self.snapshots.len())].clone());
+        let command = match (core.rng.below(8), some) {
+            (0..=3, Some((vm, name))) => {
+                core.check.asked_restart(vm, core.now);
+                Command::RevertToSnapshot { vm, name }
+            }
+            (4, Some((vm, name))) => Command::DeleteSnapshot { vm, name },
+            _ => Command::CreateSnapshot { vm, id: core.rng.uuid(), name: core.rng.pick(&["a", "b", "c"]).to_owned() },
+        };
+        core.log(format_args!("user: {command:?}"));
+        self.call(core, Doing::Disks, command, 0);
     }
 
     fn pause(&mut self, core: &mut Core, vm: VmId, desired: PowerChange) {
@@ -316,6 +337,12 @@ impl User {
                 self.to_delete.insert(vm);
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
+            (Doing::Disks, Err(WriteError::Refused(refusal))) => core.log(format_args!("user: refused: {refusal}")),
+            (Doing::Disks, Ok(_)) => match command {
+                Command::CreateSnapshot { vm, name, .. } => self.snapshots.push((vm, name)),
+                Command::DeleteSnapshot { vm, name } => self.snapshots.retain(|s| *s != (vm, name.clone())),
+                _ => {}
+            },
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
             (
                 Doing::Restart(_) | Doing::Update | Doing::Migrate | Doing::Mode | Doing::Failover | Doing::Delete(_),
@@ -340,7 +367,7 @@ impl User {
                 self.to_delete.insert(vm);
             }
             Doing::Power(vm, _) | Doing::Restart(vm) => core.check.unknown_power(vm),
-            Doing::Mode | Doing::Update | Doing::Migrate | Doing::Failover => {}
+            Doing::Mode | Doing::Update | Doing::Migrate | Doing::Failover | Doing::Disks => {}
         }
     }
 }

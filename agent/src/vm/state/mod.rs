@@ -539,11 +539,10 @@ impl VmState {
             }
             // P1: a launch that was under way before is not over because something else could not be written.
             Event::PersistFailed(_, Skipped::Nothing) => {}
+            // Tried again later: at once it would come to the same, for ever.
+            Event::PersistFailed(reason, Skipped::Work) if self.work == Work::Tending => self.tend_failed(reason, at),
             Event::PersistFailed(reason, Skipped::Work) => {
-                if matches!(
-                    self.work,
-                    Work::Preparing | Work::Launching | Work::Deleting | Work::Sweeping | Work::Tending
-                ) {
+                if matches!(self.work, Work::Preparing | Work::Launching | Work::Deleting | Work::Sweeping) {
                     self.work = Work::None;
                     self.not_launched(|s| s.failed(reason, at));
                 }
