@@ -196,7 +196,7 @@ mod tests {
         disks::{Revert, SnapshotOrder},
         fake,
         hypervisor::{Exit, ExitKind},
-        state::{Event, Lease, ReportState},
+        state::{Event, Lease, ReportState, Skipped},
     };
 
     fn at(secs: u64) -> Moment {
@@ -349,6 +349,25 @@ mod tests {
         state.on(Event::DisksTended(stop.orders.done()), at(41));
         assert_eq!(state.report().disks.disks, [2]);
         assert_eq!(state.on(Event::Wake, at(60)), [], "nothing is left to do");
+    }
+
+    /// Without a wait the task would come back to it at once, for as long as the state directory is full.
+    #[test]
+    fn what_could_not_be_written_down_is_not_tried_again_at_once() {
+        let snapshots = vec![SnapshotOrder { id: Uuid::from_u128(5), wanted: There::There }];
+        let stop = Desired {
+            disposition: Disposition::Stop,
+            orders: Orders { snapshots, ..Orders::default() },
+            ..with_disk(512)
+        };
+        let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
+        let take = Effect::TendIdle { lease_generation: 1 };
+        let effects = state.on(word(stop), at(20));
+        assert!(effects.contains(&take), "{effects:?}");
+        let failed = Event::PersistFailed("no space left on device".into(), Skipped::of(&effects));
+        assert!(!state.on(failed, at(20)).contains(&take));
+        assert_eq!(state.deadline(at(20).now), Some(at(30).now));
+        assert!(state.on(Event::Wake, at(30)).contains(&take));
     }
 
     /// The target has read the disk: it must not change below it.
