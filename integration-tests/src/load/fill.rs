@@ -30,14 +30,14 @@ const CREATED: u64 = 1_700_000_000_000;
 ///
 /// etcd does not take them, or a record is not one.
 pub async fn site(etcd: &Client, site: &Site) -> anyhow::Result<u64> {
-    let mut records = records(site)?;
+    let records = records(site)?;
     let bytes = records.iter().map(|(key, value)| (key.len() + value.len()) as u64).sum();
-    let mut batches = Vec::new();
-    while !records.is_empty() {
-        let rest = records.split_off(records.len().min(MAX_OPERATIONS));
-        batches.push(std::mem::replace(&mut records, rest));
-    }
-    stream::iter(batches.into_iter().map(|batch| {
+    let mut records = records.into_iter();
+    let batches = std::iter::from_fn(|| {
+        let batch: Vec<_> = records.by_ref().take(MAX_OPERATIONS).collect();
+        (!batch.is_empty()).then_some(batch)
+    });
+    stream::iter(batches.map(|batch| {
         let mut etcd = etcd.clone();
         async move {
             let puts: Vec<TxnOp> = batch.into_iter().map(|(key, value)| TxnOp::put(key, value, None)).collect();
