@@ -159,6 +159,10 @@ calls! {
     cancel_migration(CancelMigrationRequest) -> CancelMigrationResponse, vms, Once;
     /// Makes a disk larger. The same call again finds it done.
     resize_disk(ResizeDiskRequest) -> ResizeDiskResponse, vms, Repeatable;
+    /// Gives a VM one more disk. Not tried again when the answer was lost: it might be a second one.
+    attach_disk(AttachDiskRequest) -> AttachDiskResponse, vms, Once;
+    /// Takes a disk from a VM. Not tried again when the answer was lost: another may have its name by then.
+    detach_disk(DetachDiskRequest) -> DetachDiskResponse, vms, Once;
     /// Takes a snapshot. Not tried again when the answer was lost: its name would be taken.
     create_snapshot(CreateSnapshotRequest) -> CreateSnapshotResponse, vms, Once;
     /// Deletes a snapshot. Not tried again when the answer was lost: another may have its name by then.

@@ -41,8 +41,25 @@ fn running() -> v1::Vm {
         machine: "q35".to_owned(),
         kernel: Some(v1::KernelBoot { image: id(7), command_line: "console=ttyS0 quiet".to_owned() }),
         disks: vec![
-            v1::Disk { name: "disk0".into(), pool: "default".into(), size_bytes: 10 << 30, image: id(8) },
-            v1::Disk { name: "data".into(), pool: "fast".into(), size_bytes: 16 << 20, ..Default::default() },
+            v1::Disk {
+                name: "disk0".into(),
+                pool: "default".into(),
+                size_bytes: 10 << 30,
+                image: id(8),
+                bus: v1::DiskBus::Virtio.into(),
+                cache: v1::DiskCache::None.into(),
+                ..Default::default()
+            },
+            v1::Disk {
+                name: "data".into(),
+                pool: "fast".into(),
+                size_bytes: 16 << 20,
+                bus: v1::DiskBus::Scsi.into(),
+                cache: v1::DiskCache::Writeback.into(),
+                state: v1::DiskState::Detached.into(),
+                id: id(6),
+                ..Default::default()
+            },
         ],
         nics: vec![
             v1::Nic { r#type: v1::NicType::User.into(), mac: "42:00:00:00:00:01".into(), bridge: String::new() },
@@ -65,6 +82,7 @@ fn running() -> v1::Vm {
             user_data: "#cloud-config\n".to_owned(),
             network_config: String::new(),
         }),
+        disk_hotplug: v1::DiskHotplug::Enabled.into(),
     };
     let next_spec = v1::VmSpec { memory_mib: 2048, failover: v1::FailoverPolicy::Hold.into(), ..spec.clone() };
     v1::Vm {
@@ -98,6 +116,13 @@ fn running() -> v1::Vm {
         revision: 4711,
         pending_restart: vec!["spec.memory_mib".to_owned(), "spec.failover".to_owned()],
         next_spec: Some(next_spec),
+        snapshots: vec![v1::Snapshot {
+            id: id(9),
+            name: "before-upgrade".into(),
+            created: ago(600),
+            state: v1::SnapshotState::Ready.into(),
+            guest: v1::SnapshotGuest::Frozen.into(),
+        }],
         ..Default::default()
     }
 }

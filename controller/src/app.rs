@@ -30,6 +30,7 @@ use crate::{
     api,
     config::Config,
     leadership::{Campaign, Candidate, Elected, Follower, Leader, LeaderSlot, LeaderToken, Settings, WarmCopy},
+    metrics::{self, Metrics},
     reconcile, report,
     store::{Store, embedded::EmbeddedEtcd},
 };
@@ -60,7 +61,14 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %config.listen, "serving");
-    let edge = Edge { incoming: api::accept(listener), store: connect(&endpoints), dial: Dial::tcp() };
+    let metrics = Metrics::default();
+    if let Some(address) = config.metrics_listen {
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on --metrics-listen {address}"))?;
+        info!(%address, "metrics at /metrics");
+        tokio::spawn(metrics::serve(listener, metrics.clone(), stop.clone()));
+    }
+    let edge = Edge { incoming: api::accept(listener), store: connect(&endpoints), dial: Dial::tcp(), metrics };
     control(&config, &clock, edge, stop).await;
     if let Some(mut etcd) = embedded.take() {
         tokio::task::spawn_blocking(move || etcd.stop()).await.context("stop etcd")?;
@@ -78,6 +86,8 @@ pub struct Edge<I, F> {
     pub store: F,
     /// How other controllers are reached.
     pub dial: Dial,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// All of a controller but its files and its own etcd: serves, stands for election and leads until `stop` fires.
@@ -90,6 +100,7 @@ pub async fn control<S>(
     S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let part = Part { slot: LeaderSlot::default(), copy: WarmCopy::default() };
+    edge.metrics.look_at(part.slot.clone(), part.copy.clone(), clock.clone());
     let (store, known) = watch::channel(None);
     let served = CancellationToken::new();
     let serving = api::Serving {
@@ -101,11 +112,12 @@ pub async fn control<S>(
         disk_overcommit_percent: config.disk_overcommit,
         address: config.address(),
         dial: edge.dial,
+        metrics: edge.metrics.clone(),
     };
     let server = tokio::spawn(api::serve(edge.incoming, serving, served.clone()));
 
     // Ends by itself when `stop` fires, after a hand-over.
-    elections(config, clock, edge.store, &part, &store, &stop).await;
+    elections(config, clock, edge.store, &part, &store, &edge.metrics, &stop).await;
 
     served.cancel();
     match time::timeout(SERVER_END, server).await {
@@ -129,6 +141,7 @@ async fn elections(
     store: impl Future<Output = Store>,
     part: &Part,
     known: &watch::Sender<Option<Store>>,
+    metrics: &Metrics,
     stop: &CancellationToken,
 ) {
     let store = tokio::select! {
@@ -152,6 +165,7 @@ async fn elections(
         disk_overcommit_percent: config.disk_overcommit,
         address: config.address(),
         controllers,
+        metrics: metrics.clone(),
     };
     loop {
         let elected = tokio::select! {

@@ -48,6 +48,9 @@ pub struct Config {
     /// there is room again.
     #[arg(long, value_name = "RATIO", default_value = "2", value_parser = ratio)]
     pub disk_overcommit: u32,
+    /// Address to serve metrics on, for Prometheus: http://ADDR/metrics, without encryption [default: nowhere].
+    #[arg(long, value_name = "ADDR")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Serve on other addresses than loopback although there is no encryption: everybody who reaches the port may do everything.
     #[arg(long)]
     pub insecure_no_tls: bool,

@@ -6,6 +6,7 @@ pub mod app;
 pub mod config;
 pub mod health;
 pub mod leadership;
+pub mod metrics;
 pub mod model;
 pub mod reconcile;
 pub mod scheduler;

@@ -32,9 +32,13 @@ fn command(dir: &Path, args: &[&str]) -> Command {
 
 impl Controller {
     fn start(dir: &Path) -> Self {
+        Self::start_with(dir, &[])
+    }
+
+    fn start_with(dir: &Path, args: &[&str]) -> Self {
         let port = free_port();
-        let mut child =
-            command(dir, &["--listen", &format!("127.0.0.1:{port}")]).stderr(Stdio::piped()).spawn().unwrap();
+        let listen = format!("127.0.0.1:{port}");
+        let mut child = command(dir, &["--listen", &listen]).args(args).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let stderr = child.stderr.take().unwrap();
         let lines = log.clone();
@@ -270,4 +274,54 @@ async fn what_cannot_work_is_refused_with_a_reason() {
     let taken = fails(command(other.path(), &["--listen", &format!("127.0.0.1:{port}")]));
     assert!(taken.contains("cannot listen on"), "{taken}");
     first.stop();
+}
+
+/// Asks over HTTP/1, and gives the whole answer.
+fn http(address: &str, request: &str) -> String {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prometheus_is_told_what_happens_and_what_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = format!("127.0.0.1:{}", free_port());
+    let controller = Controller::start_with(dir.path(), &["--metrics-listen", &address]);
+    create_when_serving(&controller, "counted").await;
+    let mut vms = controller.vms().await;
+    let status = vms.create_vm(create("bad/name")).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+
+    let answer = http(&address, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("application/openmetrics-text"), "{answer}");
+    for line in [
+        "uncloud_leader 1",
+        "uncloud_vms{phase=\"pending\"} 1",
+        "uncloud_events_total{type=\"Created\"} 1",
+        "uncloud_calls_total{method=\"uncloud.v1.VmService/CreateVm\",code=\"INVALID_ARGUMENT\"} 1",
+        "uncloud_failover_brake 0",
+        "uncloud_writer_queue 0",
+        "uncloud_sessions 0",
+        "# EOF",
+    ] {
+        assert!(answer.lines().any(|l| l == line), "no `{line}` in:\n{answer}");
+    }
+    let value = |name: &str| -> f64 {
+        let line = answer.lines().find(|l| l.starts_with(&format!("{name} "))).unwrap_or_else(|| panic!("{name}"));
+        line.rsplit_once(' ').unwrap().1.parse().unwrap()
+    };
+    assert!(value("uncloud_leadership_valid_seconds") > 0.0);
+    assert!(value("uncloud_transaction_seconds_count") >= 2.0);
+
+    let missing = http(&address, "GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(missing.starts_with("HTTP/1.1 404 "), "{missing}");
+    let posted = http(&address, "POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    assert!(posted.starts_with("HTTP/1.1 405 "), "{posted}");
+    assert!(http(&address, "no http\r\n\r\n").starts_with("HTTP/1.1 400 "));
+    controller.stop();
 }

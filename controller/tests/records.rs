@@ -56,8 +56,14 @@ fn vm() -> VmRecord {
             machine: Machine::Q35,
             kernel: Some(KernelBoot { image: image_id(), command_line: "console=ttyS0".into() }),
             disks: vec![
-                Disk { name: "root".into(), pool: "shared".into(), size_bytes: 10 << 30, image: Some(image_id()) },
-                Disk { name: "data".into(), pool: "shared".into(), size_bytes: 1 << 30, image: None },
+                Disk {
+                    name: "root".into(),
+                    pool: "shared".into(),
+                    size_bytes: 10 << 30,
+                    image: Some(image_id()),
+                    ..Default::default()
+                },
+                Disk { name: "data".into(), pool: "shared".into(), size_bytes: 1 << 30, ..Default::default() },
             ],
             nics: vec![Nic { kind: NicKind::User, mac: "42:00:00:00:00:01".into() }],
             restart: RestartPolicy::OnFailure,
@@ -71,6 +77,7 @@ fn vm() -> VmRecord {
             guest_agent: GuestAgent::Enabled,
             firmware: Firmware::Uefi,
             cpu: CpuModel::V3,
+            disk_hotplug: Default::default(),
             cloud_init: Some(CloudInit {
                 hostname: "web-1.example.org".into(),
                 ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
@@ -117,6 +124,7 @@ fn vm() -> VmRecord {
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,
+        disk_orders: 0,
         created: AT,
         extra: Extra::new(),
     }
@@ -154,6 +162,7 @@ fn small_vm() -> VmRecord {
             firmware: Firmware::Bios,
             cpu: CpuModel::V2,
             cloud_init: None,
+            disk_hotplug: Default::default(),
             ..vm().spec
         },
         pending: None,

@@ -48,6 +48,35 @@ async fn concurrent_creates_share_transactions_and_each_gets_its_own_answer_once
 }
 
 #[tokio::test]
+async fn of_creates_at_the_same_time_the_more_urgent_and_the_larger_find_room_first() {
+    let etcd = Etcd::start().await;
+    let reign = Reign::begin(&etcd.store().await).await;
+    let mut host = host_facts(1);
+    host.memory_mib = 4096;
+    reign.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();
+    let sized = |n: u128, memory: u64, urgency: u32| {
+        let mut command = create(n, None);
+        if let Command::CreateVm { vm, .. } = &mut command {
+            (vm.spec.memory_mib, vm.spec.priority) = (memory, urgency);
+        }
+        command
+    };
+    // They come with the smallest first. There is room for the urgent one, and then for the largest, and no more.
+    let creates = (1..=20).map(|n| sized(n, 512, 0)).chain([sized(21, 3584, 0), sized(22, 512, 9)]);
+    let writer = &reign.leader.writer;
+    let answers = futures_util::future::join_all(creates.map(|command| writer.submit(command))).await;
+    let placed: Vec<usize> = answers
+        .iter()
+        .enumerate()
+        .filter_map(|(i, answer)| match &answer.as_ref().unwrap().answer {
+            Answer::Vm(vm) => vm.placement.host.map(|_| i + 1),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(placed, [21, 22]);
+}
+
+#[tokio::test]
 async fn events_of_one_transaction_do_not_overwrite_each_other() {
     let etcd = Etcd::start().await;
     let reign = Reign::begin(&etcd.store().await).await;

@@ -49,6 +49,25 @@ fn bad_vms() -> Vec<Row<v1::CreateVmRequest>> {
             "spec.disks[0].size_bytes",
             disk(Disk { size_bytes: u64::MAX - 511, ..Disk::default() }),
         ),
+        ("an unknown bus", Invalid, "spec.disks[0].bus", disk(Disk { bus: 77, size_bytes: 512, ..Disk::default() })),
+        (
+            "an unknown cache mode",
+            Invalid,
+            "spec.disks[0].cache",
+            disk(Disk { cache: -1, size_bytes: 512, ..Disk::default() }),
+        ),
+        (
+            "writeback in a shared pool",
+            Invalid,
+            "spec.disks[0].cache",
+            disk(Disk { cache: v1::DiskCache::Writeback.into(), size_bytes: 512, ..Disk::default() }),
+        ),
+        (
+            "a disk that is detached from the beginning",
+            Invalid,
+            "spec.disks[0].state",
+            disk(Disk { state: v1::DiskState::Detached.into(), size_bytes: 512, ..Disk::default() }),
+        ),
         (
             "a pool that climbs",
             Invalid,
@@ -115,7 +134,12 @@ async fn every_bad_request_is_refused_by_name_and_nothing_is_made() -> anyhow::R
         let stop = v1::StopVmRequest { vm: name.clone(), ..Default::default() };
         let delete = v1::DeleteVmRequest { vm: name.clone(), ..Default::default() };
         let explain = v1::ExplainVmRequest { vm: name.clone(), ..Default::default() };
+        let attached = Disk { size_bytes: 512, ..Disk::default() };
+        let attach = v1::AttachDiskRequest { vm: name.clone(), disk: Some(attached), ..Default::default() };
+        let detach = v1::DetachDiskRequest { vm: name.clone(), disk: "disk0".into(), ..Default::default() };
         let refused = [
+            api.vms().attach_disk(attach).await.err(),
+            api.vms().detach_disk(detach).await.err(),
             api.vms().get_vm(get).await.err(),
             api.vms().start_vm(start).await.err(),
             api.vms().stop_vm(stop).await.err(),
@@ -144,8 +168,48 @@ async fn every_bad_request_is_refused_by_name_and_nothing_is_made() -> anyhow::R
 
     let left = api.vms().list_vms(v1::ListVmsRequest::default()).await?.into_inner().vms;
     assert!(left.is_empty(), "a refused request left {left:?}");
-    cluster.run(specs::micro("good")).await?;
+    let vm = cluster.run(specs::micro("good")).await?;
+    for (what, field, disk) in bad_disks_to_attach() {
+        let request = v1::AttachDiskRequest { vm: vm.id.clone(), disk, ..Default::default() };
+        let status = api.vms().attach_disk(request).await.err().with_context(|| format!("{what} was taken"))?;
+        check(what, &status, Code::InvalidArgument, field);
+    }
+    for (what, disk) in [
+        ("no disk", ""),
+        ("a disk that climbs", "../x"),
+        ("a disk that it has not", "disk7"),
+        ("the boot disk", "disk0"),
+    ] {
+        let request = v1::DetachDiskRequest { vm: vm.id.clone(), disk: disk.into(), ..Default::default() };
+        let status = api.vms().detach_disk(request).await.err().with_context(|| format!("{what} was taken"))?;
+        check(what, &status, Code::InvalidArgument, "disk");
+    }
+    assert_eq!(api.vm(&vm.id).await?.spec, vm.spec, "what was refused has changed nothing");
     cluster.finish().await
+}
+
+fn bad_disks_to_attach() -> Vec<(&'static str, &'static str, Option<Disk>)> {
+    let new = || Disk { size_bytes: 512, ..Disk::default() };
+    vec![
+        ("no disk", "disk", None),
+        ("a disk of nothing", "disk.size_bytes", Some(Disk::default())),
+        ("an odd disk", "disk.size_bytes", Some(Disk { size_bytes: 511, ..Disk::default() })),
+        ("a disk without bounds", "disk.size_bytes", Some(Disk { size_bytes: u64::MAX, ..Disk::default() })),
+        ("more than the pool may promise", "disk.size_bytes", Some(Disk { size_bytes: 60 << 40, ..Disk::default() })),
+        ("a name that climbs", "disk.name", Some(Disk { name: "../x".into(), ..new() })),
+        ("a name that is taken", "disk.name", Some(Disk { name: "disk0".into(), ..new() })),
+        ("a pool that climbs", "disk.pool", Some(Disk { pool: "../x".into(), ..new() })),
+        ("a pool that is not there", "disk.pool", Some(Disk { pool: "nowhere".into(), ..new() })),
+        ("an image", "disk.image", Some(Disk { image: specs::MICRO.into(), ..new() })),
+        ("an unknown bus", "disk.bus", Some(Disk { bus: 77, ..new() })),
+        ("a bus of what is stopped", "disk.bus", Some(Disk { bus: v1::DiskBus::Virtio.into(), ..new() })),
+        ("an unknown cache mode", "disk.cache", Some(Disk { cache: -1, ..new() })),
+        ("writeback in a shared pool", "disk.cache", Some(Disk { cache: v1::DiskCache::Writeback.into(), ..new() })),
+        ("a state", "disk.state", Some(Disk { state: v1::DiskState::Detached.into(), ..new() })),
+        ("a target number", "disk.unit", Some(Disk { unit: 7, ..new() })),
+        ("an id", "disk.id", Some(Disk { id: "../x".into(), ..new() })),
+        ("a number of an order", "disk.order", Some(Disk { order: u64::MAX, ..new() })),
+    ]
 }
 
 /// What no generated client would send.

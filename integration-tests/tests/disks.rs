@@ -83,14 +83,25 @@ async fn found_at_start(cluster: &Cluster, vm: &str, after: Instant) -> anyhow::
 #[tokio::test(flavor = "multi_thread")]
 async fn a_snapshot_of_what_runs_is_put_back_once_and_the_guest_goes_on_from_there() -> anyhow::Result<()> {
     let mut cluster = Options::hosts(2).linux().start().await?;
-    let two = |s: &mut v1::VmSpec| s.disks.push(v1::Disk { size_bytes: 1 << 20, ..Default::default() });
+    let two = |s: &mut v1::VmSpec| {
+        s.disks.push(v1::Disk { size_bytes: 1 << 20, ..Default::default() });
+        s.guest_agent = v1::GuestAgentMode::Enabled.into();
+    };
     let vm = cluster.run(specs::with(specs::linux("back"), two)).await?;
     let id = vm.id.as_str();
+    // Its agent has answered: then it is asked to hold its file systems still, too.
+    let answers = |vm: &v1::Vm| vm.status.as_ref().is_some_and(|s| !s.addresses.is_empty());
+    cluster.api.wait_vm(id, "has addresses", secs(30), answers).await?;
+    let before = Instant::now();
     let first = snapshot(&cluster, id, "first").await?;
+    cluster.checker.wait_line(id, "FROZEN", before, secs(20)).await?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(20)).await?;
+    let taken = cluster.api.vm(id).await?.snapshots.iter().map(v1::Snapshot::guest).collect::<Vec<_>>();
+    assert_eq!(taken, [v1::SnapshotGuest::Frozen]);
     resize(&cluster, id, 2 << 20).await?;
     cluster.checker.wait_beats(id, 4, secs(30)).await?;
     let listed = cluster.cli(&["vm", "snapshot", "list", "back"]).await?.success()?;
-    ensure!(listed.stdout.contains("first") && listed.stdout.contains("ready"), "{}", listed.stdout);
+    ensure!(listed.stdout.contains("first") && listed.stdout.contains("frozen"), "{}", listed.stdout);
 
     cluster.checker.expect_return(id, first.clone());
     let before = Instant::now();
@@ -135,6 +146,47 @@ async fn a_snapshot_of_what_runs_is_put_back_once_and_the_guest_goes_on_from_the
     cluster.api.wait_vm(id, "has no snapshot first", secs(30), gone).await?;
     let refused = cluster.cli(&["vm", "snapshot", "revert", "back", "first"]).await?;
     ensure!(refused.code != 0 && refused.stderr.contains("it has second"), "{refused:?}");
+    cluster.finish().await
+}
+
+/// A guest is not held still for long, whatever becomes of its agent or of ours, and a snapshot says what it is worth.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_does_not_answer_gets_its_snapshot_and_is_told_to_go_on_until_it_says_so() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(1).linux().start().await?;
+    let with_agent = |s: &mut v1::VmSpec| s.guest_agent = v1::GuestAgentMode::Enabled.into();
+    let vm = cluster.run(specs::with(specs::linux("deaf"), with_agent)).await?;
+    let id = vm.id.as_str();
+    let answers = |vm: &v1::Vm| vm.status.as_ref().is_some_and(|s| !s.addresses.is_empty());
+    cluster.api.wait_vm(id, "has addresses", secs(30), answers).await?;
+    let guest = async |cluster: &Cluster, name: &str| {
+        let vm = cluster.api.vm(id).await?;
+        let found = vm.snapshots.iter().find(|s| s.name == name).map(v1::Snapshot::guest);
+        found.with_context(|| format!("no snapshot {name}"))
+    };
+    let mut console = Console::open(&cluster, id).await?;
+    console.type_line("deaf").await?;
+    console.expect("ECHO deaf").await?;
+    snapshot(&cluster, id, "unasked").await?;
+    assert_eq!(guest(&cluster, "unasked").await?, v1::SnapshotGuest::Running);
+    // It may have held still all the same.
+    let before = Instant::now();
+    console.type_line("hear").await?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(30)).await?;
+
+    // The agent dies after it has had the guest hold still.
+    let host = cluster.host_of(&vm)?;
+    host.kill();
+    std::fs::write(host.state_dir().join("vms").join(id).join("frozen"), "")?;
+    let before = Instant::now();
+    host.start_again()?;
+    cluster.checker.wait_line(id, "THAWED", before, secs(30)).await?;
+    snapshot(&cluster, id, "clean").await?;
+    assert_eq!(guest(&cluster, "clean").await?, v1::SnapshotGuest::Frozen);
+
+    cluster.api.stop(id).await?;
+    cluster.api.wait_phase(id, VmPhase::Stopped, secs(30)).await?;
+    snapshot(&cluster, id, "off").await?;
+    assert_eq!(guest(&cluster, "off").await?, v1::SnapshotGuest::Off);
     cluster.finish().await
 }
 

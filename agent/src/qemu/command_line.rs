@@ -11,13 +11,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::json;
+use serde_json::{Value, json};
 use uncloud_proto::{
     cpu::Level,
     ids::{Incarnation, VmId},
 };
 
-use crate::storage::place::Place;
+use crate::{storage::place::Place, vm::desired::DiskCache};
 
 /// What a guest under TCG has besides its memory, in KiB. Before 9.0, a QEMU that sends a guest's memory takes over which pages were
 /// written to in two ways. The quick one, for memory of a multiple of 256 KiB, forgets to have TCG note the next write to
@@ -122,6 +122,30 @@ pub struct DiskFile {
     pub name: String,
     /// Where it is.
     pub place: Place,
+    /// How the guest sees it.
+    pub bus: DiskBus,
+    /// What the host's memory is used for.
+    pub cache: DiskCache,
+}
+
+/// How the guest sees a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskBus {
+    /// A device of its own.
+    Virtio,
+    /// On the virtio-scsi controller, with this target number.
+    Scsi(u32),
+    /// On the AHCI controller.
+    Sata,
+}
+
+/// What comes and goes while a machine runs does so on this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScsiController {
+    /// There is none.
+    None,
+    /// virtio-scsi.
+    Virtio,
 }
 
 /// A NIC.
@@ -189,6 +213,8 @@ pub struct MachineSpec {
     pub seed: Option<PathBuf>,
     /// The NICs, likewise.
     pub nics: Vec<Nic>,
+    /// The controller of SCSI disks.
+    pub scsi: ScsiController,
     /// The screen.
     pub screen: Screen,
     /// The channel to a guest agent.
@@ -217,8 +243,9 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     argv.control();
     argv.console();
     argv.boot(spec);
-    for (index, disk) in spec.disks.iter().enumerate() {
-        argv.disk(index, disk, spec.kernel.is_none());
+    let places = places(&spec.disks, if spec.kernel.is_none() { Boot::FirstDisk } else { Boot::Kernel });
+    for place in places.iter().filter(|p| p.disk.bus == DiskBus::Virtio) {
+        argv.virtio_disk(place);
     }
     if let Some(seed) = &spec.seed {
         argv.seed(seed);
@@ -237,6 +264,17 @@ pub fn command_line(qemu: &Path, spec: &MachineSpec) -> Vec<OsString> {
     match spec.screen {
         Screen::None => {}
         Screen::Vga => argv.screen(),
+    }
+    // Likewise.
+    match spec.scsi {
+        ScsiController::None => {}
+        ScsiController::Virtio => argv.option("-device", format!("virtio-scsi-pci,id={SCSI_CONTROLLER}")),
+    }
+    if spec.disks.iter().any(|d| d.bus == DiskBus::Sata) {
+        argv.option("-device", format!("ahci,id={SATA_CONTROLLER}"));
+    }
+    for place in places.iter().filter(|p| p.disk.bus != DiskBus::Virtio) {
+        argv.other_disk(place);
     }
     // Last: everything before it is the same on both sides of a migration.
     match spec.begin {
@@ -395,14 +433,18 @@ impl Argv {
         }
     }
 
-    fn disk(&mut self, index: usize, disk: &DiskFile, bootable: bool) {
-        let node = disk_node(index);
-        let blockdev = disk.place.blockdev(&node);
-        self.option("-blockdev", blockdev.to_string());
-        // A virtio disk's serial number has room for 20 bytes.
-        let serial: String = disk.name.chars().take(20).collect();
-        let boot = if index == 0 && bootable { ",bootindex=0" } else { "" };
-        self.option("-device", format!("virtio-blk-pci,id=vd{index},drive={node},serial={}{boot}", escaped(&serial)));
+    fn virtio_disk(&mut self, place: &DiskPlace<'_>) {
+        self.option("-blockdev", place.blockdev().to_string());
+        let (id, node, serial) = (&place.id, &place.node, serial(place.disk));
+        let boot = if place.boots { ",bootindex=0" } else { "" };
+        let cache = if place.disk.cache == DiskCache::Writethrough { ",write-cache=off" } else { "" };
+        let device = format!("virtio-blk-pci,id={id},drive={node},serial={}{boot}{cache}", escaped(&serial));
+        self.option("-device", device);
+    }
+
+    fn other_disk(&mut self, place: &DiskPlace<'_>) {
+        self.option("-blockdev", place.blockdev().to_string());
+        self.option("-device", place.device().to_string());
     }
 
     fn nic(&mut self, index: usize, nic: &Nic) {
@@ -419,9 +461,91 @@ impl Argv {
     }
 }
 
-/// QEMU's name of the disk that the guest finds as its `index`th.
-pub(super) fn disk_node(index: usize) -> String {
-    format!("disk{index}")
+/// The controller of SCSI disks.
+const SCSI_CONTROLLER: &str = "scsi0";
+/// The controller of SATA disks.
+const SATA_CONTROLLER: &str = "sata0";
+
+/// What a machine boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// Its first disk.
+    FirstDisk,
+    /// A kernel that QEMU loads.
+    Kernel,
+}
+
+/// A disk of a machine, by QEMU's names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPlace<'a> {
+    /// The disk.
+    pub disk: &'a DiskFile,
+    /// Its block node.
+    pub node: String,
+    /// Its device.
+    pub id: String,
+    /// The machine boots from it.
+    boots: bool,
+    /// SATA: its port.
+    port: usize,
+}
+
+/// Where the disks of a machine are in it, in the guest's order.
+///
+/// SCSI disks have their places by their target numbers, whatever else comes and goes while the machine runs. The others, which do not
+/// change while it runs, have theirs by their order.
+#[must_use]
+pub fn places(disks: &[DiskFile], boot: Boot) -> Vec<DiskPlace<'_>> {
+    let (mut others, mut port) = (0, 0);
+    let mut places = Vec::with_capacity(disks.len());
+    for (index, disk) in disks.iter().enumerate() {
+        let (node, id) = match disk.bus {
+            DiskBus::Scsi(unit) => (format!("scsi{unit}"), format!("sd{unit}")),
+            DiskBus::Virtio | DiskBus::Sata => (format!("disk{others}"), format!("vd{others}")),
+        };
+        places.push(DiskPlace { disk, node, id, boots: index == 0 && boot == Boot::FirstDisk, port });
+        match disk.bus {
+            DiskBus::Scsi(_) => {}
+            DiskBus::Virtio => others += 1,
+            DiskBus::Sata => (others, port) = (others + 1, port + 1),
+        }
+    }
+    places
+}
+
+impl DiskPlace<'_> {
+    /// What QEMU is told of its block node.
+    #[must_use]
+    pub fn blockdev(&self) -> Value {
+        self.disk.place.blockdev(&self.node, self.disk.cache)
+    }
+
+    /// What QEMU is told of its device, when the machine starts and while it runs.
+    #[must_use]
+    pub fn device(&self) -> Value {
+        let mut device = match self.disk.bus {
+            DiskBus::Scsi(unit) => json!({
+                "driver": "scsi-hd", "bus": format!("{SCSI_CONTROLLER}.0"), "channel": 0, "scsi-id": unit, "lun": 0,
+            }),
+            DiskBus::Sata => json!({ "driver": "ide-hd", "bus": format!("{SATA_CONTROLLER}.{}", self.port) }),
+            DiskBus::Virtio => json!({ "driver": "virtio-blk-pci" }),
+        };
+        device["id"] = json!(self.id);
+        device["drive"] = json!(self.node);
+        device["serial"] = json!(serial(self.disk));
+        if self.boots {
+            device["bootindex"] = json!(0);
+        }
+        if self.disk.cache == DiskCache::Writethrough {
+            device["write-cache"] = json!("off");
+        }
+        device
+    }
+}
+
+/// A virtio disk's serial number has room for 20 bytes.
+fn serial(disk: &DiskFile) -> String {
+    disk.name.chars().take(20).collect()
 }
 
 /// In QEMU's option lists a comma ends the value, two stand for one.
@@ -432,6 +556,11 @@ fn escaped(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn disk(name: &str, path: &str) -> DiskFile {
+        let place = Place::File { path: path.into() };
+        DiskFile { name: name.into(), place, bus: DiskBus::Virtio, cache: DiskCache::None }
+    }
 
     fn spec() -> MachineSpec {
         MachineSpec {
@@ -447,16 +576,14 @@ mod tests {
             firmware: None,
             seed: None,
             disks: vec![
-                DiskFile { name: "root".into(), place: Place::File { path: "/pool/disks/vm/root.1.qcow2".into() } },
-                DiskFile {
-                    name: "a-name-that-is-longer-than-20".into(),
-                    place: Place::File { path: "/pool/a\"b,c/d.qcow2".into() },
-                },
+                disk("root", "/pool/disks/vm/root.1.qcow2"),
+                disk("a-name-that-is-longer-than-20", "/pool/a\"b,c/d.qcow2"),
             ],
             nics: vec![
                 Nic { mac: "42:00:00:00:00:01".into(), backend: NetBackend::User },
                 Nic { mac: "42:00:00:00:00:02".into(), backend: NetBackend::Tap(12) },
             ],
+            scsi: ScsiController::None,
             screen: Screen::Vga,
             agent: AgentChannel::VirtioSerial,
             begin: Begin::Boot,
@@ -520,6 +647,29 @@ mod tests {
             FirmwareFiles { code: "/usr/share/OVMF/CODE.fd".into(), vars: "/pool/disks/vm/uefi-vars.0.fd".into() };
         let seed = Some("../seed.img".into());
         golden("uefi-seed.txt", &MachineSpec { firmware: Some(firmware), seed, nics: vec![], ..spec() });
+    }
+
+    /// What came while it ran has the place that it has when the machine starts with it, whatever came before it.
+    #[test]
+    fn disks_have_buses_caches_and_places_that_stay() {
+        let on = |name: &str, bus, cache| DiskFile { bus, cache, ..disk(name, &format!("/p/{name}")) };
+        let all = [
+            on("root", DiskBus::Virtio, DiskCache::Writethrough),
+            on("a", DiskBus::Scsi(3), DiskCache::None),
+            on("b", DiskBus::Sata, DiskCache::Writeback),
+            on("c", DiskBus::Virtio, DiskCache::None),
+            on("d", DiskBus::Scsi(0), DiskCache::Writethrough),
+            on("e", DiskBus::Sata, DiskCache::None),
+        ];
+        let spec = MachineSpec { disks: all.to_vec(), scsi: ScsiController::Virtio, nics: vec![], ..spec() };
+        golden("disks-buses.txt", &spec);
+        let names = |disks: &[DiskFile]| -> Vec<String> {
+            places(disks, Boot::FirstDisk).iter().map(|p| format!("{} {}", p.disk.name, p.node)).collect()
+        };
+        let without_a: Vec<DiskFile> = all.iter().filter(|d| d.name != "a").cloned().collect();
+        let mut still: Vec<String> = names(&all);
+        still.retain(|n| !n.starts_with("a "));
+        assert_eq!(names(&without_a), still);
     }
 
     #[test]

@@ -7,11 +7,10 @@ use std::collections::BTreeMap;
 use serde_json::{Value, json};
 
 use super::{
-    command_line::disk_node,
     process::{Instance, InstanceEvent},
     qmp,
 };
-use crate::vm::disks::{Orders, Wanted};
+use crate::vm::disks::{Done, Orders, Wanted};
 
 /// Why a disk is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -29,20 +28,19 @@ pub enum Error {
     Qmp(#[from] qmp::Error),
 }
 
-/// Makes the disks at least as large as this, in bytes, in the guest's order. Those that are larger stay so: a disk never shrinks.
+/// Makes the disks (name, node) at least as large as this, in bytes. Those that are larger stay so: a disk never shrinks.
 ///
 /// # Errors
 ///
 /// See [`Error`]. The disks before the one that is named have been grown.
-pub async fn grow(instance: &Instance, sizes: &[(&str, u64)]) -> Result<(), Error> {
+pub async fn grow(instance: &Instance, sizes: &[(&str, &str, u64)]) -> Result<(), Error> {
     if sizes.is_empty() {
         return Ok(());
     }
     let found = nodes(&instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?);
-    for (index, (disk, size)) in sizes.iter().enumerate() {
-        let node = disk_node(index);
+    for (disk, node, size) in sizes {
         // A QEMU that was started before its VM had this disk knows nothing of it.
-        if found.get(&node).is_some_and(|now| now < size) {
+        if found.get(*node).is_some_and(|now| now < size) {
             let arguments = json!({ "node-name": node, "size": size });
             let done = instance.execute("block_resize", Some(arguments)).await;
             done.map_err(|source| Error::Disk { disk: (*disk).to_owned(), source })?;
@@ -52,22 +50,22 @@ pub async fn grow(instance: &Instance, sizes: &[(&str, u64)]) -> Result<(), Erro
     Ok(())
 }
 
-/// Takes and removes snapshots of the first `count` disks: each of them on all disks at one moment.
+/// Takes and removes snapshots of the disks that are these nodes: each of them on all disks at one moment.
 ///
 /// A snapshot that only some of the disks have was never said to be there: it is taken anew.
 ///
 /// # Errors
 ///
 /// See [`Error`]. Those before the one that failed are done.
-pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Result<(), Error> {
-    if orders.snapshots.is_empty() || count == 0 {
-        return Ok(());
+pub async fn snapshots(instance: &Instance, nodes: &[&str], orders: &Orders) -> Result<Done, Error> {
+    let mut done = orders.done();
+    if orders.snapshots.is_empty() || nodes.is_empty() {
+        return Ok(done);
     }
     let answer = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
-    let nodes: Vec<String> = (0..count).map(disk_node).collect();
     for order in &orders.snapshots {
         let id = order.id.to_string();
-        let has: Vec<&String> = nodes.iter().filter(|node| has_snapshot(&answer, node, &id)).collect();
+        let has: Vec<&&str> = nodes.iter().filter(|node| has_snapshot(&answer, node, &id)).collect();
         if order.wanted == Wanted::There && has.len() == nodes.len() {
             continue;
         }
@@ -76,14 +74,18 @@ pub async fn snapshots(instance: &Instance, count: usize, orders: &Orders) -> Re
             instance.execute("blockdev-snapshot-delete-internal-sync", Some(arguments)).await?;
         }
         if order.wanted == Wanted::There {
-            let one =
-                |node| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
+            let one = |node: &&str| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
             let actions: Vec<Value> = nodes.iter().map(one).collect();
-            instance.execute("transaction", Some(json!({ "actions": actions }))).await?;
-            tracing::info!(snapshot = id, "a snapshot is taken");
+            // Clean, where the guest has an agent; otherwise as after a power cut.
+            let guest = instance.freeze().await;
+            let taken = instance.execute("transaction", Some(json!({ "actions": actions }))).await;
+            instance.thaw().await;
+            taken?;
+            done.guests.insert(order.id, guest);
+            tracing::info!(snapshot = id, ?guest, "a snapshot is taken");
         }
     }
-    Ok(())
+    Ok(done)
 }
 
 /// Whether a node has a snapshot of this name.

@@ -1,4 +1,5 @@
-//! The guest's agent (the protocol of `qemu-ga`), asked for one thing: which addresses the guest has.
+//! The guest's agent (the protocol of `qemu-ga`), asked for two things: which addresses the guest has, and to hold its file systems
+//! still for the moment in which a snapshot is taken.
 //!
 //! Everything that comes back is the guest's to choose, and is shown to people: it is bounded in size and time, and what is
 //! not an address is left out. Nothing is ever carried out because the guest said so. It is asked only while somebody in the guest
@@ -28,6 +29,8 @@ pub(super) const AGAIN: Duration = Duration::from_secs(10);
 pub(super) const AT_LEAST: Duration = Duration::from_secs(2);
 /// How long the guest may take for all of it.
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long it may take to hold its file systems still, or to let them go on. Its VM's task waits meanwhile.
+const STILL_LIMIT: Duration = Duration::from_secs(2);
 /// How much a guest may say in all. A hundred interfaces take 30 KiB.
 const MAX_BYTES: u64 = 256 << 10;
 /// Addresses that are kept.
@@ -47,15 +50,47 @@ pub(super) fn opened(event: &Event) -> Option<bool> {
 
 /// Which addresses the guest has, as it says.
 pub(super) async fn addresses(vm_dir: &Path, record: &KeeperRecord) -> io::Result<Vec<IpAddr>> {
+    Ok(parse(&ask(vm_dir, record, "guest-network-get-interfaces", LIMIT).await?))
+}
+
+/// Has the guest write out its file systems and hold them still.
+///
+/// # Errors
+///
+/// It does not say that it has. It may have, or be about to.
+pub(super) async fn freeze(vm_dir: &Path, record: &KeeperRecord) -> io::Result<()> {
+    obeyed(&ask(vm_dir, record, "guest-fsfreeze-freeze", STILL_LIMIT).await?)
+}
+
+/// Lets the guest's file systems go on. Of those that go on already: nothing.
+///
+/// # Errors
+///
+/// It does not say that they do.
+pub(super) async fn thaw(vm_dir: &Path, record: &KeeperRecord) -> io::Result<()> {
+    obeyed(&ask(vm_dir, record, "guest-fsfreeze-thaw", STILL_LIMIT).await?)
+}
+
+fn obeyed(answer: &Value) -> io::Result<()> {
+    match answer["return"].as_u64() {
+        Some(_) => Ok(()),
+        None => {
+            let words: String = answer["error"]["desc"].as_str().unwrap_or("no answer").chars().take(200).collect();
+            Err(io::Error::other(words))
+        }
+    }
+}
+
+async fn ask(vm_dir: &Path, record: &KeeperRecord, command: &str, limit: Duration) -> io::Result<Value> {
     let ask = async {
         let socket = instance::connect_socket(vm_dir, record, AGENT_SOCKET).await?;
-        converse(socket, rand::random::<u32>()).await
+        converse(socket, rand::random::<u32>(), command).await
     };
-    timeout(LIMIT, ask).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    timeout(limit, ask).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// Asks over one connection. `id` tells the answer from what an earlier conversation has left behind.
-async fn converse(socket: impl AsyncRead + AsyncWrite, id: u32) -> io::Result<Vec<IpAddr>> {
+async fn converse(socket: impl AsyncRead + AsyncWrite, id: u32, command: &str) -> io::Result<Value> {
     let (read, mut write) = tokio::io::split(socket);
     let mut read = BufReader::new(read.take(MAX_BYTES));
     // The byte 0xff ends whatever the agent has heard of before.
@@ -71,8 +106,8 @@ async fn converse(socket: impl AsyncRead + AsyncWrite, id: u32) -> io::Result<Ve
             break;
         }
     }
-    write.write_all(b"{\"execute\": \"guest-network-get-interfaces\"}\n").await?;
-    Ok(parse(&line(&mut read).await?))
+    write.write_all(format!("{}\n", json!({ "execute": command })).as_bytes()).await?;
+    line(&mut read).await
 }
 
 async fn line(read: &mut (impl AsyncBufReadExt + Unpin)) -> io::Result<Value> {
@@ -141,8 +176,9 @@ mod tests {
 
     async fn ask(sync: &str, answer: &[u8]) -> io::Result<Vec<IpAddr>> {
         let (ours, theirs) = tokio::io::duplex(1024);
-        let (found, ()) = tokio::join!(converse(ours, 42), guest(theirs, sync, answer));
-        found
+        let asked = converse(ours, 42, "guest-network-get-interfaces");
+        let (found, ()) = tokio::join!(asked, guest(theirs, sync, answer));
+        Ok(parse(&found?))
     }
 
     const SYNC: &str = "{\"return\": ID}\n";
@@ -196,6 +232,16 @@ mod tests {
         let endless = "x".repeat(2 * usize::try_from(MAX_BYTES).unwrap());
         assert!(ask(SYNC, endless.as_bytes()).await.is_err());
         assert!(ask(&endless, b"").await.is_err());
+    }
+
+    #[test]
+    fn only_a_number_says_that_the_guest_has_obeyed() {
+        assert!(obeyed(&json!({ "return": 2 })).is_ok() && obeyed(&json!({ "return": 0 })).is_ok());
+        for answer in [json!({}), json!({ "return": "2" }), json!({ "return": {} }), json!(5), Value::Null] {
+            assert!(obeyed(&answer).is_err(), "{answer}");
+        }
+        let error = json!({ "error": { "class": "CommandNotFound", "desc": "x".repeat(1000) } });
+        assert_eq!(obeyed(&error).unwrap_err().to_string().len(), 200);
     }
 
     #[test]

@@ -9,7 +9,10 @@ use std::{
     net::IpAddr,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,11 +33,16 @@ use super::{
     pidfd::Process,
     qmp::{self, Client, Event, Events},
 };
+use crate::vm::disks::GuestThen;
 
 /// How long a command waits for a connection when there is none.
 const LINK_LIMIT: Duration = Duration::from_secs(2);
 /// How long to wait before a broken connection is tried again.
 const LINK_PAUSE: Duration = Duration::from_millis(200);
+/// In the VM's directory: its guest's file systems may be held still.
+const FROZEN: &str = "frozen";
+/// How often a guest is told at once to let its file systems go on. Then every few seconds, while its agent has the channel open.
+const THAW_TRIES: usize = 2;
 /// How long QEMU may outlive its keeper before it is killed once more and that is worth a line in the log. It takes
 /// a few milliseconds.
 const DEATH_LIMIT: Duration = Duration::from_secs(2);
@@ -74,6 +82,9 @@ pub struct Instance {
     qemu: Option<Process>,
     link: watch::Receiver<Option<Arc<Client>>>,
     facts: Arc<Facts>,
+    vm_dir: PathBuf,
+    record: KeeperRecord,
+    agent_open: watch::Receiver<bool>,
     watcher: AbortHandle,
 }
 
@@ -83,12 +94,14 @@ impl Instance {
         let facts = Arc::new(Facts::default());
         let (connected, receiver) = watch::channel(None);
         let qemu = processes.qemu.clone();
+        let (agent, agent_open) = watch::channel(false);
+        facts.thaw_due.store(vm_dir.join(FROZEN).exists(), Ordering::SeqCst);
         let watcher = Watcher {
             vm_dir: vm_dir.to_owned(),
             record: record.clone(),
             facts: facts.clone(),
             connected,
-            agent_open: watch::Sender::new(false),
+            agent_open: agent,
         };
         let watcher = tokio::spawn(watcher.run(processes, link)).abort_handle();
         Self {
@@ -98,6 +111,9 @@ impl Instance {
             qemu,
             link: receiver,
             facts,
+            vm_dir: vm_dir.to_owned(),
+            record,
+            agent_open,
             watcher,
         }
     }
@@ -177,6 +193,38 @@ impl Instance {
         }
     }
 
+    /// Has the guest hold its file systems still, if it has an agent that can. Follow with [`Instance::thaw`], whatever comes.
+    ///
+    /// Says what it does: nothing of it can be relied on but that an agent in it has said so.
+    pub(super) async fn freeze(&self) -> GuestThen {
+        if !*self.agent_open.borrow() {
+            return GuestThen::Ran;
+        }
+        // An agent that is started again lets them go on (`ask_guest`).
+        if let Err(e) = std::fs::write(self.vm_dir.join(FROZEN), "") {
+            tracing::warn!(vm = %self.record.vm, "the guest's file systems are not held still: {e}");
+            return GuestThen::Ran;
+        }
+        match guest_agent::freeze(&self.vm_dir, &self.record).await {
+            Ok(()) => GuestThen::Frozen,
+            Err(e) => {
+                tracing::warn!(vm = %self.record.vm, "the guest does not say that it holds its file systems still: {e}");
+                GuestThen::Ran
+            }
+        }
+    }
+
+    /// Lets the guest's file systems go on, if they may be held still.
+    pub(super) async fn thaw(&self) {
+        if !self.vm_dir.join(FROZEN).exists() {
+            return;
+        }
+        if !thawed(&self.vm_dir, &self.record).await {
+            self.facts.thaw_due.store(true, Ordering::SeqCst);
+            self.facts.thaw.notify_one();
+        }
+    }
+
     /// The next thing that happens. Cancel safe. After [`InstanceEvent::Ended`] it pends for ever.
     pub async fn next_event(&mut self) -> InstanceEvent {
         loop {
@@ -208,6 +256,10 @@ impl Drop for Instance {
 struct Facts {
     now: Mutex<Untold>,
     changed: Notify,
+    /// The guest's file systems may be held still, and nobody wants that any more.
+    thaw_due: AtomicBool,
+    /// That has just become so.
+    thaw: Notify,
 }
 
 #[derive(Debug, Default)]
@@ -361,10 +413,16 @@ impl Watcher {
             if open.wait_for(|open| *open).await.is_err() {
                 return std::future::pending().await; // cannot be: the sender lives as long as this
             }
+            // First of all: a guest that was held still by an agent that died.
+            let due = self.facts.thaw_due.load(Ordering::SeqCst);
+            let thawed = !due || thawed(&self.vm_dir, &self.record).await;
+            if due && thawed {
+                self.facts.thaw_due.store(false, Ordering::SeqCst);
+            }
             let pause = match guest_agent::addresses(&self.vm_dir, &self.record).await {
                 Ok(addresses) => {
                     self.facts.add(InstanceEvent::GuestAddresses(addresses));
-                    guest_agent::EVERY
+                    if thawed { guest_agent::EVERY } else { guest_agent::AGAIN }
                 }
                 Err(e) => {
                     tracing::debug!(vm = %self.record.vm, error = %e, "the guest's agent did not answer");
@@ -375,9 +433,24 @@ impl Watcher {
             tokio::select! {
                 () = sleep(pause) => {}
                 _ = open.changed() => {}
+                () = self.facts.thaw.notified() => {}
             }
         }
     }
+}
+
+/// Lets the guest's file systems go on. Returns whether it says that they do.
+async fn thawed(vm_dir: &Path, record: &KeeperRecord) -> bool {
+    for _ in 0..THAW_TRIES {
+        match guest_agent::thaw(vm_dir, record).await {
+            Ok(()) => {
+                let _ = std::fs::remove_file(vm_dir.join(FROZEN));
+                return true;
+            }
+            Err(e) => tracing::warn!(vm = %record.vm, "the guest does not say that its file systems go on: {e}"),
+        }
+    }
+    false
 }
 
 /// What one of QEMU's events means for the VM. Those that the agent caused itself mean nothing new.

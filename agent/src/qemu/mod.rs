@@ -9,6 +9,7 @@ pub mod console;
 pub mod disks;
 mod files;
 mod guest_agent;
+pub mod hotplug;
 mod instance;
 pub mod migration;
 mod pidfd;

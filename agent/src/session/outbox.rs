@@ -11,7 +11,10 @@ use std::{
 use tokio::sync::Notify;
 use uncloud_proto::{ids::VmId, v1};
 
-use crate::vm::state::{Report, ReportState};
+use crate::vm::{
+    disks::GuestThen,
+    state::{Report, ReportState},
+};
 
 /// What there is to say about each VM.
 #[derive(Debug, Default)]
@@ -99,8 +102,10 @@ impl Entry {
             restarts_done: r.restarts_done,
             addresses: r.addresses.clone(),
             snapshots_made: r.disks.made.iter().map(ToString::to_string).collect(),
+            snapshot_guests: r.disks.made.iter().map(|id| guest_then(r.disks.guests.get(id)).into()).collect(),
             snapshots_removed: r.disks.removed.iter().map(ToString::to_string).collect(),
             reverted: r.disks.reverted,
+            disk_orders_done: r.disks.disks.clone(),
             migration: r.migration.as_ref().map(|m| v1::MigrationReport {
                 incarnation: m.incarnation.0,
                 address: m.address.map(|a| a.to_string()).unwrap_or_default(),
@@ -162,6 +167,15 @@ impl SharedOutbox {
     /// The outbox itself. Hold it for a moment only.
     pub fn lock(&self) -> MutexGuard<'_, Outbox> {
         self.shared.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn guest_then(guest: Option<&GuestThen>) -> v1::SnapshotGuest {
+    match guest {
+        None => v1::SnapshotGuest::Unspecified,
+        Some(GuestThen::Frozen) => v1::SnapshotGuest::Frozen,
+        Some(GuestThen::Ran) => v1::SnapshotGuest::Running,
+        Some(GuestThen::Off) => v1::SnapshotGuest::Off,
     }
 }
 

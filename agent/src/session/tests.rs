@@ -661,7 +661,7 @@ async fn what_makes_no_sense_is_reported_and_does_no_harm() {
     let (agent, mut talk) = running(&machine, &mut leader).await;
     let mut climbing = run(2, 1);
     climbing.spec.as_mut().unwrap().disks =
-        vec![v1::Disk { name: "../../x".into(), pool: "p".into(), size_bytes: 512, image: String::new() }];
+        vec![v1::Disk { name: "../../x".into(), pool: "p".into(), size_bytes: 512, ..Default::default() }];
     let nameless = DesiredVm { vm_id: "../x".into(), ..run(3, 1) };
     let mut broken = run(1, 1);
     broken.spec = None;

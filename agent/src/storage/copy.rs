@@ -236,7 +236,16 @@ mod tests {
         fs::create_dir(&vm).unwrap();
         let (path, temporary) = (vm.join("root.0.qcow2"), vm.join(".root.0.qcow2.tmp"));
         let (name, pool) = ("root".to_owned(), "p".to_owned());
-        let disk = DiskPlan { name, pool, path, temporary, base: None, size_bytes: 512, origin: None };
+        let disk = DiskPlan {
+            name,
+            pool,
+            path,
+            temporary,
+            base: None,
+            size_bytes: 512,
+            expected: crate::vm::desired::DisksExpected::New,
+            origin: None,
+        };
         let written = |text: &str| {
             fs::write(&disk.temporary, text).unwrap();
             File::open(&disk.temporary).unwrap()

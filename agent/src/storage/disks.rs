@@ -39,10 +39,10 @@ pub(super) fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error
 /// # Errors
 ///
 /// Names the first that is not.
-pub async fn check_expected(disks: &[DiskPlan], expected: DisksExpected) -> Result<(), Error> {
+pub async fn check_expected(disks: &[DiskPlan]) -> Result<(), Error> {
     for disk in disks {
         let path = disk.path.clone();
-        if !blocking(move || exists(&path)).await? && expected == DisksExpected::Exist {
+        if !blocking(move || exists(&path)).await? && disk.expected == DisksExpected::Exist {
             return Err(Error::DiskMissing { disk: disk.name.clone(), pool: disk.pool.clone() });
         }
     }
@@ -64,8 +64,8 @@ pub(super) fn exists(path: &Path) -> Result<bool, Error> {
 /// # Errors
 ///
 /// It could not be made, or should be there and is not.
-pub async fn make(disk: &DiskPlan, expected: DisksExpected, user: Option<User>, tool: &Path) -> Result<(), Error> {
-    check_expected(std::slice::from_ref(disk), expected).await?;
+pub async fn make(disk: &DiskPlan, user: Option<User>, tool: &Path) -> Result<(), Error> {
+    check_expected(std::slice::from_ref(disk)).await?;
     let path = disk.path.clone();
     if blocking(move || exists(&path)).await? {
         return Ok(());
@@ -252,8 +252,28 @@ pub async fn remove(removals: Vec<Removal>) -> Result<(), Error> {
     blocking(move || removals.iter().try_for_each(remove_one)).await
 }
 
-fn remove_one(removal: &Removal) -> Result<(), Error> {
-    let absent = |e: &io::Error| matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+/// The same of a VM that stays: other disks of it may lie in the directory.
+///
+/// # Errors
+///
+/// A file that is there could not be removed.
+pub async fn remove_some(removals: Vec<Removal>) -> Result<(), Error> {
+    blocking(move || {
+        for removal in &removals {
+            remove_files(removal)?;
+            // Not empty, most of the time.
+            let _ = fs::remove_dir(&removal.dir);
+        }
+        Ok(())
+    })
+    .await
+}
+
+fn absent(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+fn remove_files(removal: &Removal) -> Result<(), Error> {
     let mut gone: Vec<&PathBuf> = Vec::new();
     for file in &removal.files {
         match fs::remove_file(file) {
@@ -266,6 +286,11 @@ fn remove_one(removal: &Removal) -> Result<(), Error> {
         info!(pool = removal.pool, files = gone.len(), "disks deleted");
         sync_dir(&removal.dir)?;
     }
+    Ok(())
+}
+
+fn remove_one(removal: &Removal) -> Result<(), Error> {
+    remove_files(removal)?;
     match fs::remove_dir(&removal.dir) {
         Ok(()) => Ok(()),
         Err(e) if absent(&e) => Ok(()),
@@ -290,7 +315,16 @@ mod tests {
         fs::write(&path, "data").unwrap();
         fs::write(&temporary, "empty").unwrap();
         let (name, pool) = ("root".to_owned(), "p".to_owned());
-        let disk = DiskPlan { name, pool, path, temporary, base: None, size_bytes: 512, origin: None };
+        let disk = DiskPlan {
+            name,
+            pool,
+            path,
+            temporary,
+            base: None,
+            size_bytes: 512,
+            expected: DisksExpected::New,
+            origin: None,
+        };
         put_in_place(&disk).unwrap();
         assert_eq!(fs::read_to_string(&disk.path).unwrap(), "data");
         assert!(!disk.temporary.exists());

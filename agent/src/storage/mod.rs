@@ -9,6 +9,7 @@
 //! [`plan`] says which files (pure), [`images`] and [`disks`] make them, [`source`] opens what users name without
 //! letting a path climb out, [`inspect`] answers the leader's questions about files, [`pools`] watches the pools.
 
+mod attached;
 mod bring;
 mod check;
 mod claim;
@@ -328,11 +329,11 @@ impl Storage {
     pub async fn serve(&self, vm: VmId, desired: &Desired) -> Result<Vec<exports::plan::Disk>, Error> {
         let plan = plan::exported(vm, desired, &self.pools)?;
         self.check_pools(plan.pools()).await?;
-        disks::check_expected(&plan.disks, desired.disks).await?;
+        disks::check_expected(&plan.disks).await?;
         for fetch in &plan.fetches {
             self.images.fetch(fetch.clone(), |_| ()).await.map_err(Error::Fetch)?;
         }
-        self.make(&plan, desired).await?;
+        self.make(&plan).await?;
         let served = |d: &plan::DiskPlan| exports::plan::Disk {
             name: d.name.clone(),
             node: plan::node_of(vm, &d.name, desired.disk_generation),
@@ -341,10 +342,10 @@ impl Storage {
         Ok(plan.disks.iter().map(served).collect())
     }
 
-    async fn make(&self, plan: &Plan, desired: &Desired) -> Result<(), Error> {
+    async fn make(&self, plan: &Plan) -> Result<(), Error> {
         for disk in &plan.disks {
             let _tool = self.tools.acquire().await.expect("it is never closed");
-            disks::make(disk, desired.disks, self.user, &self.qemu_img).await?;
+            disks::make(disk, self.user, &self.qemu_img).await?;
         }
         Ok(())
     }
@@ -358,7 +359,7 @@ impl Storage {
         let plan = plan::plan(vm, desired, &self.pools)?;
         self.check_pools(plan.pools()).await?;
         // A disk that is missing is noticed before an image of many gigabytes is copied for nothing.
-        disks::check_expected(&plan.disks, desired.disks).await?;
+        disks::check_expected(&plan.disks).await?;
         let telling = Telling { storage: self, vm };
         for fetch in &plan.fetches {
             let said = |p: &images::Progress| telling.say(&fetch.image, p);
@@ -374,7 +375,7 @@ impl Storage {
         drop(telling);
         let priority = desired.spec.as_ref().map_or(0, |s| s.priority);
         let turn = self.starts.turn(priority).await;
-        self.make(&plan, desired).await?;
+        self.make(&plan).await?;
         // A guest that comes from another host has them open there; what is to grow grows when it goes on here.
         if desired.disposition != Disposition::Incoming {
             for disk in &plan.disks {
@@ -388,19 +389,26 @@ impl Storage {
         Ok(Prepared { plan, turn })
     }
 
-    /// Takes, removes and puts back snapshots of disks that nobody has open. Idempotent, and may be dropped.
+    /// Puts disks in order that nobody has open: those that are to come are made, snapshots are taken, removed and put back, and those
+    /// that are to go are deleted. Idempotent, and may be dropped.
     ///
     /// # Errors
     ///
     /// A disk is missing or in use, a snapshot to go back to is not there, or qemu-img failed.
     pub async fn tend(&self, vm: VmId, desired: &Desired) -> Result<Done, Error> {
-        let plan = plan::disks(vm, desired, &self.pools)?;
+        self.make_attached(vm, desired).await?;
+        self.delete_detached(vm, desired).await?;
+        let orders = &desired.orders;
+        if orders.snapshots.is_empty() && orders.revert.is_none() {
+            return Ok(orders.done());
+        }
+        let mut plan = plan::disks(vm, desired, &self.pools)?;
         self.check_pools(plan.iter().map(|d| d.pool.clone()).collect()).await?;
-        disks::check_expected(&plan, DisksExpected::Exist).await?;
+        plan.iter_mut().for_each(|disk| disk.expected = DisksExpected::Exist);
+        disks::check_expected(&plan).await?;
         let _tool = self.tools.acquire().await.expect("it is never closed");
         let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
-        snapshots::tend(tool, &plan, &desired.orders).await?;
-        Ok(desired.orders.done())
+        snapshots::tend(tool, &plan, orders).await
     }
 
     /// Names a pool of this VM's that is full. `None`: all have room, as far as can be said.

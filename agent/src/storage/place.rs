@@ -7,6 +7,8 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::vm::desired::DiskCache;
+
 /// How long a guest's reads and writes wait for a storage host that is gone, in seconds: 30 days. Shorter, and the guest gets
 /// an error for what a cable or a reboot would have mended, and many file systems go read-only.
 const RECONNECT_SECONDS: u32 = 30 * 24 * 3600;
@@ -31,9 +33,17 @@ pub enum Place {
 impl Place {
     /// What QEMU is told of it, as the block node `node`.
     #[must_use]
-    pub fn blockdev(&self, node: &str) -> Value {
+    pub fn blockdev(&self, node: &str, cache: DiskCache) -> Value {
         match self {
-            Self::File { path } => qcow2(node, &path.to_string_lossy()),
+            Self::File { path } => {
+                let mut qcow2 = qcow2(node, &path.to_string_lossy());
+                match cache {
+                    DiskCache::None => {}
+                    // What the guest has flushed is flushed to the pool with each of them; never said to be without being so.
+                    DiskCache::Writethrough | DiskCache::Writeback => qcow2["file"]["cache"]["direct"] = json!(false),
+                }
+                qcow2
+            }
             Self::Export { address, export } => json!({
                 "driver": "nbd",
                 "node-name": node,
@@ -73,10 +83,12 @@ mod tests {
     #[test]
     fn an_export_is_opened_by_its_name_and_waited_for() {
         let place = Place::Export { address: "[fd00::1]:10809".parse().unwrap(), export: "vm-x.3.root".into() };
-        let found = place.blockdev("disk0");
+        let found = place.blockdev("disk0", DiskCache::None);
         assert_eq!(found["export"], "vm-x.3.root");
         assert_eq!((&found["server"]["host"], &found["server"]["port"]), (&json!("fd00::1"), &json!("10809")));
         assert!(found["reconnect-delay"].as_u64().unwrap() > 3600);
-        assert_eq!(Place::File { path: "/p/x".into() }.blockdev("disk0")["file"]["filename"], "/p/x");
+        assert_eq!(Place::File { path: "/p/x".into() }.blockdev("disk0", DiskCache::None)["file"]["filename"], "/p/x");
+        let cached = Place::File { path: "/p/x".into() }.blockdev("disk0", DiskCache::Writeback);
+        assert_eq!(cached["file"]["cache"]["direct"], false);
     }
 }

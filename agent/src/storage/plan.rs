@@ -24,7 +24,7 @@ use super::{
     place::Place,
     pools::{Kind, Pool},
 };
-use crate::vm::desired::{Desired, Disk, DisksExpected, Firmware, Format, Image, Role, Spec};
+use crate::vm::desired::{Desired, Disk, DiskCache, DiskState, DisksExpected, Firmware, Format, Image, Role, Spec};
 use sha2::{Digest, Sha256};
 
 /// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
@@ -71,6 +71,11 @@ pub enum Problem {
         "the VM boots by UEFI, whose variables cannot lie in the network pool {0}; put the first disk elsewhere, or boot it by BIOS"
     )]
     VarsInNetworkPool(String),
+    /// D3
+    #[error(
+        "a disk in pool {0}, which other hosts have, too, cannot have the cache mode writeback; choose none or writethrough"
+    )]
+    Writeback(String),
     /// There is nothing to plan for.
     #[error("the VM has no spec")]
     NoSpec,
@@ -143,6 +148,8 @@ pub struct DiskPlan {
     pub base: Option<Base>,
     /// Its virtual size; 0 means the base's.
     pub size_bytes: u64,
+    /// Whether it is an error that it is missing.
+    pub expected: DisksExpected,
     /// The disk that it is made a copy of.
     pub origin: Option<Origin>,
 }
@@ -242,9 +249,10 @@ fn find<'a>(name: &str, desired: &Desired, pools: &'a BTreeMap<String, Pool>) ->
 pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Plan, Problem> {
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
     let mut plan = Plan::default();
-    for disk in &spec.disks {
+    for disk in spec.disks.iter().filter(|d| d.is_in_machine()) {
         let place = match find(&disk.pool, desired, pools)? {
             Found::Here(pool) => {
+                check_cache(disk, pool)?;
                 let origin = origin(pool, disk, desired)?;
                 let made = DiskPlan { origin, ..disk_in(pool, vm, disk, desired, &mut plan)? };
                 let path = made.path.clone();
@@ -252,6 +260,9 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
                 Place::File { path }
             }
             Found::Served(address) => {
+                if disk.cache == DiskCache::Writeback {
+                    return Err(Problem::Writeback(disk.pool.clone()));
+                }
                 let disk = checked("the name of a disk", &disk.name)?.to_owned();
                 let name = Name { vm, incarnation: desired.incarnation, disk };
                 Place::Export { address, export: name.to_string() }
@@ -275,7 +286,15 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
     Ok(plan)
 }
 
-/// Where the disks of a VM are that lie in files of this host, in the guest's order, whatever they are overlays of.
+/// D3: what a killed QEMU has left in this host's memory is written later, when the VM may run on another host that has the pool.
+fn check_cache(disk: &Disk, pool: &Pool) -> Result<(), Problem> {
+    match (disk.cache, &pool.kind) {
+        (DiskCache::None | DiskCache::Writethrough, _) | (DiskCache::Writeback, Kind::Local) => Ok(()),
+        (DiskCache::Writeback, Kind::Shared | Kind::Exported(_)) => Err(Problem::Writeback(pool.name.clone())),
+    }
+}
+
+/// Where the disks of a VM's machine are that lie in files of this host, in the guest's order, whatever they are overlays of.
 ///
 /// # Errors
 ///
@@ -285,11 +304,11 @@ pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Res
     let one = |d: &Disk| {
         let pool = pool(&d.pool, pools)?;
         match pool.kind {
-            Kind::Local | Kind::Shared => disk_plan(vm, d, desired.disk_generation, pool, None),
+            Kind::Local | Kind::Shared => disk_plan(vm, d, desired, pool, None),
             Kind::Exported(_) => Err(Problem::Exported(pool.name.clone())),
         }
     };
-    spec.disks.iter().map(one).collect()
+    spec.disks.iter().filter(|d| d.is_in_machine()).map(one).collect()
 }
 
 /// Plans what this host has to make of a VM that may run elsewhere: its disks in pools that this host exports.
@@ -336,7 +355,7 @@ fn disk_in(pool: &Pool, vm: VmId, disk: &Disk, desired: &Desired, plan: &mut Pla
             Some(Base { path: format!("../../images/{id}/{}", Role::Disk.file_name()), format })
         }
     };
-    disk_plan(vm, disk, desired.disk_generation, pool, base)
+    disk_plan(vm, disk, desired, pool, base)
 }
 
 /// What a disk that is yet to be made is a copy of.
@@ -356,9 +375,9 @@ fn vars_name(generation: u32) -> String {
     format!("uefi-vars.{generation}.fd")
 }
 
-fn disk_plan(vm: VmId, disk: &Disk, generation: u32, pool: &Pool, base: Option<Base>) -> Result<DiskPlan, Problem> {
+fn disk_plan(vm: VmId, disk: &Disk, desired: &Desired, pool: &Pool, base: Option<Base>) -> Result<DiskPlan, Problem> {
     let dir = disks_dir(&pool.path, vm);
-    let file = file_name(disk, generation)?;
+    let file = file_name(disk, desired.disk_generation)?;
     Ok(DiskPlan {
         name: disk.name.clone(),
         pool: pool.name.clone(),
@@ -366,12 +385,45 @@ fn disk_plan(vm: VmId, disk: &Disk, generation: u32, pool: &Pool, base: Option<B
         path: dir.join(file),
         base,
         size_bytes: disk.size_bytes,
+        expected: expected(disk, desired),
         origin: None,
     })
 }
 
+/// P5: one that is new is made; one that comes back is not made anew if it is gone.
+fn expected(disk: &Disk, desired: &Desired) -> DisksExpected {
+    match disk.state {
+        DiskState::Attaching => DisksExpected::New,
+        DiskState::Attached => desired.disks,
+        DiskState::Returning | DiskState::Detaching | DiskState::Detached | DiskState::Deleting => DisksExpected::Exist,
+    }
+}
+
+/// D2: the file of a disk that came later has a random id in its name. Whoever deletes a disk of long ago never finds a newer one.
 fn file_name(disk: &Disk, generation: u32) -> Result<String, Problem> {
-    Ok(format!("{}.{generation}.qcow2", checked("the name of a disk", &disk.name)?))
+    let name = checked("the name of a disk", &disk.name)?;
+    Ok(match disk.id {
+        None => format!("{name}.{generation}.qcow2"),
+        Some(id) => format!("{name}.{id}.{generation}.qcow2"),
+    })
+}
+
+/// Plans the deletion of one disk of a VM that stays, with its older generations.
+///
+/// # Errors
+///
+/// Its pool is not there: nobody can say whether the disk is.
+pub fn removal(vm: VmId, disk: &Disk, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Removal, Problem> {
+    let pool = pool(&disk.pool, pools)?;
+    let dir = disks_dir(&pool.path, vm);
+    let newest = desired.disk_generation;
+    let mut files = Vec::new();
+    for generation in newest.saturating_sub(MOST_GENERATIONS)..=newest {
+        let file = file_name(disk, generation)?;
+        files.push(dir.join(format!(".{file}.tmp")));
+        files.push(dir.join(file));
+    }
+    Ok(Removal { pool: pool.name.clone(), files, dir })
 }
 
 fn image(id: ImageId, desired: &Desired) -> Result<&Image, Problem> {
@@ -519,7 +571,7 @@ mod tests {
     }
 
     fn disk(name: &str, pool: &str, image: Option<u128>) -> Disk {
-        Disk { name: name.into(), pool: pool.into(), size_bytes: 512, image: image.map(image_id) }
+        Disk { name: name.into(), pool: pool.into(), size_bytes: 512, image: image.map(image_id), ..Disk::default() }
     }
 
     fn wanted(disks: Vec<Disk>, images: Vec<Image>) -> Desired {
@@ -528,6 +580,43 @@ mod tests {
         desired.images = images;
         desired.disk_generation = 1;
         desired
+    }
+
+    /// D2
+    #[test]
+    fn what_comes_later_has_a_file_of_its_own_and_what_is_detached_none_in_the_machine() {
+        let id = Some(Uuid::from_u128(5));
+        let data = |state| Disk { id, state, ..disk("data", "b", None) };
+        let later = |state| wanted(vec![disk("root", "a", None), data(state)], vec![]);
+        let made = |state| plan(vm(), &later(state), &pools()).unwrap().disks;
+        let file = "data.00000000-0000-0000-0000-000000000005.1.qcow2";
+        assert!(made(DiskState::Attaching)[1].path.ends_with(file));
+        for (state, expected) in
+            [(DiskState::Attaching, DisksExpected::New), (DiskState::Returning, DisksExpected::Exist)]
+        {
+            assert_eq!(made(state)[1].expected, expected, "{state:?}");
+        }
+        for state in [DiskState::Detaching, DiskState::Detached, DiskState::Deleting] {
+            assert_eq!(made(state).len(), 1, "{state:?}");
+            let desired = later(state);
+            assert!(
+                removals(vm(), &desired, &pools()).unwrap().iter().any(|r| r.files.iter().any(|f| f.ends_with(file)))
+            );
+        }
+        // The file of one is not that of another with its name.
+        let old = removal(vm(), &disk("data", "b", None), &later(DiskState::Deleting), &pools()).unwrap();
+        assert!(!old.files.iter().any(|f| f.ends_with(file)) && old.files.iter().any(|f| f.ends_with("data.1.qcow2")));
+    }
+
+    /// D3
+    #[test]
+    fn writeback_is_refused_where_other_hosts_have_the_pool_too() {
+        let cached = |cache| wanted(vec![Disk { cache, ..disk("root", "a", None) }], vec![]);
+        let mut shared = pools();
+        shared.get_mut("a").unwrap().kind = Kind::Shared;
+        assert_eq!(plan(vm(), &cached(DiskCache::Writeback), &shared), Err(Problem::Writeback("a".into())));
+        assert!(plan(vm(), &cached(DiskCache::Writethrough), &shared).is_ok());
+        assert!(plan(vm(), &cached(DiskCache::Writeback), &pools()).is_ok());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
     plan::DiskPlan,
     pools::User,
 };
-use crate::vm::disks::{Orders, Wanted};
+use crate::vm::disks::{Done, GuestThen, Orders, Wanted};
 
 /// qemu-img, and who it runs as.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +57,8 @@ impl Tool<'_> {
 ///
 /// A snapshot that only some of the disks have was never said to be there: it is taken anew. Disks are put back only if all of
 /// them have the snapshot.
-pub(super) async fn tend(tool: Tool<'_>, disks: &[DiskPlan], orders: &Orders) -> Result<(), Error> {
+pub(super) async fn tend(tool: Tool<'_>, disks: &[DiskPlan], orders: &Orders) -> Result<Done, Error> {
+    let mut done = orders.done();
     let mut names = Vec::with_capacity(disks.len());
     for disk in disks {
         names.push(tool.names(disk).await?);
@@ -77,10 +78,11 @@ pub(super) async fn tend(tool: Tool<'_>, disks: &[DiskPlan], orders: &Orders) ->
             for disk in disks {
                 tool.snapshot("-c", order.id, disk).await?;
             }
+            done.guests.insert(order.id, GuestThen::Off);
             info!(snapshot = %order.id, "a snapshot is taken");
         }
     }
-    let Some(revert) = orders.revert else { return Ok(()) };
+    let Some(revert) = orders.revert else { return Ok(done) };
     let missing = disks.iter().zip(&names).find(|(_, names)| !names.contains(&revert.snapshot.to_string()));
     if let Some((disk, _)) = missing {
         return Err(Error::NoSnapshot { disk: disk.name.clone(), snapshot: revert.snapshot });
@@ -89,5 +91,5 @@ pub(super) async fn tend(tool: Tool<'_>, disks: &[DiskPlan], orders: &Orders) ->
         tool.snapshot("-a", revert.snapshot, disk).await?;
     }
     info!(snapshot = %revert.snapshot, "the disks are put back");
-    Ok(())
+    Ok(done)
 }

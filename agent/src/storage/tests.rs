@@ -1,6 +1,7 @@
 //! Storage as a whole, with the real qemu-img.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
@@ -18,7 +19,7 @@ use super::{
 };
 use crate::vm::{
     desired::{Desired, Disk, DisksExpected, Disposition, Firmware, Format, Image, ImageFile, Role},
-    disks::{Orders, Revert, SnapshotOrder, Wanted},
+    disks::{Done, GuestThen, Orders, Revert, SnapshotOrder, Wanted},
     fake,
     starts::Starts,
 };
@@ -64,7 +65,13 @@ impl Place {
     }
 
     fn desired(&self) -> Desired {
-        let disk = |name: &str, size_bytes, image| Disk { name: name.into(), pool: "p".into(), size_bytes, image };
+        let disk = |name: &str, size_bytes, image| Disk {
+            name: name.into(),
+            pool: "p".into(),
+            size_bytes,
+            image,
+            ..Disk::default()
+        };
         let mut desired = fake::desired(1);
         desired.spec.as_mut().unwrap().disks = vec![disk("root", 0, Some(image())), disk("data", 1 << 20, None)];
         desired.images = vec![Image {
@@ -265,7 +272,7 @@ async fn snapshots_are_taken_put_back_and_removed_on_all_disks() {
     place.prepare(&desired).await.unwrap();
     let files = ["root.0.qcow2", "data.0.qcow2"].map(|f| place.disks().join(f));
     let id = Uuid::from_u128(77);
-    let order = |wanted| Orders { snapshots: vec![SnapshotOrder { id, wanted }], revert: None };
+    let order = |wanted| Orders { snapshots: vec![SnapshotOrder { id, wanted }], ..Orders::default() };
     let tend = async |desired: &Desired| place.storage.tend(vm(), desired).await.map_err(|e| e.reason());
     io(&files[1], "write -P 1 0 512");
     // Half of one, of an agent that died: it is taken anew.
@@ -273,12 +280,13 @@ async fn snapshots_are_taken_put_back_and_removed_on_all_disks() {
     assert!(half.success());
     io(&files[1], "write -P 2 0 512");
     desired.orders = order(Wanted::There);
-    for _ in 0..2 {
-        assert_eq!(tend(&desired).await, Ok(desired.orders.done()));
+    // Who finds one does not know what the guest did then.
+    for guests in [[(id, GuestThen::Off)].into(), BTreeMap::new()] {
+        assert_eq!(tend(&desired).await, Ok(Done { guests, ..desired.orders.done() }));
         assert!(files.iter().all(|f| snapshots_of(f) == [id.to_string()]), "once, on each");
     }
     io(&files[1], "write -P 3 0 512");
-    let revert = |snapshot| Orders { snapshots: vec![], revert: Some(Revert { snapshot, number: 1 }) };
+    let revert = |snapshot| Orders { revert: Some(Revert { snapshot, number: 1 }), ..Orders::default() };
     desired.orders = revert(Uuid::from_u128(78));
     assert!(tend(&desired).await.unwrap_err().contains("no disk was changed"));
     desired.orders = revert(id);

@@ -178,6 +178,9 @@ pub struct Spec {
     /// What the guest's cloud-init is told.
     #[serde(default)]
     pub cloud_init: Option<CloudInit>,
+    /// Whether disks can come and go while it runs.
+    #[serde(default)]
+    pub disk_hotplug: DiskHotplug,
 }
 
 /// What a VM shows its screen with.
@@ -259,7 +262,7 @@ pub struct Kernel {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Disk {
     /// Unique within the VM.
     pub name: String,
@@ -270,6 +273,88 @@ pub struct Disk {
     /// The image that it starts as; absent, it starts empty.
     #[serde(default)]
     pub image: Option<ImageId>,
+    /// How the guest sees it.
+    #[serde(default)]
+    pub bus: DiskBus,
+    /// What the host's memory is used for.
+    #[serde(default)]
+    pub cache: DiskCache,
+    /// On the bus SCSI: its target number there.
+    #[serde(default)]
+    pub unit: u32,
+    /// Part of its file's name. Absent: it was there from the beginning.
+    #[serde(default)]
+    pub id: Option<Uuid>,
+    /// Whether the machine should have it.
+    #[serde(default)]
+    pub state: DiskState,
+}
+
+impl Disk {
+    /// Whether a machine that is started now has it.
+    #[must_use]
+    pub const fn is_in_machine(&self) -> bool {
+        match self.state {
+            DiskState::Attached | DiskState::Attaching | DiskState::Returning => true,
+            DiskState::Detaching | DiskState::Detached | DiskState::Deleting => false,
+        }
+    }
+}
+
+/// How a guest sees a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A device of its own.
+    #[default]
+    Virtio,
+    /// On the virtio-scsi controller.
+    Scsi,
+    /// On an AHCI controller.
+    Sata,
+}
+
+/// What the host's memory is used for between a guest and its disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskCache {
+    /// For nothing.
+    #[default]
+    None,
+    /// For reads.
+    Writethrough,
+    /// For reads and writes.
+    Writeback,
+}
+
+/// Whether a machine should have a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskState {
+    /// It should.
+    #[default]
+    Attached,
+    /// It should, and the disk is a new one.
+    Attaching,
+    /// It should, and does not have it yet.
+    Returning,
+    /// It should not, and may have it still.
+    Detaching,
+    /// It should not. The disk is kept.
+    Detached,
+    /// It should not, and the disk is to be deleted.
+    Deleting,
+}
+
+/// Whether disks can come and go while a VM runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskHotplug {
+    /// They cannot.
+    #[default]
+    Disabled,
+    /// They can.
+    Enabled,
 }
 
 /// A network interface.
@@ -424,6 +509,8 @@ const MAX_COMMAND_LINE: usize = 2048;
 const MAX_DISKS: usize = 16;
 /// Snapshots of one VM that are to be taken or removed.
 const MAX_SNAPSHOTS: usize = 32;
+/// The highest target number on a SCSI controller.
+const MAX_UNIT: u32 = 255;
 const MAX_NICS: usize = 8;
 /// Most bytes of all that cloud-init is told. The disk that carries it has a fixed size ([`crate::qemu::seed`]).
 const MAX_CLOUD_INIT: usize = 512 * 1024;
@@ -561,10 +648,13 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
         return Err(unusable("spec.disks", format!("has more than {MAX_DISKS} entries")));
     }
     let disks = s.disks.iter().enumerate().map(|(i, d)| parse_disk(i, d)).collect::<Result<Vec<_>, _>>()?;
-    let mut seen = BTreeSet::new();
+    let (mut seen, mut units) = (BTreeSet::new(), BTreeSet::new());
     for (i, disk) in disks.iter().enumerate() {
         if !seen.insert(disk.name.as_str()) {
             return Err(unusable(format!("spec.disks[{i}].name"), "is there twice"));
+        }
+        if disk.bus == DiskBus::Scsi && !units.insert(disk.unit) {
+            return Err(unusable(format!("spec.disks[{i}].unit"), "is there twice"));
         }
     }
     if s.nics.len() > MAX_NICS {
@@ -597,6 +687,12 @@ fn parse_spec(s: &v1::VmSpec) -> Result<Spec, Unusable> {
         },
         cpu,
         cloud_init: s.cloud_init.as_ref().map(parse_cloud_init).transpose()?,
+        disk_hotplug: match v1::DiskHotplug::try_from(s.disk_hotplug) {
+            // A controller that knows nothing of it says nothing.
+            Ok(v1::DiskHotplug::Unspecified | v1::DiskHotplug::Disabled) => DiskHotplug::Disabled,
+            Ok(v1::DiskHotplug::Enabled) => DiskHotplug::Enabled,
+            Err(_) => return Err(unusable("spec.disk_hotplug", "is not one that this agent knows")),
+        },
     })
 }
 
@@ -646,7 +742,9 @@ fn parse_orders(disposition: Disposition, m: &v1::DesiredVm) -> Result<Orders, U
             return Err(unusable("revert", "comes for a VM that is not to be stopped"));
         }
     };
-    Ok(Orders { snapshots, revert })
+    let disks = m.spec.iter().flat_map(|s| &s.disks).take(MAX_DISKS);
+    let disks = disks.filter(|d| d.order != 0).map(|d| d.order).collect();
+    Ok(Orders { snapshots, revert, disks })
 }
 
 fn parse_clone_from(c: &v1::CloneFrom) -> Result<CloneFrom, Unusable> {
@@ -696,7 +794,38 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
     if d.size_bytes == 0 && image.is_none() {
         return Err(unusable(field("size_bytes"), "is 0, and there is no image to take it from"));
     }
-    Ok(Disk { name: d.name.clone(), pool: d.pool.clone(), size_bytes: d.size_bytes, image })
+    let bus = match v1::DiskBus::try_from(d.bus) {
+        // A controller that knows one only says nothing.
+        Ok(v1::DiskBus::Unspecified | v1::DiskBus::Virtio) => DiskBus::Virtio,
+        Ok(v1::DiskBus::Scsi) => DiskBus::Scsi,
+        Ok(v1::DiskBus::Sata) => DiskBus::Sata,
+        Err(_) => return Err(unusable(field("bus"), "is not one that this agent knows")),
+    };
+    if d.unit > MAX_UNIT {
+        return Err(unusable(field("unit"), format!("is {}, not 0 to {MAX_UNIT}", d.unit)));
+    }
+    let cache = match v1::DiskCache::try_from(d.cache) {
+        Ok(v1::DiskCache::Unspecified | v1::DiskCache::None) => DiskCache::None,
+        Ok(v1::DiskCache::Writethrough) => DiskCache::Writethrough,
+        Ok(v1::DiskCache::Writeback) => DiskCache::Writeback,
+        Err(_) => return Err(unusable(field("cache"), "is not one that this agent knows")),
+    };
+    // P5: what is not known here is neither made nor deleted.
+    let state = match v1::DiskState::try_from(d.state) {
+        Ok(v1::DiskState::Unspecified) => DiskState::Attached,
+        Ok(v1::DiskState::Attaching) => DiskState::Attaching,
+        Ok(v1::DiskState::Returning) => DiskState::Returning,
+        Ok(v1::DiskState::Detaching) => DiskState::Detaching,
+        Ok(v1::DiskState::Detached) => DiskState::Detached,
+        Ok(v1::DiskState::Deleting) => DiskState::Deleting,
+        Err(_) => return Err(unusable(field("state"), "is not one that this agent knows")),
+    };
+    let id = match d.id.as_str() {
+        "" => None,
+        id => Some(Uuid::try_parse(id).map_err(|e| unusable(field("id"), format!("{e}")))?),
+    };
+    let (name, pool) = (d.name.clone(), d.pool.clone());
+    Ok(Disk { name, pool, size_bytes: d.size_bytes, image, bus, cache, unit: d.unit, id, state })
 }
 
 fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {

@@ -13,7 +13,7 @@ fn good() -> v1::DesiredVm {
             vcpus: 1,
             memory_mib: 64,
             machine: "q35".into(),
-            disks: vec![v1::Disk { name: "disk0".into(), pool: "p".into(), size_bytes: 512, image: String::new() }],
+            disks: vec![v1::Disk { name: "disk0".into(), pool: "p".into(), size_bytes: 512, ..Default::default() }],
             nics: vec![v1::Nic {
                 r#type: v1::NicType::User.into(),
                 mac: "42:00:00:00:00:0a".into(),

@@ -1,6 +1,8 @@
 //! What a VM's task is told to do with disks that are there, and what it says that it has done. Data only: `state/disks.rs` decides,
 //! `storage/` and `qemu/disks.rs` act.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use uncloud_proto::ids::VmId;
 use uuid::Uuid;
@@ -14,6 +16,9 @@ pub struct Orders {
     /// Put all disks back to a snapshot. Only of what is stopped.
     #[serde(default)]
     pub revert: Option<Revert>,
+    /// Numbers of what is to be done to single disks; their states in the spec say what.
+    #[serde(default)]
+    pub disks: Vec<u64>,
 }
 
 /// A snapshot to take or to remove.
@@ -56,22 +61,37 @@ pub struct CloneFrom {
     pub snapshot: Option<Uuid>,
 }
 
+/// What the guest did when a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestThen {
+    /// It held its file systems still.
+    Frozen,
+    /// It ran.
+    Ran,
+    /// It did not run.
+    Off,
+}
+
 /// What has been done to the disks of a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Done {
     /// Snapshots that should be there and are.
     pub made: Vec<Uuid>,
+    /// What the guest did when they were taken, where that is known.
+    pub guests: BTreeMap<Uuid, GuestThen>,
     /// Snapshots that should be gone and are.
     pub removed: Vec<Uuid>,
     /// The newest revert that was carried out. 0: none.
     pub reverted: u64,
+    /// Numbers of what was done to single disks.
+    pub disks: Vec<u64>,
 }
 
 impl Orders {
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.snapshots.is_empty() && self.revert.is_none()
+        self.snapshots.is_empty() && self.revert.is_none() && self.disks.is_empty()
     }
 
     /// Ids of the snapshots that should be there, or gone.
@@ -84,8 +104,10 @@ impl Orders {
     pub fn done(&self) -> Done {
         Done {
             made: self.ids(Wanted::There).collect(),
+            guests: BTreeMap::new(),
             removed: self.ids(Wanted::Gone).collect(),
             reverted: self.revert.map_or(0, |r| r.number),
+            disks: self.disks.clone(),
         }
     }
 }

@@ -47,6 +47,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
             firmware: Firmware::Bios,
             cpu: CpuModel::V2,
             cloud_init: None,
+            disk_hotplug: Default::default(),
         }),
         images: vec![],
         restarts: 0,

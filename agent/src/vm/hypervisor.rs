@@ -49,14 +49,15 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Has QEMU take a step of a migration. Bounded in time; what came of it is seen by [`Instance::standing`].
     fn step(&self, vm: VmId, instance: &Self::Instance, step: Step) -> impl Future<Output = Result<(), String>> + Send;
 
-    /// Makes the disks of a VM that executes as its desired state says: their sizes, their snapshots. Bounded in time; idempotent.
+    /// Makes the disks of a VM that executes as its desired state says: which it has, their sizes, their snapshots. Bounded in time; idempotent.
     /// The error is a reason for people.
     fn tend_disks(
         &self,
+        vm: VmId,
         instance: &Self::Instance,
         desired: &Desired,
     ) -> impl Future<Output = Result<Done, String>> + Send {
-        let _ = instance;
+        let _ = (vm, instance);
         std::future::ready(Ok(desired.orders.done()))
     }
 

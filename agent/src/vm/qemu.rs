@@ -15,7 +15,9 @@ use uncloud_proto::{
 };
 
 use super::{
-    desired::{CpuModel, Desired, Display, Disposition, GuestAgent, Machine},
+    desired::{
+        CpuModel, Desired, Disk, DiskBus, DiskHotplug, DiskState, Display, Disposition, GuestAgent, Machine, Spec,
+    },
     disks::Done,
     hypervisor::{Adoption, Exit, ExitKind, Hold, Hypervisor, Instance, InstanceEvent, LaunchError},
     migration::{Standing, Step},
@@ -24,20 +26,23 @@ use crate::{
     network,
     qemu::{
         command_line::{
-            self, AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
-            NetBackend, Nic, Screen,
+            self, AcceleratorChoice, AgentChannel, Begin, Boot, Cpu, DiskFile, FirmwareFiles, KernelFiles, MachineSpec,
+            NetBackend, Nic, Screen, ScsiController,
         },
-        disks,
+        disks, hotplug,
         migration::{self, Listen},
         process::{self, ExitOutcome, Launch, VmUser},
         seed,
     },
     records::VmDirs,
-    storage::{Prepared, Storage, blocking},
+    storage::{Prepared, Storage, blocking, place::Place},
 };
 
 /// How long to wait before looking again for what holds a VM's lock and does not say what it is.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long disks may take to come and go while the VM's task waits. Each takes milliseconds, where its pool does not hang.
+const CHANGE_LIMIT: Duration = Duration::from_secs(10);
 
 /// QEMU on this host.
 pub struct Qemu {
@@ -128,12 +133,22 @@ impl Hypervisor for Qemu {
         migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
     }
 
-    async fn tend_disks(&self, instance: &process::Instance, desired: &Desired) -> Result<Done, String> {
-        let disks = desired.spec.iter().flat_map(|s| &s.disks);
-        let sizes: Vec<_> = disks.map(|d| (d.name.as_str(), d.size_bytes)).collect();
+    async fn tend_disks(&self, vm: VmId, instance: &process::Instance, desired: &Desired) -> Result<Done, String> {
+        if !desired.orders.disks.is_empty() {
+            let changed = time::timeout(CHANGE_LIMIT, self.change_disks(vm, instance, desired));
+            changed.await.map_err(|_| "the disks take too long to come or go; it is tried again".to_owned())??;
+        }
+        let Some(spec) = &desired.spec else { return Ok(desired.orders.done()) };
+        // Where they are says nothing of what QEMU calls them.
+        let nowhere = || Place::File { path: PathBuf::new() };
+        let here: Vec<&Disk> = spec.disks.iter().filter(|d| d.is_in_machine()).collect();
+        let files: Vec<DiskFile> = here.iter().map(|d| disk_file(d, nowhere())).collect();
+        let places = command_line::places(&files, boot(spec));
+        let sizes: Vec<_> =
+            here.iter().zip(&places).map(|(d, p)| (d.name.as_str(), p.node.as_str(), d.size_bytes)).collect();
         disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
-        disks::snapshots(instance, sizes.len(), &desired.orders).await.map_err(|e| e.to_string())?;
-        Ok(desired.orders.done())
+        let nodes: Vec<&str> = places.iter().map(|p| p.node.as_str()).collect();
+        disks::snapshots(instance, &nodes, &desired.orders).await.map_err(|e| e.to_string())
     }
 
     async fn tend_idle(&self, vm: VmId, desired: &Desired) -> Result<Done, String> {
@@ -156,6 +171,30 @@ impl Hypervisor for Qemu {
 }
 
 impl Qemu {
+    /// Has disks come and go.
+    async fn change_disks(&self, vm: VmId, instance: &process::Instance, desired: &Desired) -> Result<(), String> {
+        let Some(spec) = &desired.spec else { return Ok(()) };
+        self.storage.make_attached(vm, desired).await.map_err(|e| e.reason())?;
+        let files = |disk: &Disk| self.storage.files_of(vm, disk, desired).map_err(|e| e.reason());
+        let pending = |disk: &&Disk| match disk.state {
+            DiskState::Attached | DiskState::Detached => false,
+            DiskState::Attaching | DiskState::Returning | DiskState::Detaching | DiskState::Deleting => true,
+        };
+        for disk in spec.disks.iter().filter(pending) {
+            let found = files(disk)?;
+            // A disk that changes while the machine runs has its place by its target number, and none of them is booted from.
+            let file = [disk_file(disk, Place::File { path: found.file.clone() })];
+            for place in command_line::places(&file, Boot::Kernel) {
+                match disk.is_in_machine() {
+                    true => hotplug::plug(instance, &place, &found.file).await,
+                    false => hotplug::unplug(instance, &place, &found.all).await,
+                }
+                .map_err(|e| e.to_string())?;
+            }
+        }
+        self.storage.delete_detached(vm, desired).await.map_err(|e| e.reason())
+    }
+
     /// Makes the disk that cloud-init reads, anew for each start. Its path is relative to where QEMU runs, so that it is the
     /// same on every host.
     async fn seed(&self, vm: VmId, desired: &Desired) -> Result<Option<PathBuf>, String> {
@@ -180,6 +219,19 @@ fn connect(vm: VmId, desired: &Desired, machine: &mut MachineSpec) -> Result<Vec
         taps.push(Arc::new(tap));
     }
     Ok(taps)
+}
+
+fn disk_file(disk: &Disk, place: Place) -> DiskFile {
+    let bus = match disk.bus {
+        DiskBus::Virtio => command_line::DiskBus::Virtio,
+        DiskBus::Scsi => command_line::DiskBus::Scsi(disk.unit),
+        DiskBus::Sata => command_line::DiskBus::Sata,
+    };
+    DiskFile { name: disk.name.clone(), place, bus, cache: disk.cache }
+}
+
+fn boot(spec: &Spec) -> Boot {
+    if spec.kernel.is_some() { Boot::Kernel } else { Boot::FirstDisk }
 }
 
 fn machine(
@@ -214,7 +266,18 @@ fn machine(
         }),
         firmware: None,
         seed: None,
-        disks: plan.places.iter().map(|(name, place)| DiskFile { name: name.clone(), place: place.clone() }).collect(),
+        // The plan has a place for each disk that the machine has.
+        disks: spec
+            .disks
+            .iter()
+            .filter(|d| d.is_in_machine())
+            .zip(&plan.places)
+            .map(|(disk, (_, place))| disk_file(disk, place.clone()))
+            .collect(),
+        scsi: match spec.disk_hotplug {
+            DiskHotplug::Disabled => ScsiController::None,
+            DiskHotplug::Enabled => ScsiController::Virtio,
+        },
         nics: spec.nics.iter().map(|n| Nic { mac: n.mac.clone(), backend: NetBackend::User }).collect(),
         screen: match spec.display {
             Display::None => Screen::None,

@@ -309,7 +309,7 @@ impl<H: Hypervisor> Runner<H> {
                 Effect::TendDisks => {
                     if let Some(instance) = &self.instance {
                         let desired = &self.state.record().desired;
-                        events.push(tend_disks(&*self.host.hypervisor, instance, desired).await);
+                        events.push(tend_disks(&*self.host.hypervisor, self.vm, instance, desired).await);
                     }
                 }
                 Effect::GoOn => {
@@ -478,8 +478,8 @@ async fn take_step<H: Hypervisor>(
 }
 
 /// Has QEMU put the disks in order.
-async fn tend_disks<H: Hypervisor>(hypervisor: &H, instance: &H::Instance, desired: &Desired) -> Event {
-    match hypervisor.tend_disks(instance, desired).await {
+async fn tend_disks<H: Hypervisor>(hypervisor: &H, vm: VmId, instance: &H::Instance, desired: &Desired) -> Event {
+    match hypervisor.tend_disks(vm, instance, desired).await {
         Ok(done) => Event::DisksTended(done),
         Err(reason) => {
             warn!("the disks are not as they should be: {reason}");

@@ -14,11 +14,13 @@ use uncloud_agent::{
     lease::{LeaseClass, LeaseFile, LeaseWord, boot_id},
     qemu::{
         command_line::{
-            AcceleratorChoice, AgentChannel, Begin, Cpu, DiskFile, Machine, MachineSpec, Screen, command_line,
+            AcceleratorChoice, AgentChannel, Begin, Cpu, DiskBus, DiskFile, Machine, MachineSpec, Screen,
+            ScsiController, command_line,
         },
         process::{Instance, InstanceEvent, Launch, LaunchError, VmUser, launch},
     },
     storage::place::Place,
+    vm::desired::DiskCache,
 };
 use uncloud_proto::{
     clock::{Clock, Tick},
@@ -88,7 +90,13 @@ impl Host {
             kernel: None,
             firmware: None,
             seed: None,
-            disks: vec![DiskFile { name: "root".into(), place: Place::File { path: disk } }],
+            scsi: ScsiController::Virtio,
+            disks: vec![DiskFile {
+                name: "root".into(),
+                place: Place::File { path: disk },
+                bus: DiskBus::Virtio,
+                cache: DiskCache::None,
+            }],
             nics: vec![],
             screen: Screen::None,
             agent: AgentChannel::None,

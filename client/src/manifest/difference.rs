@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use uncloud_proto::v1;
 
 use super::{Desired, Document, Nic};
-use crate::units;
+use crate::{output::text::word, units};
 
 /// The ids of images by what a document calls them.
 pub type Images = BTreeMap<String, String>;
@@ -201,13 +201,19 @@ fn compare_fixed(document: &Document, now: &v1::VmSpec, images: &Images, changes
     differ("kernel.image", kernel.image, wanted.map(|k| image(&k.image)));
     differ("kernel.append", kernel.command_line, wanted.and_then(|k| k.append.clone()));
     if let Some(disks) = &document.disks {
-        differ("disks", format!("{} disks", now.disks.len()), Some(format!("{} disks", disks.len())));
-        for (i, (disk, is)) in disks.iter().zip(&now.disks).enumerate() {
+        // What is detached is kept, and no part of what the document describes.
+        let has: Vec<&v1::Disk> = now.disks.iter().filter(|d| crate::output::is_in_machine(d)).collect();
+        differ("disks", format!("{} disks", has.len()), Some(format!("{} disks", disks.len())));
+        for (i, (disk, is)) in disks.iter().zip(has).enumerate() {
             let at = |field: &str| format!("disks[{i}].{field}");
             let name = disk.name.clone().unwrap_or_else(|| format!("disk{i}"));
             differ(&at("name"), is.name.clone(), Some(name));
             differ(&at("pool"), is.pool.clone(), Some(disk.pool.clone().unwrap_or_else(|| "default".to_owned())));
             differ(&at("size"), units::bytes(is.size_bytes), disk.size.map(|s| units::bytes(s.0)));
+            let bus = |b: v1::DiskBus| word(b.as_str_name(), "DISK_BUS_");
+            let cache = |c: v1::DiskCache| word(c.as_str_name(), "DISK_CACHE_");
+            differ(&at("bus"), bus(is.bus()), disk.bus.map(|b| bus(b.to_proto())));
+            differ(&at("cache"), cache(is.cache()), disk.cache.map(|c| cache(c.to_proto())));
             differ(&at("image"), is.image.clone(), Some(disk.image.as_ref().map(image).unwrap_or_default()));
         }
     }
@@ -258,6 +264,9 @@ mod tests {
                 pool: "default".into(),
                 size_bytes: 1 << 30,
                 image: "uuid-of-debian".into(),
+                bus: v1::DiskBus::Virtio.into(),
+                cache: v1::DiskCache::None.into(),
+                ..Default::default()
             }],
             restart: v1::RestartPolicy::OnFailure.into(),
             failover: v1::FailoverPolicy::Fast.into(),

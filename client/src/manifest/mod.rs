@@ -117,6 +117,10 @@ pub struct Disk {
     pub size: Option<Bytes>,
     /// Name or UUID of the image that it starts as.
     pub image: Option<String>,
+    /// How the guest sees it.
+    pub bus: Option<Bus>,
+    /// What the host's memory is used for.
+    pub cache: Option<Cache>,
 }
 
 /// A network interface.
@@ -176,6 +180,10 @@ words! {
     OnDiskLoss => DiskLossPolicy { Wait = "wait", Recreate = "recreate", }
     /// How a network interface is connected.
     NicKind => NicType { User = "user", Bridge = "bridge", }
+    /// How a guest sees a disk.
+    Bus => DiskBus { Virtio = "virtio", Scsi = "scsi", Sata = "sata", }
+    /// What the host's memory is used for between a guest and its disk.
+    Cache => DiskCache { None = "none", Writethrough = "writethrough", Writeback = "writeback", }
     /// A screen.
     Display => DisplayType { None = "none", Standard = "standard", }
     /// What boots a machine.
@@ -270,6 +278,9 @@ impl Document {
             pool: d.pool.clone().unwrap_or_default(),
             size_bytes: d.size.map_or(0, |s| s.0),
             image: d.image.clone().unwrap_or_default(),
+            bus: d.bus.map_or(v1::DiskBus::Unspecified, Bus::to_proto).into(),
+            cache: d.cache.map_or(v1::DiskCache::Unspecified, Cache::to_proto).into(),
+            ..Default::default()
         });
         let map = |labels: &Option<BTreeMap<String, String>>| labels.clone().unwrap_or_default().into_iter().collect();
         v1::CreateVmRequest {
@@ -298,6 +309,7 @@ impl Document {
                 display: self.display.map_or(v1::DisplayType::Unspecified, Display::to_proto).into(),
                 guest_agent: self.guest_agent.map_or(v1::GuestAgentMode::Unspecified, GuestAgent::to_proto).into(),
                 cpu: self.cpu.map_or(v1::CpuModel::Unspecified, Cpu::to_proto).into(),
+                disk_hotplug: v1::DiskHotplug::Unspecified.into(),
                 firmware: self.firmware.map_or(v1::Firmware::Unspecified, Firmware::to_proto).into(),
                 cloud_init: self.cloud_init.as_ref().map(CloudInit::to_proto),
             }),
@@ -376,6 +388,7 @@ cloud_init: {hostname: w, ssh_keys: [ssh-ed25519 AAAA me]}
                 ssh_authorized_keys: vec!["ssh-ed25519 AAAA me".into()],
                 ..Default::default()
             }),
+            disk_hotplug: v1::DiskHotplug::Unspecified.into(),
         };
         let expected = v1::CreateVmRequest {
             request_id: String::new(),

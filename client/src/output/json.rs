@@ -43,6 +43,8 @@ named!(
     MigrateVmResponse,
     PauseVmResponse,
     ResizeDiskResponse,
+    AttachDiskResponse,
+    DetachDiskResponse,
     CreateSnapshotResponse,
     DeleteSnapshotResponse,
     RevertToSnapshotResponse,

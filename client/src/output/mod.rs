@@ -14,7 +14,7 @@ use std::io::{self, Write as _};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
-pub(crate) use self::vm::cloud_init;
+pub(crate) use self::vm::{cloud_init, is_in_machine};
 pub use self::{
     cluster::{event_line, events, status},
     host::{drain, drain_line, host_line, hosts, show_host, what_if},

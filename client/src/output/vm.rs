@@ -70,11 +70,16 @@ pub fn vms(vms: &[v1::Vm], columns: Columns, now: WallTime) -> String {
 #[must_use]
 pub fn snapshots(vm: &v1::Vm, now: WallTime) -> String {
     let state = |s: &v1::Snapshot| match vm.reverting_to == s.name {
-        true => "Reverting".to_owned(),
+        true => "reverting".to_owned(),
         false => word(s.state().as_str_name(), "SNAPSHOT_STATE_"),
     };
-    let row = |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), age(s.created.as_ref(), now)];
-    table(&["NAME", "ID", "STATE", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
+    let guest = |s: &v1::Snapshot| match s.guest() {
+        v1::SnapshotGuest::Unspecified => "-".to_owned(),
+        known => word(known.as_str_name(), "SNAPSHOT_GUEST_"),
+    };
+    let row =
+        |s: &v1::Snapshot| vec![s.name.clone(), short_id(&s.id), state(s), guest(s), age(s.created.as_ref(), now)];
+    table(&["SNAPSHOT", "ID", "STATE", "GUEST", "AGE"], &vm.snapshots.iter().map(row).collect::<Vec<_>>())
 }
 
 /// One VM in a line, for watches and progress.
@@ -193,15 +198,38 @@ pub fn show_vm(vm: &v1::Vm, now: WallTime) -> String {
         let rows: Vec<Vec<String>> = spec
             .disks
             .iter()
-            .map(|d| vec![d.name.clone(), d.pool.clone(), size(d.size_bytes), or_dash(&d.image)])
+            .map(|d| {
+                let bus = word(d.bus().as_str_name(), "DISK_BUS_");
+                let cache = word(d.cache().as_str_name(), "DISK_CACHE_");
+                vec![d.name.clone(), d.pool.clone(), size(d.size_bytes), bus, cache, disk_state(d), or_dash(&d.image)]
+            })
             .collect();
-        out.push_str(&format!("\n{}\n", table(&["DISK", "POOL", "SIZE", "IMAGE"], &rows)));
+        let head = ["DISK", "POOL", "SIZE", "BUS", "CACHE", "STATE", "IMAGE"];
+        out.push_str(&format!("\n{}\n", table(&head, &rows)));
+    }
+    if !vm.snapshots.is_empty() {
+        out.push_str(&format!("\n{}\n", snapshots(vm, now)));
     }
     if !spec.nics.is_empty() {
         let rows: Vec<Vec<String>> = spec.nics.iter().map(|n| vec![nic(n), or_dash(&n.mac)]).collect();
         out.push_str(&format!("\n{}\n", table(&["NIC", "MAC"], &rows)));
     }
     out
+}
+
+fn disk_state(disk: &v1::Disk) -> String {
+    match disk.state() {
+        v1::DiskState::Unspecified => "attached".to_owned(),
+        state => word(state.as_str_name(), "DISK_STATE_"),
+    }
+}
+
+/// Whether the VM's machine should have a disk.
+pub(crate) fn is_in_machine(disk: &v1::Disk) -> bool {
+    match disk.state() {
+        v1::DiskState::Unspecified | v1::DiskState::Attaching | v1::DiskState::Returning => true,
+        v1::DiskState::Detaching | v1::DiskState::Detached | v1::DiskState::Deleting => false,
+    }
 }
 
 /// A network interface, as `vm create --nic` takes it.

@@ -132,6 +132,14 @@ impl VmService for Fake {
         not_here()
     }
 
+    async fn attach_disk(&self, _: Request<v1::AttachDiskRequest>) -> Result<Response<v1::AttachDiskResponse>, Status> {
+        not_here()
+    }
+
+    async fn detach_disk(&self, _: Request<v1::DetachDiskRequest>) -> Result<Response<v1::DetachDiskResponse>, Status> {
+        not_here()
+    }
+
     async fn create_snapshot(
         &self,
         _: Request<v1::CreateSnapshotRequest>,

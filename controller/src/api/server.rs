@@ -33,6 +33,7 @@ use super::{
 };
 use crate::{
     leadership::{LeaderSlot, WarmCopy},
+    metrics::{MeasureLayer, Metrics},
     store::Store,
 };
 
@@ -85,6 +86,8 @@ pub struct Serving {
     pub address: String,
     /// How it reaches others.
     pub dial: Dial,
+    /// Where calls are counted.
+    pub metrics: Metrics,
 }
 
 /// Serves the connections that come in until `stop` fires and they have ended.
@@ -101,7 +104,8 @@ where
     S: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let (health, health_service) = tonic_health::server::health_reporter();
-    let Serving { slot, copy, store, clock, cpu_overcommit_percent, disk_overcommit_percent, address, dial } = serving;
+    let Serving { slot, copy, store, clock, cpu_overcommit_percent, disk_overcommit_percent, address, dial, metrics } =
+        serving;
     let context = Context {
         slot: slot.clone(),
         copy: copy.clone(),
@@ -137,6 +141,7 @@ where
 
     let own = address.clone();
     let server = Server::builder()
+        .layer(MeasureLayer(metrics))
         .layer(ForwardLayer::new(slot.clone(), copy.clone(), address, dial))
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))

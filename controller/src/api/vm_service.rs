@@ -368,6 +368,25 @@ impl VmService for Vms {
         Ok(Response::new(v1::ResizeDiskResponse { vm }))
     }
 
+    async fn attach_disk(
+        &self,
+        request: Request<v1::AttachDiskRequest>,
+    ) -> Result<Response<v1::AttachDiskResponse>, Status> {
+        let (vm, disk) = validate::attach_disk(request.into_inner(), Uuid::new_v4())?;
+        let disk = Box::new(disk);
+        let vm = self.change(&vm, |vm| Command::AttachDisk { vm, disk }).await?;
+        Ok(Response::new(v1::AttachDiskResponse { vm }))
+    }
+
+    async fn detach_disk(
+        &self,
+        request: Request<v1::DetachDiskRequest>,
+    ) -> Result<Response<v1::DetachDiskResponse>, Status> {
+        let (vm, disk, how) = validate::detach_disk(request.into_inner())?;
+        let vm = self.change(&vm, |vm| Command::DetachDisk { vm, disk, how }).await?;
+        Ok(Response::new(v1::DetachDiskResponse { vm }))
+    }
+
     async fn create_snapshot(
         &self,
         request: Request<v1::CreateSnapshotRequest>,

@@ -4,7 +4,10 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use tokio::sync::broadcast;
@@ -65,6 +68,8 @@ pub struct Feed {
 struct Shared {
     history: Mutex<History>,
     sender: broadcast::Sender<Arc<FeedItem>>,
+    /// Subscribers that were too slow.
+    cut_off: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -80,7 +85,19 @@ impl Feed {
     pub(super) fn new(store: Store, loaded: Revision) -> Self {
         let history = Mutex::new(History { complete_after: loaded, newest: loaded, items: VecDeque::new() });
         let sender = broadcast::Sender::new(BACKLOG);
-        Self { shared: Arc::new(Shared { history, sender }), store }
+        Self { shared: Arc::new(Shared { history, sender, cut_off: Arc::default() }), store }
+    }
+
+    /// How many subscribers there are.
+    #[must_use]
+    pub fn followers(&self) -> usize {
+        self.shared.sender.receiver_count()
+    }
+
+    /// How many were cut off because they were too slow.
+    #[must_use]
+    pub fn cut_off(&self) -> u64 {
+        self.shared.cut_off.load(Ordering::Relaxed)
     }
 
     /// Nothing of ours was changed at this revision.
@@ -120,7 +137,7 @@ impl Feed {
                 if from > self.store.revision().await.map_err(Compacted::Store)? {
                     return Err(Compacted::Future(from));
                 }
-                return Ok(FeedStream { backlog: VecDeque::new(), receiver, seen: from });
+                return Ok(self.stream(VecDeque::new(), receiver, from));
             }
         };
         let older = self.store.history(from, complete_after).await.map_err(|error| match error {
@@ -135,6 +152,15 @@ impl Feed {
         Ok(stream)
     }
 
+    fn stream(
+        &self,
+        backlog: VecDeque<Arc<FeedItem>>,
+        receiver: broadcast::Receiver<Arc<FeedItem>>,
+        seen: Revision,
+    ) -> FeedStream {
+        FeedStream { backlog, receiver, seen, cut_off: Arc::clone(&self.shared.cut_off) }
+    }
+
     fn in_memory(&self, from: Revision) -> InMemory {
         let history = self.history();
         if from > history.newest {
@@ -145,7 +171,7 @@ impl Feed {
         }
         let backlog = history.items.iter().filter(|item| item.revision > from).cloned().collect();
         let receiver = self.shared.sender.subscribe();
-        InMemory::All(FeedStream { backlog, receiver, seen: from })
+        InMemory::All(self.stream(backlog, receiver, from))
     }
 
     fn history(&self) -> MutexGuard<'_, History> {
@@ -170,6 +196,7 @@ pub struct FeedStream {
     receiver: broadcast::Receiver<Arc<FeedItem>>,
     /// Up to here the subscriber knows everything.
     seen: Revision,
+    cut_off: Arc<AtomicU64>,
 }
 
 impl FeedStream {
@@ -184,7 +211,10 @@ impl FeedStream {
         }
         loop {
             let item = self.receiver.recv().await.map_err(|error| match error {
-                broadcast::error::RecvError::Lagged(_) => Lagged::TooSlow,
+                broadcast::error::RecvError::Lagged(_) => {
+                    self.cut_off.fetch_add(1, Ordering::Relaxed);
+                    Lagged::TooSlow
+                }
                 broadcast::error::RecvError::Closed => Lagged::Ended,
             })?;
             if item.revision > self.seen {

@@ -18,6 +18,7 @@ use super::{Elected, ImageBoard, LeaderToken, Mirror, Validity, Writer, writer::
 use crate::{
     config::MAX_LEASE,
     health::{HealthTable, Timings},
+    metrics::Metrics,
     model::{ClusterRecord, EventType, Key},
     report,
     sessions::SessionRegistry,
@@ -38,6 +39,8 @@ pub struct Settings {
     pub address: String,
     /// Where all controllers serve.
     pub controllers: Vec<String>,
+    /// Where things are counted.
+    pub metrics: Metrics,
 }
 
 /// One term of leadership.

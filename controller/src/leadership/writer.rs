@@ -7,7 +7,12 @@
 //! When a transaction fails or its outcome is not known, the term ends (T3): the working state is thrown away, and whoever
 //! waited is told that the outcome is not known.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,6 +24,7 @@ use uncloud_proto::{
 
 use super::{Leader, LeaderToken, Mirror, Validity};
 use crate::{
+    metrics::Transaction,
     model::{Key, Record},
     report,
     state::{
@@ -105,6 +111,12 @@ struct Transactions {
 }
 
 impl Writer {
+    /// How many commands wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     /// Waits until everything that etcd may have stored so far is in the mirror. Until then somebody who follows etcd may have
     /// seen more than this leader (C2). Cancel safe.
     ///
@@ -186,24 +198,29 @@ struct Batch {
 impl Work {
     /// Runs until the term ends. Returns the token, so that the caller can resign.
     pub(super) async fn run(mut self, mut parts: WriterParts) -> LeaderToken {
-        let mut carried: Option<Job> = None;
+        // Received, and still to be decided.
+        let mut jobs: VecDeque<Job> = VecDeque::new();
         let mut compaction = Compaction::new(self.clock.now(), self.state.revision());
         loop {
-            let first = match carried.take() {
-                Some(job) => job,
-                None => tokio::select! {
+            let carried = jobs.len();
+            if jobs.is_empty() {
+                tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => break,
                     job = parts.jobs.recv() => match job {
-                        Some(job) => job,
+                        Some(job) => jobs.push_back(job),
                         None => break,
                     },
                     () = tokio::time::sleep(COMPACT_EVERY) => {
                         self.compact(&mut compaction).await;
                         continue;
                     }
-                },
-            };
+                }
+            }
+            let room = MAX_COMMANDS.saturating_sub(jobs.len());
+            jobs.extend(std::iter::from_fn(|| parts.jobs.try_recv().ok()).take(room));
+            // What was carried has waited, and is not overtaken.
+            largest_first(&mut jobs.make_contiguous()[carried..]);
             if self.leases.stale(self.clock.now()) {
                 match self.store.retention_leases(self.clock.now(), Some(self.leases)).await {
                     Ok(leases) => self.leases = leases,
@@ -211,7 +228,7 @@ impl Work {
                     Err(error) => warn!("etcd gives no leases for events and answers: {}", report(&error)),
                 }
             }
-            let batch = self.fill(first, &mut parts, &mut carried);
+            let batch = self.fill(&mut jobs);
             if !self.commit(batch, &parts.transactions).await {
                 break;
             }
@@ -221,7 +238,7 @@ impl Work {
         self.cancel.cancel();
         self.validity.end();
         parts.jobs.close();
-        if let Some(job) = carried {
+        for job in jobs {
             let _ = job.reply.send(Err(WriteError::NotLeader));
         }
         while let Ok(job) = parts.jobs.try_recv() {
@@ -230,8 +247,8 @@ impl Work {
         self.token
     }
 
-    /// Decides what waits, as long as it fits into one transaction.
-    fn fill(&mut self, first: Job, parts: &mut WriterParts, carried: &mut Option<Job>) -> Batch {
+    /// Decides what waits, as long as it fits into one transaction. The rest stays, for the next one.
+    fn fill(&mut self, jobs: &mut VecDeque<Job>) -> Batch {
         let cx = Context {
             now: self.clock.wall(),
             silent: Arc::new(self.leader.silent_hosts()),
@@ -239,10 +256,12 @@ impl Work {
             disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
         };
         let mut batch = Batch::default();
-        let mut next = Some(first);
-        while let Some(job) = next.take() {
+        while let Some(job) = jobs.pop_front() {
             match self.state.decide(&job.command, &cx) {
-                Err(refusal) => batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) }),
+                Err(refusal) => {
+                    self.leader.settings.metrics.refused();
+                    batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
+                }
                 Ok(decision) => {
                     let added = decision.change.mutations.len();
                     let bytes: usize = decision.change.mutations.iter().map(size).sum();
@@ -253,7 +272,7 @@ impl Work {
                     } else if !batch.mutations.is_empty()
                         && (batch.mutations.len() + added > MAX_OPERATIONS || batch.bytes + bytes > MAX_BYTES)
                     {
-                        *carried = Some(job);
+                        jobs.push_front(job);
                         break;
                     } else {
                         let expected = Revision(self.state.revision().0.max(1));
@@ -266,9 +285,6 @@ impl Work {
                         batch.waiting.push(Waiting { reply: job.reply, outcome });
                     }
                 }
-            }
-            if batch.waiting.len() < MAX_COMMANDS {
-                next = parts.jobs.try_recv().ok();
             }
         }
         batch
@@ -289,7 +305,15 @@ impl Work {
             transactions.send_modify(|t| t.sent += 1);
             // The working state has the batch, at the revision that it is based on.
             let based_on = self.state.revision();
-            let revision = match self.store.commit(&self.token, &mutations, &self.leases, based_on).await {
+            let (metrics, began) = (self.leader.settings.metrics.clone(), self.clock.now());
+            let stored = self.store.commit(&self.token, &mutations, &self.leases, based_on).await;
+            let end = match &stored {
+                Ok(_) => Transaction::Stored,
+                Err(CommitError::Full) => Transaction::Full,
+                Err(CommitError::Deposed | CommitError::Unknown(_)) => Transaction::Lost,
+            };
+            metrics.transaction(end, waiting.len(), &mutations, self.clock.now().since(began));
+            let revision = match stored {
                 Ok(revision) => revision,
                 Err(CommitError::Full) => {
                     error!(
@@ -336,6 +360,19 @@ impl Work {
         {
             warn!("history could not be compacted: {}", report(&error));
         }
+    }
+}
+
+/// VMs that are created at the same time are given hosts higher priority first, and of equals the largest first, which are the hardest to
+/// fit. Nobody can tell: whoever waits for an answer before asking for the next is never in one batch with himself. What stands
+/// between creates stays where it is.
+fn largest_first(jobs: &mut [Job]) {
+    let size = |job: &Job| {
+        let Command::CreateVm { vm, .. } = &job.command else { return None };
+        Some((Reverse(vm.spec.priority), Reverse(vm.spec.memory_mib)))
+    };
+    for run in jobs.chunk_by_mut(|a, b| size(a).is_some() && size(b).is_some()) {
+        run.sort_by_key(size);
     }
 }
 

@@ -128,7 +128,7 @@ pub struct Accelerator {
 }
 
 /// How guests execute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AcceleratorKind {
     /// By the CPU.

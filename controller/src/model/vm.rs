@@ -80,6 +80,9 @@ pub struct VmRecord {
     /// How often users have asked for that.
     #[serde(default, skip_serializing_if = "is_default")]
     pub reverts: u64,
+    /// How often users have had a disk come or go.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub disk_orders: u64,
     /// When it was created, ms since 1970.
     pub created: WallTime,
     /// Fields of a newer program.
@@ -113,6 +116,21 @@ pub struct Snapshot {
     pub created: WallTime,
     /// What it is.
     pub state: SnapshotState,
+    /// What the guest did when it was taken, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<SnapshotGuest>,
+}
+
+/// What a guest did when a snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotGuest {
+    /// It held its file systems still.
+    Frozen,
+    /// It ran: the disks are as after a power cut.
+    Running,
+    /// It did not run.
+    Off,
 }
 
 /// What a snapshot is.
@@ -141,7 +159,9 @@ impl VmRecord {
     /// host as if it executed there.
     #[must_use]
     pub fn has_disk_orders(&self) -> bool {
-        self.revert.is_some() || self.snapshots.iter().any(|s| s.state != SnapshotState::Ready)
+        self.revert.is_some()
+            || self.snapshots.iter().any(|s| s.state != SnapshotState::Ready)
+            || self.spec.disks.iter().any(Disk::is_pending)
     }
 
     /// What its next incarnation is made of.
@@ -317,6 +337,9 @@ pub struct VmSpec {
     /// What the guest's cloud-init is told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cloud_init: Option<CloudInit>,
+    /// Whether disks can come and go while it runs. VMs of a program that knew nothing of it have no controller for that.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub disk_hotplug: DiskHotplug,
     /// Fields of a newer program.
     #[serde(flatten)]
     pub extra: Extra,
@@ -442,7 +465,7 @@ pub struct KernelBoot {
 }
 
 /// A disk.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Disk {
     /// Unique within the VM.
     pub name: String,
@@ -453,6 +476,107 @@ pub struct Disk {
     /// The image that it is an overlay of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageId>,
+    /// How the guest sees it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub bus: DiskBus,
+    /// What the host's memory is used for.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub cache: DiskCache,
+    /// On the bus SCSI: its target number there, which no other disk of the VM has.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub unit: u32,
+    /// Part of its file's name. Absent: it was there from the beginning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<Uuid>,
+    /// Whether the machine has it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub state: DiskState,
+    /// While something is to be done to it: number of that, unique within the VM.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub order: u64,
+}
+
+impl Disk {
+    /// Whether a host has been told to attach, detach or delete it and has not said yet that it has.
+    #[must_use]
+    pub const fn is_pending(&self) -> bool {
+        match self.state {
+            DiskState::Attached | DiskState::Detached => false,
+            DiskState::Attaching | DiskState::Returning | DiskState::Detaching | DiskState::Deleting => true,
+        }
+    }
+
+    /// Whether a machine that is started now has it.
+    #[must_use]
+    pub const fn is_in_machine(&self) -> bool {
+        match self.state {
+            DiskState::Attached | DiskState::Attaching | DiskState::Returning => true,
+            DiskState::Detaching | DiskState::Detached | DiskState::Deleting => false,
+        }
+    }
+}
+
+/// How a guest sees a disk. Documented in `vm.proto`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum DiskBus {
+    #[default]
+    Virtio,
+    Scsi,
+    Sata,
+}
+
+impl DiskBus {
+    /// As people write it.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Virtio => "virtio",
+            Self::Scsi => "scsi",
+            Self::Sata => "sata",
+        }
+    }
+}
+
+/// What the host's memory is used for between a guest and its disk. Documented in `vm.proto`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum DiskCache {
+    #[default]
+    None,
+    Writethrough,
+    Writeback,
+}
+
+/// Whether a VM's machine has a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskState {
+    /// It has.
+    #[default]
+    Attached,
+    /// A new disk, to be made and given to the machine.
+    Attaching,
+    /// One that was detached, to be given to the machine again.
+    Returning,
+    /// To be taken from the machine.
+    Detaching,
+    /// The machine does not have it, and it is kept.
+    Detached,
+    /// To be taken from the machine, and deleted.
+    Deleting,
+}
+
+/// Whether disks can come and go while a VM runs. Documented in `vm.proto`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "documented in vm.proto")]
+pub enum DiskHotplug {
+    #[default]
+    Disabled,
+    Enabled,
 }
 
 /// A network interface.

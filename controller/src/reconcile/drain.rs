@@ -136,8 +136,8 @@ fn backoff(given_up: u32) -> Duration {
 
 /// Hosts from which VMs are to leave, and can: those of a lost host are moved as those of any lost host.
 fn draining(state: &State) -> impl Iterator<Item = (HostId, DrainHow)> {
-    let draining = state.hosts().filter(|(_, host)| host.record.mode == HostMode::Draining);
-    draining.filter(|(_, host)| host.record.liveness == Liveness::Up).map(|(&id, host)| (id, host.record.drain_how))
+    let draining = state.draining_hosts().filter(|(_, host)| host.record.liveness == Liveness::Up);
+    draining.map(|(id, host)| (id, host.record.drain_how))
 }
 
 /// The VMs of a host that should run, in the order in which they leave it.

@@ -17,7 +17,7 @@ use uncloud_proto::{
 
 use crate::{
     health::Timings,
-    model::{ClusterRecord, Desired, Liveness, VmRecord},
+    model::{ClusterRecord, Desired, VmRecord},
     state::{MAX_PLACEMENTS, State, command::Command, lease_lapsed, placing_order},
 };
 
@@ -117,8 +117,7 @@ pub fn shorter_leases(
 /// All VMs that need a host, or another one than they have: those that the state says wait for one, and those on a host
 /// on which the lease that they live under has surely run out. A host whose record cannot be read is not known to be lost.
 fn wanting(state: &State) -> impl Iterator<Item = &VmRecord> {
-    let lapsed = state.hosts().filter(|(_, host)| host.record.liveness != Liveness::Up);
-    let stranded = lapsed.flat_map(|(_, host)| {
+    let stranded = state.lapsed_hosts().flat_map(|(_, host)| {
         let records = host.vms.iter().filter_map(|&vm| Some(&*state.vm(vm)?.record));
         records.filter(|vm| lease_lapsed(vm.spec.failover, host.record.liveness) && is_moved(vm.desired))
     });

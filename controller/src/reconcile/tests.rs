@@ -86,6 +86,7 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
             firmware: Default::default(),
             cpu: Default::default(),
             cloud_init: None,
+            disk_hotplug: Default::default(),
             extra: Extra::new(),
         },
         pending: None,
@@ -110,6 +111,7 @@ fn vm(n: u128, memory_mib: u64, host: Option<u128>) -> VmRecord {
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,
+        disk_orders: 0,
         created: WallTime(0),
         extra: Extra::new(),
     }

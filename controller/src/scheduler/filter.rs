@@ -1,17 +1,11 @@
-//! What a host must fulfil to be given a VM.
+//! What a host must fulfil to be given a VM. What concerns only its kind is in `kind.rs`.
 
 use std::fmt;
 
-use uncloud_proto::{
-    cpu::Level,
-    ids::{HostId, VmId},
-};
+use uncloud_proto::ids::{HostId, VmId};
 
 use super::{Arrival, ClusterView, Home, HostView, Limits, Request, Resources};
-use crate::model::{
-    HostMode, Liveness,
-    host::{AcceleratorKind, Pool, PoolAccess},
-};
+use crate::model::{HostMode, Liveness, host::Pool};
 
 /// Why a host cannot take a VM. Says so in the singular: "lacks 4 vCPUs".
 ///
@@ -159,6 +153,29 @@ pub(super) fn check(
     request: &Request,
     limits: &Limits<'_>,
 ) -> Result<(), Rejection> {
+    check_presence(id, host, limits)?;
+    check_not_here(id, request)?;
+    host.kind.check_arrival(request)?;
+    check_not_busy(id, request)?;
+    host.kind.check_fit(request)?;
+    check_home(id, request)?;
+    check_now(view, id, host, request, limits)
+}
+
+/// What is asked of a host itself, and neither of its kind nor of the room on it.
+pub(super) fn check_this_host(
+    id: HostId,
+    host: HostView<'_>,
+    request: &Request,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
+    check_presence(id, host, limits)?;
+    check_not_here(id, request)?;
+    check_not_busy(id, request)?;
+    check_home(id, request)
+}
+
+fn check_presence(id: HostId, host: HostView<'_>, limits: &Limits<'_>) -> Result<(), Rejection> {
     match host.record.liveness {
         Liveness::Up => {}
         Liveness::FastLapsed | Liveness::Dead => return Err(Rejection::Down),
@@ -167,28 +184,48 @@ pub(super) fn check(
         return Err(Rejection::Silent);
     }
     match host.record.mode {
-        HostMode::Active => {}
-        HostMode::Cordoned => return Err(Rejection::Cordoned),
-        HostMode::Draining => return Err(Rejection::Draining),
+        HostMode::Active => Ok(()),
+        HostMode::Cordoned => Err(Rejection::Cordoned),
+        HostMode::Draining => Err(Rejection::Draining),
     }
-    check_arrival(id, host, request)?;
-    check_cpu(host, request)?;
-    for (key, value) in &request.host_labels {
-        if host.record.labels.get(key) != Some(value) {
-            return Err(Rejection::Label { key: key.clone(), value: value.clone() });
-        }
+}
+
+fn check_not_here(id: HostId, request: &Request) -> Result<(), Rejection> {
+    match &request.arrival {
+        Arrival::Migration { from, .. } if *from == id => Err(Rejection::Here),
+        Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => Ok(()),
     }
-    if let Some(bridge) = request.bridges.iter().find(|b| !host.record.bridges.contains(*b)) {
-        return Err(Rejection::NoBridge(bridge.clone()));
+}
+
+fn check_not_busy(id: HostId, request: &Request) -> Result<(), Rejection> {
+    match &request.arrival {
+        Arrival::Migration { busy, .. } if busy.contains(&id) => Err(Rejection::Busy),
+        Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => Ok(()),
     }
-    check_storage(id, host, request)?;
+}
+
+fn check_home(id: HostId, request: &Request) -> Result<(), Rejection> {
+    match request.home {
+        Home::Anywhere | Home::SharedPools { .. } => Ok(()),
+        Home::OnlyHost(home) if home == id => Ok(()),
+        Home::OnlyHost(_) => Err(Rejection::NotHome),
+    }
+}
+
+/// Whether there is room for it now, and none of its group.
+pub(super) fn check_now(
+    view: &ClusterView,
+    id: HostId,
+    host: HostView<'_>,
+    request: &Request,
+    limits: &Limits<'_>,
+) -> Result<(), Rejection> {
     if let Some(group) = &request.group
         && host.others_in_group(request.vm, group) > 0
     {
         return Err(Rejection::Group(group.clone()));
     }
-
-    check_room(host, request.vm, request.needs().resources, limits)?;
+    check_room(host, request.vm, request.resources(), limits)?;
     let new = request.pools.iter().filter(|(_, bytes)| **bytes > 0);
     for (pool, &bytes) in
         new.filter_map(|(name, bytes)| Some((host.record.pools.iter().find(|p| p.name == *name)?, bytes)))
@@ -196,6 +233,12 @@ pub(super) fn check(
         check_disks(view, id, pool, request.vm, bytes, limits)?;
     }
     Ok(())
+}
+
+/// How many vCPUs may be promised on a host with so many CPU threads.
+pub(super) fn vcpus(threads: u32, limits: &Limits<'_>) -> u64 {
+    // 64 bits: the product of two u32 fits.
+    u64::from(threads) * u64::from(limits.cpu_overcommit_percent) / 100
 }
 
 /// Whether a pool has room for disks of this size.
@@ -224,9 +267,7 @@ pub(super) fn check_room(
     limits: &Limits<'_>,
 ) -> Result<(), Rejection> {
     let promised = host.promised_to_others(vm);
-    // 64 bits: the product of two u32 fits.
-    let vcpus = u64::from(host.record.vcpus) * u64::from(limits.cpu_overcommit_percent) / 100;
-    if vcpus < u64::from(promised.vcpus) + u64::from(needed.vcpus) {
+    if vcpus(host.record.vcpus, limits) < u64::from(promised.vcpus) + u64::from(needed.vcpus) {
         return Err(Rejection::Vcpus { needed: needed.vcpus });
     }
     // Never overcommitted: a host that runs out of memory kills guests.
@@ -234,76 +275,4 @@ pub(super) fn check_room(
         return Err(Rejection::Memory { needed_mib: needed.memory_mib });
     }
     Ok(())
-}
-
-fn check_arrival(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
-    match &request.arrival {
-        Arrival::Start | Arrival::Removal => Ok(()),
-        Arrival::Migration { from, .. } if *from == id => Err(Rejection::Here),
-        Arrival::Migration { .. } if host.record.migration_address.is_empty() => Err(Rejection::NoMigrations),
-        Arrival::Migration { accelerator, .. } if *accelerator != host.record.accelerator.kind => {
-            Err(Rejection::OtherAccelerator)
-        }
-        Arrival::Migration { busy, .. } if busy.contains(&id) => Err(Rejection::Busy),
-        Arrival::Migration { .. } => Ok(()),
-    }
-}
-
-fn check_cpu(host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
-    let cpu = &host.record.cpu;
-    match request.cpu.level() {
-        Some(level) => {
-            // Of a host that has not said anything, only what every host has is taken for granted.
-            let granted = |f: &str| cpu.features.is_empty() && Level::V2.features().any(|v2| v2 == f);
-            let missing: Vec<&str> = level.features().filter(|f| !cpu.features.contains(*f) && !granted(f)).collect();
-            if missing.is_empty() {
-                return Ok(());
-            }
-            Err(Rejection::Features { missing: missing.join(", "), model: level.name() })
-        }
-        None => match (&request.arrival, host.record.accelerator.kind) {
-            (_, AcceleratorKind::Tcg) => Err(Rejection::NoOwnCpu),
-            (Arrival::Migration { fingerprint, .. }, AcceleratorKind::Kvm)
-                if fingerprint.is_empty() || *fingerprint != cpu.fingerprint =>
-            {
-                Err(Rejection::OtherCpu)
-            }
-            (Arrival::Start | Arrival::Removal | Arrival::Migration { .. }, AcceleratorKind::Kvm) => Ok(()),
-        },
-    }
-}
-
-fn check_storage(id: HostId, host: HostView<'_>, request: &Request) -> Result<(), Rejection> {
-    for name in request.pools.keys() {
-        let Some(pool) = host.record.pools.iter().find(|p| p.name == *name) else {
-            return Err(Rejection::NoPool(name.clone()));
-        };
-        if !pool.problem.is_empty() {
-            return Err(Rejection::PoolProblem(name.clone()));
-        }
-        let networked = match pool.access {
-            PoolAccess::Directory => false,
-            PoolAccess::Network | PoolAccess::Exported { .. } => true,
-        };
-        match request.arrival {
-            Arrival::Removal if pool.access == PoolAccess::Network => return Err(Rejection::NotItsFiles(name.clone())),
-            Arrival::Migration { .. } if networked => return Err(Rejection::NoMigrationFromPool(name.clone())),
-            Arrival::Start if networked && request.pools.len() > 1 => return Err(Rejection::MixedPools(name.clone())),
-            Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
-        }
-        match &request.home {
-            Home::Anywhere | Home::OnlyHost(_) => {}
-            // The same name does not make it the same directory: the id in the marker does.
-            Home::SharedPools { ids } => {
-                if ids.get(name).is_some_and(|&expected| pool.shared_id != Some(expected)) {
-                    return Err(Rejection::OtherPool(name.clone()));
-                }
-            }
-        }
-    }
-    match request.home {
-        Home::Anywhere | Home::SharedPools { .. } => Ok(()),
-        Home::OnlyHost(home) if home == id => Ok(()),
-        Home::OnlyHost(_) => Err(Rejection::NotHome),
-    }
 }

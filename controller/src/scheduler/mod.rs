@@ -16,11 +16,15 @@
 //!
 //! * A choice never promises more memory than a host has, nor more vCPUs than `capacity × overcommit`.
 //! * What a VM is already promised on a host does not count against the VM itself.
-//! * The view that was kept up to date change by change equals the one that is built anew.
+//! * The view that was kept up to date change by change equals the one that is built anew, and so does its index (`index.rs`).
+//! * The index gives the answer that the scan over all hosts gives.
 
 mod explain;
 mod filter;
+mod index;
+mod kind;
 mod score;
+mod search;
 mod view;
 
 #[cfg(test)]
@@ -62,13 +66,19 @@ pub struct Request {
     pub cpu: CpuModel,
     /// How it comes to its host.
     pub arrival: Arrival,
+    /// All hosts on which it is promised something already: what it holds does not count against itself. Others may be named, too.
+    pub holds: Vec<HostId>,
 }
 
 impl Request {
     /// What the VM will be promised on its host.
     #[must_use]
     pub fn needs(&self) -> Needs {
-        Needs { resources: Resources { vcpus: self.vcpus, memory_mib: self.memory_mib }, group: self.group.clone() }
+        Needs { resources: self.resources(), group: self.group.clone() }
+    }
+
+    pub(crate) const fn resources(&self) -> Resources {
+        Resources { vcpus: self.vcpus, memory_mib: self.memory_mib }
     }
 }
 
@@ -126,12 +136,25 @@ pub struct Choice {
     pub why: String,
 }
 
-/// Chooses a host.
+/// Chooses a host by the index, which asks few hosts.
+///
+/// # Errors
+///
+/// When every host fails a filter: which, and why. That asks all of them.
+pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Result<Choice, Unplaceable> {
+    match search::best(view, request, limits) {
+        Some((best, others)) => Ok(Choice { host: best.host, why: best.why(others) }),
+        // When there is nothing to choose it is worth while to ask everybody for the reason.
+        None => place_by_scan(view, request, limits),
+    }
+}
+
+/// Chooses a host by asking all of them: what [`place`] is held against. Its answer is the same.
 ///
 /// # Errors
 ///
 /// When every host fails a filter: which, and why.
-pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Result<Choice, Unplaceable> {
+pub fn place_by_scan(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Result<Choice, Unplaceable> {
     let mut best: Option<score::Score> = None;
     let mut candidates = 0_usize;
     for (id, host) in view.hosts() {
@@ -142,7 +165,10 @@ pub fn place(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Resu
         }
     }
     match best {
-        Some(best) => Ok(Choice { host: best.host, why: best.why(candidates) }),
+        Some(best) => {
+            let others = if candidates > 1 { score::Others::Some } else { score::Others::None };
+            Ok(Choice { host: best.host, why: best.why(others) })
+        }
         // Only now, when there is nothing to choose, is it worth while to gather the reasons.
         None => Err(Unplaceable { groups: explain(view, request, limits).groups }),
     }

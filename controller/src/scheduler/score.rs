@@ -1,8 +1,10 @@
 //! Which of the hosts that can take a VM is the best.
 
+use std::cmp::Ordering;
+
 use uncloud_proto::ids::HostId;
 
-use super::{HostView, Request};
+use super::{HostView, Request, index::Rank, kind::Size};
 use crate::model::host::AcceleratorKind;
 
 /// How a host compares. Lower is better; fields are compared from the top, so their order is the policy.
@@ -16,8 +18,8 @@ pub(super) struct Score {
     preference: Preference,
     /// Then one that executes guests by its CPU: the translator is slower by an order of magnitude.
     speed: Speed,
-    /// Then the one with the smallest share of its memory promised once the VM is there, in parts per 100,000.
-    memory_share: u64,
+    /// Then the one with the smallest share of its memory promised once the VM is there.
+    memory_share: Share,
     /// Then the one with the fewest VMs.
     vms: usize,
     /// Then the lowest id, so that there is never a tie.
@@ -36,16 +38,70 @@ enum Speed {
     Translated,
 }
 
+/// A part of a whole, compared exactly: of hosts of one size, the order is that of what is promised on them (`index.rs`).
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    part: u64,
+    /// Not 0.
+    whole: u64,
+}
+
+impl Ord for Share {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let (ours, theirs) =
+            (u128::from(self.part) * u128::from(other.whole), u128::from(other.part) * u128::from(self.whole));
+        ours.cmp(&theirs)
+    }
+}
+
+impl PartialOrd for Share {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Share {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Share {}
+
+/// Whether the host that was chosen was the only one that could take the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Others {
+    None,
+    /// At least one. How many is not known: the index does not ask them all.
+    Some,
+}
+
 impl Score {
-    /// Why the host with this score was chosen among `candidates` hosts that passed every filter.
-    pub(super) fn why(&self, candidates: usize) -> String {
-        let share = self.memory_share / 1_000;
-        match (self.preference, candidates) {
-            (_, 1) => "the only host that can take it".to_owned(),
-            (Preference::Preferred, _) => format!("preferred among {candidates} hosts that can take it"),
-            (Preference::Indifferent, _) => {
-                format!("the best of {candidates} hosts that can take it ({share} % of its memory promised with it)")
+    /// Why the host with this score was chosen.
+    pub(super) fn why(&self, others: Others) -> String {
+        match (self.preference, others) {
+            (_, Others::None) => "the only host that can take it".to_owned(),
+            (Preference::Preferred, Others::Some) => "preferred among the hosts that can take it".to_owned(),
+            (Preference::Indifferent, Others::Some) => {
+                let Share { part, whole } = self.memory_share;
+                let percent = u128::from(part) * 100 / u128::from(whole);
+                format!("the best of the hosts that can take it ({percent} % of its memory promised with it)")
             }
+        }
+    }
+
+    pub(super) fn is_preferred(&self) -> bool {
+        self.preference == Preference::Preferred
+    }
+
+    /// Of a host of this size on which the VM holds nothing yet, and which is not preferred.
+    pub(super) fn of_rank(size: Size, rank: Rank, request: &Request) -> Self {
+        Self {
+            preference: Preference::Indifferent,
+            speed: speed(size.accelerator),
+            memory_share: share(rank.memory_mib, request.memory_mib, size.memory_mib),
+            vms: usize::try_from(rank.vms).unwrap_or(usize::MAX),
+            host: rank.host,
         }
     }
 }
@@ -53,16 +109,22 @@ impl Score {
 /// Scores a host that passed every filter.
 pub(super) fn score(id: HostId, host: HostView<'_>, request: &Request) -> Score {
     let promised = host.promised_to_others(request.vm).memory_mib;
-    let after = u128::from(promised) + u128::from(request.memory_mib);
-    let share = after * 100_000 / u128::from(host.record.memory_mib).max(1);
     Score {
         preference: if request.prefer == Some(id) { Preference::Preferred } else { Preference::Indifferent },
-        speed: match host.record.accelerator.kind {
-            AcceleratorKind::Kvm => Speed::Hardware,
-            AcceleratorKind::Tcg => Speed::Translated,
-        },
-        memory_share: u64::try_from(share).unwrap_or(u64::MAX),
+        speed: speed(host.record.accelerator.kind),
+        memory_share: share(promised, request.memory_mib, host.record.memory_mib),
         vms: host.others(request.vm),
         host: id,
     }
+}
+
+const fn speed(accelerator: AcceleratorKind) -> Speed {
+    match accelerator {
+        AcceleratorKind::Kvm => Speed::Hardware,
+        AcceleratorKind::Tcg => Speed::Translated,
+    }
+}
+
+fn share(promised_mib: u64, new_mib: u64, of_mib: u64) -> Share {
+    Share { part: promised_mib.saturating_add(new_mib), whole: of_mib.max(1) }
 }

@@ -8,7 +8,11 @@ use std::{collections::BTreeMap, sync::Arc};
 use uncloud_proto::ids::{HostId, VmId};
 use uuid::Uuid;
 
-use crate::model::{HostRecord, host::Pool};
+use super::{
+    index::{ClassId, Index, Position, Rank},
+    kind::Kind,
+};
+use crate::model::{HostMode, HostRecord, Liveness, host::Pool};
 
 /// CPU and memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +62,8 @@ pub struct ClusterView {
     hosts: BTreeMap<HostId, Arc<Entry>>,
     /// Shared until a VM's disks come, go or grow: that is rare, and there may be a hundred thousand.
     disks: Arc<Disks>,
+    /// The hosts that take VMs, by kind and score. It follows from `hosts`.
+    index: Index,
     openings: u64,
 }
 
@@ -71,8 +77,47 @@ impl PartialEq for ClusterView {
 /// A host as it is known so far. It goes when neither a record nor a VM is left.
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Entry {
-    record: Option<Arc<HostRecord>>,
+    known: Option<Known>,
     promises: Promises,
+}
+
+/// What a host's record says.
+#[derive(Clone, Debug)]
+struct Known {
+    record: Arc<HostRecord>,
+    kind: Arc<Kind>,
+    class: ClassId,
+}
+
+/// Both others follow from the record.
+impl PartialEq for Known {
+    fn eq(&self, other: &Self) -> bool {
+        self.record == other.record
+    }
+}
+
+impl Entry {
+    /// `None`: no record of it.
+    fn view(&self) -> Option<HostView<'_>> {
+        let known = self.known.as_ref()?;
+        Some(HostView { record: &known.record, kind: &known.kind, promises: &self.promises })
+    }
+
+    /// Where it is in the index: nowhere, if it takes no VMs.
+    fn position(&self, host: HostId) -> Option<Position> {
+        let known = self.known.as_ref()?;
+        match (known.record.liveness, known.record.mode) {
+            (Liveness::Up, HostMode::Active) => {
+                let vms = u32::try_from(self.promises.vms.len()).unwrap_or(u32::MAX);
+                let Resources { vcpus, memory_mib } = self.promises.total;
+                Some(Position { class: known.class, vcpus, rank: Rank { memory_mib, vms, host } })
+            }
+            (
+                Liveness::Up | Liveness::FastLapsed | Liveness::Dead,
+                HostMode::Active | HostMode::Cordoned | HostMode::Draining,
+            ) => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -87,16 +132,27 @@ struct Promises {
 impl ClusterView {
     /// A host is there, or is now as this record says.
     pub fn upsert_host(&mut self, record: Arc<HostRecord>) {
-        let entry = Arc::make_mut(self.hosts.entry(record.id).or_default());
-        if entry.record.as_ref() != Some(&record) {
-            entry.record = Some(record);
-            self.openings += 1;
+        let host = record.id;
+        let before = self.hosts.get(&host).and_then(|entry| entry.known.as_ref());
+        if before.is_some_and(|known| known.record == record) {
+            return;
         }
+        let left = before.map(|known| known.class);
+        let (class, kind) = self.index.join(Kind::of(&record));
+        self.change(host, |entry| entry.known = Some(Known { record, kind, class }));
+        if let Some(class) = left {
+            self.index.leave(class);
+        }
+        self.openings += 1;
     }
 
     /// A host is gone. What is promised on it stays, until it is released.
     pub fn remove_host(&mut self, host: HostId) {
-        self.change(host, |entry| entry.record = None);
+        let mut left = None;
+        self.change(host, |entry| left = entry.known.take());
+        if let Some(known) = left {
+            self.index.leave(known.class);
+        }
     }
 
     /// A VM is promised this on this host; a promise that it already has there is replaced.
@@ -167,17 +223,13 @@ impl ClusterView {
 
     /// Hosts that have a record, in the order of their ids.
     pub fn hosts(&self) -> impl Iterator<Item = (HostId, HostView<'_>)> {
-        self.hosts.iter().filter_map(|(&id, entry)| {
-            let record = entry.record.as_deref()?;
-            Some((id, HostView { record, promises: &entry.promises }))
-        })
+        self.hosts.iter().filter_map(|(&id, entry)| Some((id, entry.view()?)))
     }
 
     /// One host. `None`: no record of it.
     #[must_use]
     pub fn host(&self, host: HostId) -> Option<HostView<'_>> {
-        let entry = self.hosts.get(&host)?;
-        Some(HostView { record: entry.record.as_deref()?, promises: &entry.promises })
+        self.hosts.get(&host)?.view()
     }
 
     /// What is promised on a host in all.
@@ -188,10 +240,17 @@ impl ClusterView {
 
     fn change(&mut self, host: HostId, change: impl FnOnce(&mut Entry)) {
         let entry = Arc::make_mut(self.hosts.entry(host).or_default());
+        let from = entry.position(host);
         change(entry);
-        if entry.record.is_none() && entry.promises.vms.is_empty() {
+        let to = entry.position(host);
+        if entry.known.is_none() && entry.promises.vms.is_empty() {
             self.hosts.remove(&host);
         }
+        self.index.moved(from, to);
+    }
+
+    pub(super) const fn index(&self) -> &Index {
+        &self.index
     }
 }
 
@@ -227,6 +286,7 @@ impl Promises {
 pub struct HostView<'a> {
     /// Its record.
     pub record: &'a HostRecord,
+    pub(super) kind: &'a Kind,
     promises: &'a Promises,
 }
 

@@ -274,6 +274,7 @@ mod tests {
                 firmware: Default::default(),
                 cpu: Default::default(),
                 cloud_init: None,
+                disk_hotplug: Default::default(),
                 extra: Default::default(),
             },
             image_names: Vec::new(),

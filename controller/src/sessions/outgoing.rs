@@ -30,6 +30,23 @@ impl End {
         Self::Goodbye(reason, message.into())
     }
 
+    /// For counting.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Gone => "gone",
+            Self::Failed(_) => "failed",
+            Self::Goodbye(reason, _) => match reason {
+                v1::GoodbyeReason::Unspecified => "unspecified",
+                v1::GoodbyeReason::NotLeader => "not-leader",
+                v1::GoodbyeReason::DeclaredDead => "declared-dead",
+                v1::GoodbyeReason::Replaced => "replaced",
+                v1::GoodbyeReason::DuplicateHost => "duplicate-host",
+                v1::GoodbyeReason::Invalid => "invalid",
+                v1::GoodbyeReason::TooSlow => "too-slow",
+            },
+        }
+    }
+
     /// The term has ended.
     pub(crate) fn not_leader() -> Self {
         Self::goodbye(v1::GoodbyeReason::NotLeader, "this controller does not lead (any more)")

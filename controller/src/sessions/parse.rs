@@ -23,10 +23,10 @@ use crate::{
     model::{
         host::{Accelerator, AcceleratorKind, Cpu, Pool, PoolAccess},
         migration::MigrationProgress,
-        vm::LastExit,
+        vm::{LastExit, SnapshotGuest},
     },
     state::{
-        MAX_SNAPSHOTS,
+        MAX_DISKS, MAX_SNAPSHOTS,
         command::{DisksObservation, HostFacts, MigrationObservation, ObservedState, VmObservation},
     },
 };
@@ -191,8 +191,10 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
             paused: vm.paused,
             disks: DisksObservation {
                 made: snapshot_ids(&vm.snapshots_made),
+                guests: snapshot_guests(&vm.snapshots_made, &vm.snapshot_guests),
                 removed: snapshot_ids(&vm.snapshots_removed),
                 reverted: vm.reverted,
+                orders: vm.disk_orders_done.into_iter().take(MAX_DISKS).collect(),
             },
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
@@ -202,6 +204,18 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
 }
 
 /// Ids of snapshots. Those that make no sense are none of ours.
+/// What an agent says that it does not know, or that this controller does not, is left out.
+fn snapshot_guests(made: &[String], said: &[i32]) -> BTreeMap<Uuid, SnapshotGuest> {
+    let guest = |said: i32| match v1::SnapshotGuest::try_from(said) {
+        Ok(v1::SnapshotGuest::Frozen) => Some(SnapshotGuest::Frozen),
+        Ok(v1::SnapshotGuest::Running) => Some(SnapshotGuest::Running),
+        Ok(v1::SnapshotGuest::Off) => Some(SnapshotGuest::Off),
+        Ok(v1::SnapshotGuest::Unspecified) | Err(_) => None,
+    };
+    let all = made.iter().zip(said).take(MAX_SNAPSHOTS);
+    all.filter_map(|(id, &said)| Some((Uuid::try_parse(id).ok()?, guest(said)?))).collect()
+}
+
 fn snapshot_ids(said: &[String]) -> Vec<Uuid> {
     said.iter().take(MAX_SNAPSHOTS).filter_map(|id| Uuid::try_parse(id).ok()).collect()
 }

@@ -154,7 +154,7 @@ pub fn wanted(state: &State, host: HostId) -> BTreeMap<VmId, Revision> {
         if exports::exporter(state, name, id).is_none_or(|e| e.host != host) {
             continue;
         }
-        for (_, user) in state.hosts() {
+        for (_, user) in state.hosts_of_network_pool(id) {
             let uses = |p: &&crate::model::host::Pool| p.name == *name && p.shared_id == Some(id);
             if !user.record.pools.iter().find(uses).is_some_and(|p| p.access != PoolAccess::Directory) {
                 continue;

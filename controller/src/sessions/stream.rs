@@ -41,6 +41,7 @@ use super::{
 use crate::{
     health::Grant,
     leadership::{Leader, LeaderSlot, WriteError},
+    metrics::Heartbeat,
     model::{Liveness, host::Pool},
     report,
     state::{
@@ -78,6 +79,7 @@ pub(crate) async fn run(
             () = leader.cancel.cancelled() => End::not_leader(),
             end = serve(&leader, &mut inbound, &out) => end,
         };
+        leader.settings.metrics.session_ended(end.name());
         match &end {
             End::Gone => info!("the agent has gone"),
             End::Goodbye(reason, message) => info!(reason = reason.as_str_name(), "session ended: {message}"),
@@ -280,6 +282,7 @@ impl<'a> Session<'a> {
                 if let Some(problems) = problems {
                     warn!("a report makes no sense and is ignored: {problems}");
                 }
+                self.leader.settings.metrics.reports(reports.len());
                 self.rules.reported(reports);
                 if self.rules.seen().len() > parse::MAX_VMS {
                     return Err(invalid(format!("a host has at most {} VMs", parse::MAX_VMS)));
@@ -343,15 +346,22 @@ impl<'a> Session<'a> {
                     warn!(vms = vms.join(" "), "no lease is granted: VMs execute here that belong elsewhere");
                 }
                 self.withheld = true;
+                self.leader.settings.metrics.heartbeat(Heartbeat::Withheld);
                 // It grants nothing, and says that this leader is there.
                 return self.out.send(Message::Ack(v1::ReportAck::default()));
             }
             OnHeartbeat::Ask => self.withheld = false,
         }
+        let metrics = &self.leader.settings.metrics;
         if !self.leader.validity.holds(now) {
+            metrics.heartbeat(Heartbeat::Refused);
             return Ok(());
         }
         let grant = self.leader.health().heartbeat(self.host, now);
+        metrics.heartbeat(match &grant {
+            Grant::Renew { .. } => Heartbeat::Renewed,
+            Grant::Refused(_) => Heartbeat::Refused,
+        });
         match grant {
             Grant::Renew { fast, patient } => self.out.send(Message::Renewal(v1::Renewal {
                 sequence,

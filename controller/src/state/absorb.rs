@@ -234,10 +234,12 @@ impl State {
         let before = self.hosts.remove(&id);
         if let Some(before) = &before {
             unindex(&mut self.host_names, &before.record.name, id);
+            self.host_index.remove(&before.record);
         }
         match record {
             Some(record) => {
                 self.view.upsert_host(Arc::clone(record));
+                self.host_index.add(record);
                 self.host_names.entry(record.name.clone()).or_default().insert(id);
                 let vms = before.map(|b| b.vms).or_else(|| self.orphans.remove(&id)).unwrap_or_default();
                 let promised = self.view.promised(id);

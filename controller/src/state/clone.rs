@@ -21,7 +21,7 @@ use super::{
 };
 use crate::model::{
     Desired, VmRecord,
-    vm::{CloneOf, DiskHome, Snapshot},
+    vm::{CloneOf, Disk, DiskHome, Snapshot},
 };
 
 /// What a user wants to do to a VM whose disks may be being copied.
@@ -33,6 +33,8 @@ pub(super) enum Use<'a> {
     Revert,
     /// Delete a snapshot of them.
     DeleteSnapshot(&'a Snapshot),
+    /// Have disks come or go.
+    ChangeDisks,
     /// Delete it.
     Delete,
 }
@@ -41,7 +43,7 @@ impl Use<'_> {
     /// Whether what is copied from this snapshot, or from the disks as they are, would suffer.
     fn harms(self, snapshot: Option<Uuid>) -> bool {
         match self {
-            Self::Start | Self::Revert => snapshot.is_none(),
+            Self::Start | Self::Revert | Self::ChangeDisks => snapshot.is_none(),
             Self::DeleteSnapshot(deleted) => snapshot == Some(deleted.id),
             Self::Delete => true,
         }
@@ -60,6 +62,9 @@ impl Use<'_> {
                 "snapshot `{}` of VM `{name}` cannot be deleted while it is being copied to VM `{clone}`; {wait}",
                 snapshot.name
             ),
+            Self::ChangeDisks => {
+                format!("disks of VM `{name}` cannot come or go while they are being copied to VM `{clone}`; {wait}")
+            }
             Self::Delete => {
                 format!("VM `{name}` cannot be deleted while its disks are being copied to VM `{clone}`; {wait}")
             }
@@ -92,6 +97,7 @@ pub(super) fn create(
     if record.revert.is_some() {
         return Err(snapshots::reverting(record));
     }
+    snapshots::check_disks_settled(record)?;
     let snapshot = match snapshot {
         Some(name) => Some(snapshots::when_taken(record, name)?.id),
         None => {
@@ -107,6 +113,8 @@ pub(super) fn create(
         home: disk_home(record)?,
     };
     let mut spec = record.next_spec();
+    // What the machine does not have is not part of the copy.
+    spec.disks.retain(Disk::is_in_machine);
     if spec.nics.len() > clone.macs.len() {
         return Err(Refusal::Precondition(format!("VM `{}` has too many network interfaces", record.name)));
     }

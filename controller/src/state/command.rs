@@ -20,7 +20,10 @@ use crate::model::{
     host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
-    vm::{CpuModel, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy, VmSpec},
+    vm::{
+        CpuModel, DiskBus, DiskCache, Display, Failover, GuestAgent, LastExit, OnDiskLoss, RestartPolicy,
+        SnapshotGuest, VmSpec,
+    },
 };
 
 /// What the state must know about this moment.
@@ -58,6 +61,10 @@ pub enum Command {
     UpdateVm { vm: VmId, update: Box<VmUpdate> },
     /// A user makes a disk larger.
     ResizeDisk { vm: VmId, disk: String, size_bytes: u64 },
+    /// A user wants a VM to have one more disk.
+    AttachDisk { vm: VmId, disk: Box<DiskToAttach> },
+    /// A user wants a disk to go.
+    DetachDisk { vm: VmId, disk: String, how: DetachHow },
     /// A user wants a snapshot of a VM's disks.
     CreateSnapshot { vm: VmId, id: Uuid, name: String },
     /// A user deletes a snapshot.
@@ -314,15 +321,45 @@ pub struct VmObservation {
     pub disks: DisksObservation,
 }
 
+/// A disk that a VM is to have: a new one, or one of its own that was detached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskToAttach {
+    /// Of a new disk. Random (version 4).
+    pub id: Uuid,
+    /// Its name. `None`: one that is free.
+    pub name: Option<String>,
+    /// The pool that a new one lies in. `None`: the default one.
+    pub pool: Option<String>,
+    /// The size of a new one. 0: it is not a new one.
+    pub size_bytes: u64,
+    /// How the guest sees it. `None`: on the bus SCSI, or as before.
+    pub bus: Option<DiskBus>,
+    /// What the host's memory is used for. `None`: for nothing, or as before.
+    pub cache: Option<DiskCache>,
+}
+
+/// What becomes of a disk that is detached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DetachHow {
+    /// It is kept.
+    Keep,
+    /// It is deleted.
+    Delete,
+}
+
 /// What a host has done to a VM's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DisksObservation {
     /// Snapshots that are there, as they should be.
     pub made: Vec<Uuid>,
+    /// What the guest did when they were taken, where that is known.
+    pub guests: BTreeMap<Uuid, SnapshotGuest>,
     /// Snapshots that are gone, as they should be.
     pub removed: Vec<Uuid>,
     /// The newest revert that was carried out. 0: none.
     pub reverted: u64,
+    /// Numbers of what was done to single disks.
+    pub orders: Vec<u64>,
 }
 
 /// What a host reported about a migration.

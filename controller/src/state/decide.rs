@@ -5,7 +5,7 @@ use std::sync::Arc;
 use uncloud_proto::ids::VmId;
 
 use super::{
-    REQUESTS_FORGOTTEN_MS, State, clone,
+    REQUESTS_FORGOTTEN_MS, State, attach, clone,
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
@@ -47,6 +47,8 @@ impl State {
             Command::RestartVm { vm, force } => vms::restart(&mut draft, *vm, *force)?,
             Command::UpdateVm { vm, update } => update::update(&mut draft, *vm, update)?,
             Command::ResizeDisk { vm, disk, size_bytes } => disks::resize(&mut draft, *vm, disk, *size_bytes)?,
+            Command::AttachDisk { vm, disk } => attach::attach(&mut draft, *vm, disk)?,
+            Command::DetachDisk { vm, disk, how } => attach::detach(&mut draft, *vm, disk, *how)?,
             Command::CreateSnapshot { vm, id, name } => snapshots::create(&mut draft, *vm, *id, name)?,
             Command::DeleteSnapshot { vm, name } => snapshots::delete(&mut draft, *vm, name)?,
             Command::RevertToSnapshot { vm, name } => snapshots::revert(&mut draft, *vm, name)?,

@@ -11,7 +11,7 @@ use super::{
     exports, vms,
 };
 use crate::{
-    model::{Desired, EventType},
+    model::{Desired, EventType, VmRecord},
     scheduler,
 };
 
@@ -22,11 +22,7 @@ pub(super) fn resize(draft: &mut Draft<'_>, vm: VmId, name: &str, size_bytes: u6
     if record.desired == Desired::Deleted {
         return Err(vms::being_deleted(&record));
     }
-    let names: Vec<&str> = record.spec.disks.iter().map(|d| d.name.as_str()).collect();
-    let Some(index) = names.iter().position(|n| *n == name) else {
-        let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-        return Err(invalid("disk", format!("names no disk of VM `{}`; its disks are: {has}", record.name)));
-    };
+    let index = index_of(&record, name)?;
     let old = record.spec.disks[index].size_bytes;
     // A call whose answer was lost may come again, and finds everything done.
     if size_bytes == old {
@@ -52,7 +48,7 @@ pub(super) fn resize(draft: &mut Draft<'_>, vm: VmId, name: &str, size_bytes: u6
         )));
     }
     record.spec.disks[index].size_bytes = size_bytes;
-    check_room(draft, &record, index)?;
+    check_room(draft, &record, index, "size_bytes")?;
     draft.vm_event(
         &record,
         EventType::Updated,
@@ -61,8 +57,17 @@ pub(super) fn resize(draft: &mut Draft<'_>, vm: VmId, name: &str, size_bytes: u6
     Ok(Answer::Vm(draft.put_vm(record)?))
 }
 
+/// Which of the VM's disks has this name.
+pub(super) fn index_of(record: &VmRecord, name: &str) -> Result<usize, Refusal> {
+    let names: Vec<&str> = record.spec.disks.iter().map(|d| d.name.as_str()).collect();
+    names.iter().position(|n| *n == name).ok_or_else(|| {
+        let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        invalid("disk", format!("names no disk of VM `{}`; its disks are: {has}", record.name))
+    })
+}
+
 /// The pool must have room for all of the VM's disks in it, by what is promised.
-fn check_room(draft: &mut Draft<'_>, record: &crate::model::VmRecord, index: usize) -> Result<(), Refusal> {
+pub(super) fn check_room(draft: &mut Draft<'_>, record: &VmRecord, index: usize, field: &str) -> Result<(), Refusal> {
     let pool = record.spec.disks[index].pool.clone();
     // Where nothing is made yet, the scheduler looks when it is.
     let Some(host) = record.disk_home.as_ref().map(|h| h.host).or(record.placement.host) else { return Ok(()) };
@@ -74,7 +79,7 @@ fn check_room(draft: &mut Draft<'_>, record: &crate::model::VmRecord, index: usi
             "is more than pool `{pool}` has left for it by what is promised to all disks (--disk-overcommit); choose less, or \
              make the pool larger"
         );
-        invalid("size_bytes", problem)
+        invalid(field, problem)
     })
 }
 

@@ -32,7 +32,7 @@ pub struct Exporter {
 /// The one host that exports the pool with this name and id.
 #[must_use]
 pub fn exporter(state: &State, name: &str, id: Uuid) -> Option<Exporter> {
-    let mut found = state.hosts().filter_map(|(&host, entry)| {
+    let mut found = state.hosts_of_network_pool(id).filter_map(|(host, entry)| {
         let pool = entry.record.pools.iter().find(|p| p.name == name && p.shared_id == Some(id))?;
         match &pool.access {
             PoolAccess::Exported { address } => Some(Exporter { host, address: address.clone() }),
@@ -68,7 +68,7 @@ pub(super) fn network_pool(state: &State, vm: &VmRecord) -> Option<String> {
     let known: Vec<HostId> = vm.disk_home.as_ref().map(|h| h.host).into_iter().chain(vm.placement.host).collect();
     let first = |host: HostId| network_pools(state, vm, host).into_keys().next();
     match known.is_empty() {
-        true => state.hosts().find_map(|(&host, _)| first(host)),
+        true => state.networked_hosts().find_map(|(host, _)| first(host)),
         false => known.into_iter().find_map(first),
     }
 }

@@ -28,7 +28,7 @@ use super::{
     command::{Answer, ObservedState, Refusal, VmObservation},
     draft::Draft,
     placement::{self, schedule, status_or_new},
-    vms,
+    snapshots, vms,
 };
 use crate::{
     model::{
@@ -137,6 +137,8 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry) -> Result<HostId, Refusal> {
     if record.revert.is_some() {
         return refuse(format!("the disks of VM `{name}` are being put back to a snapshot; wait until it runs again"));
     }
+    // The target must have the machine that the source has.
+    snapshots::check_disks_settled(record)?;
     let phase = entry.current_status().map(|s| s.phase);
     let (Desired::Running, Some(Phase::Running), Some(source)) = (record.desired, phase, record.placement.host) else {
         return refuse(format!("VM `{name}` does not run, so there is nothing to migrate; start it instead"));

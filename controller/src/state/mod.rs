@@ -13,6 +13,7 @@
 //! * A change has a key at most once, and never has a key whose record cannot be read.
 
 mod absorb;
+mod attach;
 mod clone;
 pub mod command;
 mod decide;
@@ -21,6 +22,7 @@ mod draft;
 mod drain;
 mod effective;
 pub mod exports;
+mod host_index;
 mod hosts;
 mod images;
 mod migration;
@@ -50,6 +52,9 @@ use crate::{
     scheduler::{ClusterView, Resources},
 };
 
+use host_index::HostIndex;
+
+pub use attach::{MAX_DISKS, MAX_SATA_DISKS};
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use drain::Prospect;
 pub use effective::EffectiveStatus;
@@ -80,6 +85,7 @@ pub struct State {
     macs: BTreeMap<String, VmId>,
     hosts: BTreeMap<HostId, HostEntry>,
     host_names: BTreeMap<String, BTreeSet<HostId>>,
+    host_index: HostIndex,
     /// VMs whose placement names a host that is not there.
     orphans: BTreeMap<HostId, BTreeSet<VmId>>,
     images: BTreeMap<ImageId, ImageEntry>,

@@ -24,7 +24,7 @@ use uncloud_proto::{
     ids::{HostId, VmId},
 };
 
-use super::{VmEntry, command::Refusal, draft::Draft, exports, migration, vms};
+use super::{VmEntry, attach, command::Refusal, draft::Draft, exports, migration, vms};
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
@@ -99,7 +99,13 @@ pub fn request(vm: &VmRecord) -> Request {
         prefer: None,
         cpu: next.cpu,
         arrival: Arrival::Start,
+        holds: holds(vm),
     }
+}
+
+/// The hosts on which it may be promised something (`absorb.rs`).
+fn holds(vm: &VmRecord) -> Vec<HostId> {
+    vm.placement.host.into_iter().chain(vm.migration.as_ref().map(|m| m.target)).collect()
 }
 
 /// The pools of its disks, and how much of each is for disks that are not there yet.
@@ -164,6 +170,7 @@ pub(super) fn find_host(
     // They are lost with the disks.
     record.snapshots.clear();
     record.revert = None;
+    attach::begin_anew(record);
     Ok(Choice { why: format!("{}; with NEW disks, the old ones are lost with their host", choice.why), ..choice })
 }
 
@@ -398,6 +405,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         // No guest is started. What every host has.
         cpu: CpuModel::V2,
         arrival: Arrival::Removal,
+        holds: holds(vm),
     }
 }
 

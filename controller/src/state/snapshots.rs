@@ -19,7 +19,7 @@ use uncloud_proto::ids::VmId;
 use uuid::Uuid;
 
 use super::{
-    VmEntry,
+    VmEntry, attach,
     clone::{self, Use},
     command::{Answer, Refusal, VmObservation},
     draft::Draft,
@@ -28,7 +28,7 @@ use super::{
 use crate::{
     model::{
         Desired, EventType, VmRecord,
-        vm::{Revert, Snapshot, SnapshotState},
+        vm::{Disk, Revert, Snapshot, SnapshotGuest, SnapshotState},
     },
     scheduler::Choice,
 };
@@ -47,7 +47,7 @@ pub(super) fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     if record.migration.is_some() {
         return Err(Refusal::Precondition(format!("VM `{name}` is being migrated; try again when that is over")));
     }
-    if record.spec.disks.is_empty() {
+    if !record.spec.disks.iter().any(Disk::is_in_machine) {
         return Err(Refusal::Precondition(format!("VM `{name}` has no disks")));
     }
     if let Some(pool) = exports::network_pool(draft.state, record) {
@@ -68,6 +68,17 @@ pub(super) fn reverting(record: &VmRecord) -> Refusal {
         "the disks of VM `{}` are being put back to a snapshot; wait until that is done",
         record.name
     ))
+}
+
+/// A snapshot and a copy are of the disks that the machine has: that must be known.
+pub(super) fn check_disks_settled(record: &VmRecord) -> Result<(), Refusal> {
+    match record.spec.disks.iter().find(|d| d.is_pending()) {
+        None => Ok(()),
+        Some(disk) => Err(Refusal::Precondition(format!(
+            "disk `{}` of VM `{}` is being attached, detached or deleted; try again when that is done",
+            disk.name, record.name
+        ))),
+    }
 }
 
 fn find<'a>(record: &'a VmRecord, name: &str) -> Result<&'a Snapshot, Refusal> {
@@ -99,6 +110,7 @@ pub(super) fn create(draft: &mut Draft<'_>, vm: VmId, id: Uuid, name: &str) -> R
     if entry.record.revert.is_some() {
         return Err(reverting(&entry.record));
     }
+    check_disks_settled(&entry.record)?;
     let invalid = |problem: String| Refusal::Invalid { field: "snapshot".into(), problem };
     if entry.record.snapshots.iter().any(|s| s.name == name) {
         return Err(invalid(format!(
@@ -115,6 +127,7 @@ pub(super) fn create(draft: &mut Draft<'_>, vm: VmId, id: Uuid, name: &str) -> R
         name: name.to_owned(),
         created: draft.cx.now,
         state: SnapshotState::Creating,
+        guest: None,
     });
     draft.vm_event(&record, EventType::SnapshotRequested, format!("a user wants snapshot `{name}`"));
     Ok(Answer::Vm(draft.put_vm(record)?))
@@ -171,7 +184,14 @@ pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     for snapshot in &mut record.snapshots {
         if snapshot.state == SnapshotState::Creating && done.made.contains(&snapshot.id) {
             snapshot.state = SnapshotState::Ready;
-            draft.vm_event(&entry.record, EventType::SnapshotTaken, format!("snapshot `{}` is taken", snapshot.name));
+            snapshot.guest = done.guests.get(&snapshot.id).copied();
+            let guest = match snapshot.guest {
+                Some(SnapshotGuest::Frozen) => "; the guest held its file systems still",
+                Some(SnapshotGuest::Running) => "; the disks are in it as after a power cut",
+                Some(SnapshotGuest::Off) | None => "",
+            };
+            let message = format!("snapshot `{}` is taken{guest}", snapshot.name);
+            draft.vm_event(&entry.record, EventType::SnapshotTaken, message);
         }
     }
     for gone in record.snapshots.extract_if(.., |s| s.state == SnapshotState::Deleting && done.removed.contains(&s.id))
@@ -187,6 +207,7 @@ pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
         let message = format!("its disks are as they were in snapshot `{}`", name.unwrap_or_default());
         draft.vm_event(&record, EventType::Reverted, message);
     }
+    attach::take_report(draft, &mut record, &done.orders);
     if record == *entry.record {
         return Ok(entry);
     }

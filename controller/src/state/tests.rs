@@ -1,6 +1,7 @@
 //! Tests of the state, rule by rule, and a random one over all rules. After every change the copy in memory is compared
 //! with one that is rebuilt from the records.
 
+mod attach;
 mod clone;
 mod disks;
 mod drain;

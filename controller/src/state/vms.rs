@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use uncloud_proto::ids::{ImageId, Incarnation, VmId};
 
 use super::{
-    VmEntry,
+    VmEntry, attach,
     clone::{self, Use},
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
@@ -89,6 +89,7 @@ pub(super) fn store(
         snapshots: Vec::new(),
         revert: None,
         reverts: 0,
+        disk_orders: 0,
         created: now,
         extra: Extra::new(),
     };
@@ -167,6 +168,7 @@ fn resolved(draft: &Draft<'_>, new: &NewVm) -> Result<VmSpec, Refusal> {
         if disk.size_bytes == 0 {
             return Err(invalid("is required for a disk without an image".into()));
         }
+        attach::check_cache(draft, disk, &format!("spec.disks[{i}].cache"))?;
         if disk.size_bytes < smallest {
             return Err(invalid(format!("is smaller than the image, which has {smallest} bytes")));
         }

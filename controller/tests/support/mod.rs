@@ -189,6 +189,7 @@ pub(crate) fn settings() -> Settings {
         disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: vec!["127.0.0.1:1".into()],
+        metrics: Default::default(),
     }
 }
 
@@ -300,6 +301,7 @@ pub(crate) fn spec() -> VmSpec {
         firmware: Default::default(),
         cpu: Default::default(),
         cloud_init: None,
+        disk_hotplug: Default::default(),
         extra: serde_json::Map::new(),
     }
 }

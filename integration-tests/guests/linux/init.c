@@ -79,6 +79,13 @@ static const char *const FAT_MODULES[] = {
     "fat",
     "vfat",
 };
+// Loaded only when a test types `scsi`.
+static const char *const SCSI_MODULES[] = {
+    "scsi_common",
+    "scsi_mod",
+    "sd_mod",
+    "virtio_scsi",
+};
 // modules-end
 
 static char boot_id[37];
@@ -266,7 +273,11 @@ static int open_agent_port(void) {
   return -1;
 }
 
+// The agent hears and says nothing.
+static int deaf;
+
 static void asked(int port, const char *line) {
+  if (deaf) return;
   char answer[600];
   const char *id = strstr(line, "\"id\":");
   if (strstr(line, "guest-sync-delimited") && id)
@@ -345,12 +356,68 @@ static void fill(unsigned from, unsigned to) {
   say("FILLED %u %u", from, to);
 }
 
+// The serial numbers of the SCSI disks that there are, behind the word that was typed.
+static void say_disks(const char *tag) {
+  char text[900] = "";
+  size_t length = 0;
+  for (char name = 'a'; name <= 'p'; name++) {
+    char path[64], page[256];
+    snprintf(path, sizeof path, "/sys/block/sd%c/device/vpd_pg80", name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) continue;
+    ssize_t n = read(fd, page, sizeof page - 1);
+    close(fd);
+    if (n < 4) continue;
+    page[n] = 0;
+    length += (size_t)snprintf(text + length, sizeof text - length, " %s", page + 4);
+    if (length >= sizeof text) break;
+  }
+  say("DISKS %s:%s.", tag, text);
+}
+
+// Writes a word to the first sector of the SCSI disk with this serial number, or reads the one that is there if it begins with a `?`.
+static void scsi_word(const char *serial, const char *word) {
+  static char text[SECTOR] __attribute__((aligned(SECTOR)));
+  for (char name = 'a'; name <= 'p'; name++) {
+    char path[64], page[256];
+    snprintf(path, sizeof path, "/sys/block/sd%c/device/vpd_pg80", name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) continue;
+    ssize_t n = read(fd, page, sizeof page - 1);
+    close(fd);
+    if (n < 4) continue;
+    page[n] = 0;
+    if (strcmp(page + 4, serial) != 0) continue;
+    snprintf(path, sizeof path, "/dev/sd%c", name);
+    int writes = word[0] != '?';
+    fd = open(path, (writes ? O_WRONLY | O_DSYNC : O_RDONLY) | O_DIRECT | O_CLOEXEC);
+    memset(text, 0, SECTOR);
+    if (writes) snprintf(text, SECTOR, "%s", word);
+    n = fd < 0 ? -1 : writes ? pwrite(fd, text, SECTOR, 0) : pread(fd, text, SECTOR, 0);
+    if (fd >= 0) close(fd);
+    text[SECTOR - 1] = 0;
+    if (n != SECTOR) say("WORD %s: %s", serial, strerror(errno));
+    else say("WORD %s %s is <%s>", serial, word, text);
+    return;
+  }
+  say("WORD %s: no such disk", serial);
+}
+
 static void typed(const char *line) {
   say("ECHO %s", line);
   tcdrain(STDOUT_FILENO);
   unsigned from, to;
   if (sscanf(line, "fill %u %u", &from, &to) == 2) fill(from, to);
   if (strcmp(line, "size") == 0) say_size();
+  if (strcmp(line, "deaf") == 0) deaf = 1;
+  if (strcmp(line, "hear") == 0) deaf = 0;
+  if (strcmp(line, "scsi") == 0) {
+    load_modules(SCSI_MODULES, sizeof SCSI_MODULES / sizeof *SCSI_MODULES);
+    say("SCSI loaded");
+  }
+  char serial[32], word[32];
+  if (sscanf(line, "disks %31s", word) == 1) say_disks(word);
+  if (sscanf(line, "word %31s %31s", serial, word) == 2) scsi_word(serial, word);
   if (strcmp(line, "poweroff") == 0) power_off();
   if (strcmp(line, "reboot") == 0) reboot(RB_AUTOBOOT);
   if (strcmp(line, "panic") == 0) {

@@ -63,7 +63,12 @@ pub(super) async fn controller(config: Config, clock: Clock) -> turmoil::Result 
     let channel = Channel::Tonic(net::dial().lazily(endpoint));
     let client = Client::from_channel(channel, Some(ConnectOptions::new().with_require_leader(true))).await?;
     let store = Store::from_clients(vec![client])?;
-    let edge = Edge { incoming: net::incoming(PORT).await?, store: std::future::ready(store), dial: net::dial() };
+    let edge = Edge {
+        incoming: net::incoming(PORT).await?,
+        store: std::future::ready(store),
+        dial: net::dial(),
+        metrics: Default::default(),
+    };
     app::control(&config, &clock, edge, CancellationToken::new()).await;
     Ok(())
 }

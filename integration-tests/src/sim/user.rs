@@ -350,7 +350,7 @@ fn spec(core: &mut Core) -> VmSpec {
     let pool = rng.pick(&["local", "shared", "shared", ""]);
     let disks = match pool {
         "" => Vec::new(),
-        pool => vec![Disk { name: "disk0".into(), pool: pool.into(), size_bytes: 1 << 30, image: None }],
+        pool => vec![Disk { name: "disk0".into(), pool: pool.into(), size_bytes: 1 << 30, ..Disk::default() }],
     };
     let nics = if rng.permille(500) { vec![Nic { kind: NicKind::User, mac: String::new() }] } else { Vec::new() };
     VmSpec {
@@ -372,6 +372,7 @@ fn spec(core: &mut Core) -> VmSpec {
         firmware: Default::default(),
         cpu: Default::default(),
         cloud_init: None,
+        disk_hotplug: Default::default(),
         extra: serde_json::Map::new(),
     }
 }

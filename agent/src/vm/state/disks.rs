@@ -19,7 +19,7 @@ use uncloud_proto::clock::Tick;
 
 use super::{Acceptance, Effect, Moment, Role, Settled, VmState, Work};
 use crate::vm::{
-    desired::Desired,
+    desired::{Desired, Disk},
     disks::{Done, Orders, Wanted as There},
 };
 
@@ -42,14 +42,14 @@ pub(super) struct Tended {
 /// What the disks should be like. Nothing, for a VM without disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Wanted {
-    sizes: Vec<(String, u64)>,
+    disks: Vec<Disk>,
     orders: Orders,
 }
 
 impl Wanted {
     fn of(desired: &Desired) -> Self {
         let disks = desired.spec.iter().flat_map(|s| &s.disks);
-        Self { sizes: disks.map(|d| (d.name.clone(), d.size_bytes)).collect(), orders: desired.orders.clone() }
+        Self { disks: disks.cloned().collect(), orders: desired.orders.clone() }
     }
 }
 
@@ -88,6 +88,7 @@ impl VmState {
         let orders = &self.record.desired.orders;
         let done = orders.ids(There::There).all(|id| self.idle.done.made.contains(&id))
             && orders.ids(There::Gone).all(|id| self.idle.done.removed.contains(&id))
+            && orders.disks.iter().all(|order| self.idle.done.disks.contains(order))
             && orders.revert.is_none_or(|r| r.number == self.idle.done.reverted);
         if done || self.frozen.is_some() {
             self.idle.again_at = None;
@@ -144,7 +145,9 @@ impl VmState {
         let (orders, done) = (&self.record.desired.orders, &self.idle.done);
         Done {
             made: orders.ids(There::There).filter(|id| done.made.contains(id)).collect(),
+            guests: orders.ids(There::There).filter_map(|id| Some((id, *done.guests.get(&id)?))).collect(),
             removed: orders.ids(There::Gone).filter(|id| done.removed.contains(id)).collect(),
+            disks: orders.disks.iter().filter(|order| done.disks.contains(order)).copied().collect(),
             reverted: orders.revert.filter(|r| r.number == done.reverted).map_or(0, |r| r.number),
         }
     }
@@ -190,7 +193,7 @@ mod tests {
 
     use super::*;
     use crate::vm::{
-        desired::{Disk, Disposition, StopMode},
+        desired::{DiskState, Disposition, StopMode},
         disks::{Revert, SnapshotOrder},
         fake,
         hypervisor::{Exit, ExitKind},
@@ -205,7 +208,7 @@ mod tests {
     fn with_disk(size_bytes: u64) -> Desired {
         let mut desired = fake::desired(1);
         desired.spec.as_mut().unwrap().disks =
-            vec![Disk { name: "disk0".into(), pool: "p".into(), size_bytes, image: None }];
+            vec![Disk { name: "disk0".into(), pool: "p".into(), size_bytes, ..Disk::default() }];
         desired
     }
 
@@ -252,7 +255,7 @@ mod tests {
         Desired {
             disposition: Disposition::Stop,
             stop_mode: StopMode::Kill,
-            orders: Orders { snapshots: Vec::new(), revert },
+            orders: Orders { revert, ..Orders::default() },
             incarnation: Incarnation(incarnation),
             ..with_disk(512)
         }
@@ -303,8 +306,11 @@ mod tests {
     fn snapshots_of_what_is_stopped_are_taken_and_tried_again() {
         let id = Uuid::from_u128(5);
         let snapshots = vec![SnapshotOrder { id, wanted: There::There }];
-        let stop =
-            Desired { disposition: Disposition::Stop, orders: Orders { snapshots, revert: None }, ..with_disk(512) };
+        let stop = Desired {
+            disposition: Disposition::Stop,
+            orders: Orders { snapshots, ..Orders::default() },
+            ..with_disk(512)
+        };
         let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
         let take = Effect::TendIdle { lease_generation: 1 };
         assert_eq!(state.on(word(stop.clone()), at(20)), [Effect::Persist, take]);
@@ -314,6 +320,36 @@ mod tests {
         state.on(Event::DisksTended(stop.orders.done()), at(30));
         assert_eq!(state.report().disks.made, [id]);
         assert_eq!(state.on(Event::Wake, at(60)), []);
+    }
+
+    /// D1: what is done is said by its number, whether the VM runs or not, and never of another one.
+    #[test]
+    fn a_disk_comes_and_goes_while_it_runs_and_while_it_does_not() {
+        let with_order = |state, order: u64| {
+            let mut desired = with_disk(512);
+            desired.spec.as_mut().unwrap().disks[0].state = state;
+            desired.orders.disks = vec![order];
+            desired
+        };
+        let mut state = running();
+        let attach = with_order(DiskState::Attaching, 1);
+        assert_eq!(state.on(word(attach.clone()), at(20)), [Effect::Persist, Effect::TendDisks]);
+        assert_eq!(state.report().disks, Done::default());
+        state.on(Event::TendFailed("the pool is full".into()), at(20));
+        assert_eq!(state.on(Event::Wake, at(30)), [Effect::TendDisks]);
+        state.on(Event::DisksTended(attach.orders.done()), at(30));
+        assert_eq!(state.report().disks.disks, [1]);
+        let detach = with_order(DiskState::Detaching, 2);
+        assert_eq!(state.on(word(detach.clone()), at(31)), [Effect::Persist, Effect::TendDisks]);
+        assert_eq!(state.report().disks.disks, [] as [u64; 0], "the first is not the second");
+
+        let stop = Desired { disposition: Disposition::Stop, ..detach };
+        let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
+        let tend = Effect::TendIdle { lease_generation: 1 };
+        assert_eq!(state.on(word(stop.clone()), at(40)), [Effect::Persist, tend]);
+        state.on(Event::DisksTended(stop.orders.done()), at(41));
+        assert_eq!(state.report().disks.disks, [2]);
+        assert_eq!(state.on(Event::Wake, at(60)), [], "nothing is left to do");
     }
 
     /// The target has read the disk: it must not change below it.

@@ -48,7 +48,8 @@ pub(crate) struct Arguments {
     /// Size of the first disk (short for a --disk).
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
     disk_size: Option<u64>,
-    /// A disk: any of image=IMAGE, size=SIZE, pool=POOL, name=NAME, separated by commas. May be repeated.
+    /// A disk: any of image=IMAGE, size=SIZE, pool=POOL, name=NAME, bus=virtio|scsi|sata,
+    /// cache=none|writethrough|writeback, separated by commas. May be repeated.
     #[arg(long, value_name = "KEY=VALUE,…", value_parser = parse_disk)]
     disk: Vec<v1::Disk>,
     /// A network interface: `user` (QEMU's own network: out to the world, nothing in) or `bridge=NAME` (a port of that bridge of
@@ -297,6 +298,7 @@ fn request(a: Arguments, owner: &str) -> v1::CreateVmRequest {
         }
         .into(),
         cloud_init: a.cloud_init.into_proto(),
+        disk_hotplug: v1::DiskHotplug::Unspecified.into(),
     };
     v1::CreateVmRequest {
         request_id: a.request_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
@@ -324,8 +326,21 @@ fn parse_nic(text: &str) -> Result<v1::Nic, String> {
     }
 }
 
-/// Parses `image=IMG,size=10G,pool=P,name=N`.
+/// Parses `image=IMG,size=10G,pool=P,name=N,bus=B,cache=C`.
 fn parse_disk(text: &str) -> Result<v1::Disk, String> {
+    let disk = parse_disk_words(text)?;
+    if disk.image.is_empty() && disk.size_bytes == 0 {
+        return Err("needs image=IMAGE or size=SIZE, or both".to_owned());
+    }
+    Ok(disk)
+}
+
+fn known<T: PartialEq>(found: Option<T>, nothing: T) -> Option<T> {
+    found.filter(|f| *f != nothing)
+}
+
+/// The same; any of it.
+pub(super) fn parse_disk_words(text: &str) -> Result<v1::Disk, String> {
     let mut disk = v1::Disk::default();
     let mut seen = Vec::new();
     for part in text.split(',') {
@@ -338,15 +353,24 @@ fn parse_disk(text: &str) -> Result<v1::Disk, String> {
             "size" => disk.size_bytes = units::parse_size(&value).map_err(|e| format!("size: {e}"))?,
             "pool" => disk.pool = value,
             "name" => disk.name = value,
-            _ => return Err(format!("`{}` is not one of image, size, pool, name", output::clean(&key))),
+            "bus" => {
+                let bus = v1::DiskBus::from_str_name(&format!("DISK_BUS_{}", value.to_uppercase()));
+                disk.bus = known(bus, v1::DiskBus::Unspecified).ok_or("bus: give virtio, scsi or sata")?.into();
+            }
+            "cache" => {
+                let cache = v1::DiskCache::from_str_name(&format!("DISK_CACHE_{}", value.to_uppercase()));
+                let cache = known(cache, v1::DiskCache::Unspecified);
+                disk.cache = cache.ok_or("cache: give none, writethrough or writeback")?.into();
+            }
+            _ => {
+                let known = "image, size, pool, name, bus, cache";
+                return Err(format!("`{}` is not one of {known}", output::clean(&key)));
+            }
         }
         if seen.contains(&key) {
             return Err(format!("`{key}` is given twice"));
         }
         seen.push(key);
-    }
-    if disk.image.is_empty() && disk.size_bytes == 0 {
-        return Err("needs image=IMAGE or size=SIZE, or both".to_owned());
     }
     Ok(disk)
 }
@@ -372,7 +396,7 @@ mod tests {
     fn flags_become_a_request() {
         let made = parse(
             "web --cpus 2 --memory 2G --machine pc --kernel k --append quiet --disk image=deb,size=10G,pool=fast \
-             --disk size=1G,name=data --nic user --nic bridge=br0 --restart always --failover recreate --priority 5 --host-label rack=1 \
+             --disk size=1G,name=data,bus=scsi,cache=writethrough --nic user --nic bridge=br0 --restart always --failover recreate --priority 5 --host-label rack=1 \
              --anti-affinity web --label a=b=c --stop-grace 90s --display none --guest-agent enabled --stopped --request-id r1 \
              --cpu x86-64-v3 --firmware uefi --hostname w",
         )
@@ -384,7 +408,13 @@ mod tests {
             kernel: Some(v1::KernelBoot { image: "k".into(), command_line: "quiet".into() }),
             disks: vec![
                 v1::Disk { image: "deb".into(), size_bytes: 10 << 30, pool: "fast".into(), ..Default::default() },
-                v1::Disk { name: "data".into(), size_bytes: 1 << 30, ..Default::default() },
+                v1::Disk {
+                    name: "data".into(),
+                    size_bytes: 1 << 30,
+                    bus: v1::DiskBus::Scsi.into(),
+                    cache: v1::DiskCache::Writethrough.into(),
+                    ..Default::default()
+                },
             ],
             nics: vec![
                 v1::Nic { r#type: v1::NicType::User.into(), ..Default::default() },
@@ -402,6 +432,7 @@ mod tests {
             cpu: v1::CpuModel::X8664V3.into(),
             firmware: v1::Firmware::Uefi.into(),
             cloud_init: Some(v1::CloudInit { hostname: "w".into(), ..Default::default() }),
+            disk_hotplug: v1::DiskHotplug::Unspecified.into(),
         };
         let expected = v1::CreateVmRequest {
             request_id: "r1".into(),
@@ -439,6 +470,8 @@ mod tests {
             ("web --disk pool=x", "--disk", "needs image=IMAGE or size=SIZE"),
             ("web --disk size=1G,size=2G", "--disk", "given twice"),
             ("web --disk size=1G,colour=red", "--disk", "not one of image"),
+            ("web --disk size=1G,bus=ide", "--disk", "bus: give virtio, scsi or sata"),
+            ("web --disk size=1G,cache=unsafe", "--disk", "cache: give none, writethrough or writeback"),
             ("web --nic bridge", "--nic", "neither `user` nor `bridge=NAME`"),
             ("web --nic bridge=", "--nic", "the bridge's name is required"),
             ("web --nic bridge=br0,fd=3", "--nic", "may have only letters"),

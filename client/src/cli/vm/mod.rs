@@ -49,6 +49,10 @@ pub(crate) enum Command {
     Migrate(migrate::Arguments),
     /// Makes a disk of a VM larger, running or not.
     ResizeDisk(disk::Resize),
+    /// Gives a VM one more disk, running or not.
+    AttachDisk(disk::Attach),
+    /// Takes a disk from a VM, running or not.
+    DetachDisk(disk::Detach),
     /// Snapshots of a VM's disks.
     #[command(subcommand)]
     Snapshot(snapshot::Command),
@@ -93,6 +97,8 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<(), Error
         Command::Resume(arguments) => power::resume(context, arguments).await,
         Command::Migrate(arguments) => migrate::run(context, arguments).await,
         Command::ResizeDisk(arguments) => disk::resize(context, arguments).await,
+        Command::AttachDisk(arguments) => disk::attach(context, arguments).await,
+        Command::DetachDisk(arguments) => disk::detach(context, arguments).await,
         Command::Snapshot(command) => snapshot::run(context, command).await,
         Command::Clone(arguments) => clone::run(context, arguments).await,
         Command::Delete(arguments) => power::delete(context, arguments).await,

@@ -8,8 +8,9 @@ use crate::{
         Desired, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{
-            CloudInit, CpuModel, Disk, Display, Failover, Firmware, GuestAgent, LastExit, Machine, Nic, NicKind,
-            OnDiskLoss, RestartPolicy, Snapshot, SnapshotState, VmSpec,
+            CloudInit, CpuModel, Disk, DiskBus, DiskCache, DiskHotplug, DiskState, Display, Failover, Firmware,
+            GuestAgent, LastExit, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, Snapshot, SnapshotGuest,
+            SnapshotState, VmSpec,
         },
     },
     state::{State, VmEntry},
@@ -95,7 +96,14 @@ fn snapshot(snapshot: &Snapshot) -> v1::Snapshot {
         SnapshotState::Ready => v1::SnapshotState::Ready,
         SnapshotState::Deleting => v1::SnapshotState::Deleting,
     };
+    let guest = match snapshot.guest {
+        None => v1::SnapshotGuest::Unspecified,
+        Some(SnapshotGuest::Frozen) => v1::SnapshotGuest::Frozen,
+        Some(SnapshotGuest::Running) => v1::SnapshotGuest::Running,
+        Some(SnapshotGuest::Off) => v1::SnapshotGuest::Off,
+    };
     v1::Snapshot {
+        guest: guest.into(),
         id: snapshot.id.to_string(),
         name: snapshot.name.clone(),
         created: timestamp(snapshot.created),
@@ -163,6 +171,11 @@ pub(crate) fn spec(spec: &VmSpec) -> v1::VmSpec {
         }
         .into(),
         cloud_init: spec.cloud_init.as_ref().map(cloud_init),
+        disk_hotplug: match spec.disk_hotplug {
+            DiskHotplug::Disabled => v1::DiskHotplug::Disabled,
+            DiskHotplug::Enabled => v1::DiskHotplug::Enabled,
+        }
+        .into(),
     }
 }
 
@@ -181,6 +194,30 @@ fn disk(disk: &Disk) -> v1::Disk {
         pool: disk.pool.clone(),
         size_bytes: disk.size_bytes,
         image: disk.image.map(|id| id.to_string()).unwrap_or_default(),
+        bus: match disk.bus {
+            DiskBus::Virtio => v1::DiskBus::Virtio,
+            DiskBus::Scsi => v1::DiskBus::Scsi,
+            DiskBus::Sata => v1::DiskBus::Sata,
+        }
+        .into(),
+        cache: match disk.cache {
+            DiskCache::None => v1::DiskCache::None,
+            DiskCache::Writethrough => v1::DiskCache::Writethrough,
+            DiskCache::Writeback => v1::DiskCache::Writeback,
+        }
+        .into(),
+        state: match disk.state {
+            DiskState::Attached => v1::DiskState::Unspecified,
+            DiskState::Attaching => v1::DiskState::Attaching,
+            DiskState::Returning => v1::DiskState::Returning,
+            DiskState::Detaching => v1::DiskState::Detaching,
+            DiskState::Detached => v1::DiskState::Detached,
+            DiskState::Deleting => v1::DiskState::Deleting,
+        }
+        .into(),
+        unit: disk.unit,
+        id: disk.id.map(|id| id.to_string()).unwrap_or_default(),
+        order: disk.order,
     }
 }
 

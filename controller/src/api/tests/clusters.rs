@@ -38,6 +38,7 @@ async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
         disk_overcommit_percent: 200,
         address: address.to_string(),
         dial: uncloud_proto::dial::Dial::tcp(),
+        metrics: Default::default(),
     };
     let server = tokio::spawn(api::serve(api::accept(listener), serving, stop.clone()));
     let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();

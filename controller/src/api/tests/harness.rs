@@ -77,6 +77,7 @@ impl Node {
                 disk_overcommit_percent: 200,
                 address: address.clone(),
                 dial: uncloud_proto::dial::Dial::tcp(),
+                metrics: Default::default(),
             };
             let serving = api::serve(api::accept(listener), serving, stop.clone());
             async move { serving.await.unwrap() }
@@ -94,6 +95,7 @@ impl Node {
             disk_overcommit_percent: 200,
             address: address.clone(),
             controllers: vec![address.clone()],
+            metrics: Default::default(),
         };
         let mirror = Follower::load(&store).await.unwrap();
         let (leader, writer) =
@@ -136,6 +138,7 @@ impl Node {
             disk_overcommit_percent: 200,
             address: address.clone(),
             dial: uncloud_proto::dial::Dial::tcp(),
+            metrics: Default::default(),
         };
         let serving = api::serve(api::accept(listener), serving, stop.clone());
         tokio::spawn(async move { serving.await.unwrap() });

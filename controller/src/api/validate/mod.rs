@@ -12,10 +12,10 @@ mod vm;
 
 pub(crate) use image::{NewFile, NewImage, NewUpload, create_image, upload_start};
 pub(crate) use requests::{
-    CloneVm, Drain, DrainHost, LogTarget, ResizeDisk, VmRef, WatchVms, clone_vm, console_input, console_open,
-    cordon_host, drain_host, get_vm_log, has_labels, host_ref, image_ref, list_events, list_vms, migrate_vm,
-    resize_disk, resume_point, set_failover, simulate_host_failure, snapshot, vm_ref, vnc_data, vnc_open, watch_events,
-    watch_vms,
+    CloneVm, Drain, DrainHost, LogTarget, ResizeDisk, VmRef, WatchVms, attach_disk, clone_vm, console_input,
+    console_open, cordon_host, detach_disk, drain_host, get_vm_log, has_labels, host_ref, image_ref, list_events,
+    list_vms, migrate_vm, resize_disk, resume_point, set_failover, simulate_host_failure, snapshot, vm_ref, vnc_data,
+    vnc_open, watch_events, watch_vms,
 };
 pub(crate) use vm::{create_vm, macs, mint_macs, update_vm};
 

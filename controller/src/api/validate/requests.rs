@@ -7,8 +7,16 @@ use uncloud_proto::{
     v1,
 };
 
-use super::{Checker, DEFAULT_OWNER, Violations, vm::check_disk_size};
-use crate::{model::DrainHow, state::command::FailoverChange};
+use uuid::Uuid;
+
+use super::{
+    Checker, DEFAULT_OWNER, Violations,
+    vm::{check_disk_size, check_set_by_cluster, disk_bus, disk_cache},
+};
+use crate::{
+    model::DrainHow,
+    state::command::{DetachHow, DiskToAttach, FailoverChange},
+};
 
 /// Entries of a page, if the request does not say.
 const DEFAULT_PAGE: u32 = 100;
@@ -184,6 +192,47 @@ pub(crate) fn resize_disk(request: v1::ResizeDiskRequest) -> Result<ResizeDisk, 
         check_disk_size(&mut check, "size_bytes", size_bytes);
     }
     check.finish(ResizeDisk { vm, disk, size_bytes })
+}
+
+/// Checks a request to attach a disk. `id` is made by the caller.
+pub(crate) fn attach_disk(request: v1::AttachDiskRequest, id: Uuid) -> Result<(VmRef, DiskToAttach), Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let Some(disk) = request.disk else {
+        check.fail("disk", "is required: say at least how large the new disk is, or which one that was detached");
+        return Err(check.finish(()).expect_err("a violation was noted"));
+    };
+    let at = |field: &str| format!("disk.{field}");
+    check_set_by_cluster(
+        &mut check,
+        &at,
+        &[
+            ("state", disk.state != 0),
+            ("unit", disk.unit != 0),
+            ("id", !disk.id.is_empty()),
+            ("order", disk.order != 0),
+        ],
+    );
+    if !disk.image.is_empty() {
+        check.fail("disk.image", "is given; a disk that is attached begins empty: leave it out");
+    }
+    if disk.size_bytes == 0 && disk.name.is_empty() {
+        check.fail("disk.size_bytes", "is required for a new disk; to attach one that was detached give `disk.name`");
+    }
+    check_disk_size(&mut check, "disk.size_bytes", disk.size_bytes);
+    let name = (!disk.name.is_empty()).then(|| check.name("disk.name", disk.name));
+    let pool = (!disk.pool.is_empty()).then(|| check.name("disk.pool", disk.pool));
+    let bus = disk_bus(&mut check, "disk.bus", disk.bus);
+    let cache = disk_cache(&mut check, "disk.cache", disk.cache);
+    check.finish((vm, DiskToAttach { id, name, pool, size_bytes: disk.size_bytes, bus, cache }))
+}
+
+/// Checks a request to detach a disk.
+pub(crate) fn detach_disk(request: v1::DetachDiskRequest) -> Result<(VmRef, String, DetachHow), Violations> {
+    let mut check = Checker::default();
+    let vm = check_vm_ref(&mut check, request.vm, request.owner);
+    let disk = check.name("disk", request.disk);
+    check.finish((vm, disk, if request.delete { DetachHow::Delete } else { DetachHow::Keep }))
 }
 
 /// A VM and the name of one of its snapshots.
@@ -417,6 +466,7 @@ pub(crate) fn has_labels(labels: &BTreeMap<String, String>, wanted: &BTreeMap<St
 #[cfg(test)]
 mod tests {
     use super::{super::testing::fields, *};
+    use crate::model::vm::DiskBus;
 
     #[test]
     fn references_are_checked() {
@@ -512,5 +562,31 @@ mod tests {
         assert_eq!(fields(clone("", "a/b")), ["name", "snapshot"]);
         let long = v1::CloneVmRequest { request_id: "x".repeat(129), ..Default::default() };
         assert_eq!(fields(clone_vm(long)), ["request_id", "vm", "name"]);
+    }
+
+    #[test]
+    fn a_disk_to_attach_is_a_new_one_or_has_a_name() {
+        let attach = |disk: v1::Disk| {
+            let request = v1::AttachDiskRequest { vm: "web".into(), owner: String::new(), disk: Some(disk) };
+            attach_disk(request, Uuid::from_u128(1))
+        };
+        let disk = |change: fn(&mut v1::Disk)| {
+            let mut disk = v1::Disk { size_bytes: 512, ..Default::default() };
+            change(&mut disk);
+            attach(disk)
+        };
+        let (_, new) = disk(|d| d.bus = v1::DiskBus::Sata.into()).unwrap();
+        assert_eq!((new.size_bytes, new.name, new.bus, new.cache), (512, None, Some(DiskBus::Sata), None));
+        let (_, again) = attach(v1::Disk { name: "data".into(), ..Default::default() }).unwrap();
+        assert_eq!((again.size_bytes, again.name.as_deref()), (0, Some("data")));
+        assert_eq!(fields(attach_disk(v1::AttachDiskRequest::default(), Uuid::nil())), ["vm", "disk"]);
+        assert_eq!(fields(attach(v1::Disk::default())), ["disk.size_bytes"]);
+        assert_eq!(fields(disk(|d| d.size_bytes = 511)), ["disk.size_bytes"]);
+        assert_eq!(fields(disk(|d| d.name = "../x".into())), ["disk.name"]);
+        assert_eq!(fields(disk(|d| d.pool = "../x".into())), ["disk.pool"]);
+        assert_eq!(fields(disk(|d| d.image = "debian".into())), ["disk.image"]);
+        assert_eq!(fields(disk(|d| (d.bus, d.cache) = (9, -1))), ["disk.bus", "disk.cache"]);
+        assert_eq!(fields(disk(|d| (d.state, d.unit, d.order) = (1, 1, 1))), ["disk.state", "disk.unit", "disk.order"]);
+        assert_eq!(fields(detach_disk(v1::DetachDiskRequest::default())), ["vm", "disk"]);
     }
 }

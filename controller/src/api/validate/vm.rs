@@ -13,16 +13,18 @@ use crate::{
     model::{
         Desired,
         vm::{
-            CpuModel, Disk, Display, Failover, Firmware, GuestAgent, KernelBoot, Machine, Nic, NicKind, OnDiskLoss,
-            RestartPolicy, VmSpec,
+            CpuModel, Disk, DiskBus, DiskCache, DiskHotplug, Display, Failover, Firmware, GuestAgent, KernelBoot,
+            Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec,
         },
     },
-    state::command::{ImageUse, NewVm, VmUpdate},
+    state::{
+        MAX_DISKS, MAX_SATA_DISKS,
+        command::{ImageUse, NewVm, VmUpdate},
+    },
 };
 
 const MAX_VCPUS: u64 = 256;
 const MAX_MEMORY_MIB: u64 = 4 * 1024 * 1024;
-const MAX_DISKS: usize = 16;
 const MAX_NICS: usize = 8;
 const MAX_DISK_BYTES: u64 = 64 << 40;
 const SECTOR: u64 = 512;
@@ -103,6 +105,7 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
     }
     let kernel = spec.kernel.map(|kernel| check_kernel(check, kernel, images));
     let disks = check_disks(check, spec.disks, images);
+    let disk_hotplug = disk_hotplug(check, spec.disk_hotplug, &disks);
     let nics = check_nics(check, &spec.nics);
     let grace = check_grace(check, spec.stop_grace_seconds);
     check.range("spec.priority", u64::from(spec.priority), 0, MAX_PRIORITY, "");
@@ -142,6 +145,7 @@ fn check_spec(check: &mut Checker, spec: v1::VmSpec, images: &mut Vec<(ImageUse,
         firmware,
         cpu,
         cloud_init,
+        disk_hotplug,
         extra: Default::default(),
     }
 }
@@ -365,10 +369,69 @@ fn check_disks(check: &mut Checker, disks: Vec<v1::Disk>, images: &mut Vec<(Imag
         let image = (!disk.image.is_empty())
             .then(|| image(check, &at("image"), disk.image, ImageUse::Disk(i), images))
             .flatten();
+        check_set_by_cluster(
+            check,
+            &at,
+            &[
+                ("state", disk.state != 0),
+                ("unit", disk.unit != 0),
+                ("id", !disk.id.is_empty()),
+                ("order", disk.order != 0),
+            ],
+        );
+        let bus = disk_bus(check, &at("bus"), disk.bus).unwrap_or_default();
+        let cache = disk_cache(check, &at("cache"), disk.cache).unwrap_or_default();
+        let unit = if bus == DiskBus::Scsi { u32::try_from(i).unwrap_or_default() } else { 0 };
         let pool = check.name_or(&at("pool"), disk.pool, DEFAULT_POOL);
-        checked.push(Disk { name, pool, size_bytes: size, image });
+        checked.push(Disk { name, pool, size_bytes: size, image, bus, cache, unit, ..Disk::default() });
+    }
+    let sata = checked.iter().filter(|d| d.bus == DiskBus::Sata).count();
+    if sata > MAX_SATA_DISKS {
+        check.fail(
+            "spec.disks",
+            format!("has {sata} disks on the bus DISK_BUS_SATA; at most {MAX_SATA_DISKS} are allowed"),
+        );
     }
     checked
+}
+
+/// What of a disk a client must leave empty.
+pub(super) fn check_set_by_cluster(check: &mut Checker, at: &dyn Fn(&str) -> String, fields: &[(&str, bool)]) {
+    for (field, _) in fields.iter().filter(|(_, said)| *said) {
+        check.fail(at(field), "is set by the cluster; leave it empty");
+    }
+}
+
+/// `None`: nothing was said, or nonsense.
+pub(super) fn disk_bus(check: &mut Checker, field: &str, value: i32) -> Option<DiskBus> {
+    match check.known(field, value, &["DISK_BUS_VIRTIO", "DISK_BUS_SCSI", "DISK_BUS_SATA"])? {
+        v1::DiskBus::Unspecified => None,
+        v1::DiskBus::Virtio => Some(DiskBus::Virtio),
+        v1::DiskBus::Scsi => Some(DiskBus::Scsi),
+        v1::DiskBus::Sata => Some(DiskBus::Sata),
+    }
+}
+
+/// Likewise.
+pub(super) fn disk_cache(check: &mut Checker, field: &str, value: i32) -> Option<DiskCache> {
+    match check.known(field, value, &["DISK_CACHE_NONE", "DISK_CACHE_WRITETHROUGH", "DISK_CACHE_WRITEBACK"])? {
+        v1::DiskCache::Unspecified => None,
+        v1::DiskCache::None => Some(DiskCache::None),
+        v1::DiskCache::Writethrough => Some(DiskCache::Writethrough),
+        v1::DiskCache::Writeback => Some(DiskCache::Writeback),
+    }
+}
+
+fn disk_hotplug(check: &mut Checker, value: i32, disks: &[Disk]) -> DiskHotplug {
+    match check.known("spec.disk_hotplug", value, &["DISK_HOTPLUG_DISABLED", "DISK_HOTPLUG_ENABLED"]) {
+        Some(v1::DiskHotplug::Disabled) => {
+            if disks.iter().any(|d| d.bus == DiskBus::Scsi) {
+                check.fail("spec.disk_hotplug", "is DISK_HOTPLUG_DISABLED, and there are disks on the bus DISK_BUS_SCSI, which needs its controller: leave it empty");
+            }
+            DiskHotplug::Disabled
+        }
+        Some(v1::DiskHotplug::Unspecified | v1::DiskHotplug::Enabled) | None => DiskHotplug::Enabled,
+    }
 }
 
 fn check_nics(check: &mut Checker, nics: &[v1::Nic]) -> Vec<Nic> {
@@ -454,7 +517,7 @@ mod tests {
         assert_eq!((spec.vcpus, spec.machine, spec.stop_grace_seconds), (1, Machine::Q35, 60));
         assert_eq!((spec.restart, spec.failover), (RestartPolicy::OnFailure, Failover::Fast));
         assert_eq!(spec.on_disk_loss, OnDiskLoss::Wait);
-        let disk = Disk { name: "disk0".into(), pool: "default".into(), size_bytes: 0, image: None };
+        let disk = Disk { name: "disk0".into(), pool: "default".into(), ..Disk::default() };
         assert_eq!(spec.disks, [disk]);
         assert_eq!(vm.image_names, [(ImageUse::Disk(0), "debian".to_owned())]);
         let macs: Vec<_> = spec.nics.iter().map(|n| n.mac.as_str()).collect();
@@ -521,6 +584,32 @@ mod tests {
             ("spec.disks[0].pool", disk(v1::Disk { pool: "a/..".into(), size_bytes: 512, ..Default::default() })),
             ("spec.disks[0].image", disk(v1::Disk { image: "/etc/passwd".into(), ..Default::default() })),
             ("spec.disks[0].size_bytes", sized(0)),
+            ("spec.disks[0].bus", disk(v1::Disk { bus: 9, size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].cache", disk(v1::Disk { cache: 9, size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].state", disk(v1::Disk { state: 1, size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].unit", disk(v1::Disk { unit: 1, size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].id", disk(v1::Disk { id: "x".into(), size_bytes: 512, ..Default::default() })),
+            ("spec.disks[0].order", disk(v1::Disk { order: 1, size_bytes: 512, ..Default::default() })),
+            ("spec.disk_hotplug", with(|_, s| s.disk_hotplug = 9)),
+            (
+                "spec.disk_hotplug",
+                with(|_, s| {
+                    s.disk_hotplug = v1::DiskHotplug::Disabled.into();
+                    s.disks[0].bus = v1::DiskBus::Scsi.into();
+                }),
+            ),
+            (
+                "spec.disks",
+                with(|_, s| {
+                    let sata = |i| v1::Disk {
+                        name: format!("d{i}"),
+                        size_bytes: 512,
+                        bus: v1::DiskBus::Sata.into(),
+                        ..Default::default()
+                    };
+                    s.disks = (0..7).map(sata).collect();
+                }),
+            ),
             ("spec.disks[0].size_bytes", sized(511)),
             ("spec.disks[0].size_bytes", sized((64 << 40) + 512)),
             ("spec.disks[0].size_bytes", sized(u64::MAX)),
@@ -627,7 +716,7 @@ mod tests {
             spec.memory_mib = memory_mib >> 40;
             spec.machine = machine;
             spec.restart = restart % 5;
-            spec.disks = vec![v1::Disk { name: disk, pool: String::new(), size_bytes: size & !511, image: image.clone() }];
+            spec.disks = vec![v1::Disk { name: disk, pool: String::new(), size_bytes: size & !511, image: image.clone(), ..Default::default() }];
             spec.kernel = (size % 2 == 0).then_some(v1::KernelBoot { image, command_line: line });
             if let Ok(vm) = check(request) {
                 prop_assert!(uncloud_proto::names::check(&vm.name).is_ok());

@@ -41,6 +41,7 @@ async fn term(data_dir: &Path) -> Term {
         disk_overcommit_percent: 200,
         address: "127.0.0.1:1".into(),
         controllers: Vec::new(),
+        metrics: Default::default(),
     };
     let mirror = Follower::load(&store).await.unwrap();
     let (leader, _writer) =

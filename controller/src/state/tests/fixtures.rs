@@ -100,12 +100,13 @@ pub(super) fn spec() -> VmSpec {
         firmware: Default::default(),
         cpu: Default::default(),
         cloud_init: None,
+        disk_hotplug: Default::default(),
         extra: serde_json::Map::new(),
     }
 }
 
 pub(super) fn disk(pool: &str) -> Disk {
-    Disk { name: "disk0".into(), pool: pool.into(), size_bytes: 1 << 30, image: None }
+    Disk { name: "disk0".into(), pool: pool.into(), size_bytes: 1 << 30, ..Disk::default() }
 }
 
 pub(super) fn with_disk(pool: &str) -> VmSpec {
@@ -255,6 +256,7 @@ impl World {
         }
         rebuilt.advance(self.state.revision());
         assert_same(&self.state, &rebuilt);
+        assert!(self.state.host_index_is_right());
 
         // R1
         for (id, entry) in self.state.vms().filter(|(_, e)| e.record.revert.is_some()) {

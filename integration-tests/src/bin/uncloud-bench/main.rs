@@ -5,7 +5,7 @@
 //! `guests/micro`, the programs are those that were built beside this one.
 //!
 //! ```text
-//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations)
+//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations, placement)
 //! uncloud-bench --only scale [--out FILE]      (10,000 agents and 100,000 VMs: `make bench-scale`; or one stage of it: cold-start,
 //!                                               agents, reads, deaths, takeover, agents-max; or churn)
 //! uncloud-bench idle-client HOST:PORT          (what agent_memory is compared with; started by the above)
@@ -16,6 +16,7 @@ mod creates;
 mod failover;
 mod guests;
 mod migrations;
+mod placement;
 mod scale;
 
 use std::{path::PathBuf, time::Duration};
@@ -65,17 +66,19 @@ async fn main() -> anyhow::Result<()> {
             all.extend(guests::measure().await?);
             all.extend(failover::measure().await?);
             all.extend(migrations::measure().await?);
+            all.extend(placement::measure()?);
         }
         Some("creates") => all = creates::measure().await?,
         Some("guests") => all = guests::measure().await?,
         Some("failover") => all = failover::measure().await?,
         Some("migrations") => all = migrations::measure().await?,
+        Some("placement") => all = placement::measure()?,
         Some("scale") => all = scale::measure(&scale::STAGES).await?,
         Some(stage) if scale::STAGES.contains(&stage) || stage == scale::CHURN => {
             all = scale::measure(&[stage]).await?
         }
         Some(other) => bail!(
-            "`{other}` is no part; there are creates, guests, failover, migrations, scale and its stages {}, and {}",
+            "`{other}` is no part; there are creates, guests, failover, migrations, placement, scale and its stages {}, and {}",
             scale::STAGES.join(", "),
             scale::CHURN
         ),

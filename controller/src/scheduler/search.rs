@@ -1,0 +1,163 @@
+//! Finds the best host by the index. The scan over all hosts ([`super::place_by_scan`]) gives the same answer.
+
+use uncloud_proto::ids::HostId;
+
+use super::{
+    ClusterView, Home, Limits, Request, filter,
+    index::{Bucket, Class},
+    kind::Signature,
+    score::{Others, Score, score},
+};
+
+/// The best host, and whether others can take the VM, too. `None`: no host can.
+pub(super) fn best(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Option<(Score, Others)> {
+    let mut search = Search { view, request, limits, named: named(request), best: None, second: None };
+    search.ask_named();
+    match request.home {
+        Home::OnlyHost(_) => {}
+        Home::Anywhere | Home::SharedPools { .. } => search.ask_classes(),
+    }
+    let best = search.best?;
+    Some((best, if search.second.is_some() { Others::Some } else { Others::None }))
+}
+
+/// Hosts whose place in the index says nothing about their score for this very VM. Few.
+fn named(request: &Request) -> Vec<HostId> {
+    match request.home {
+        Home::OnlyHost(host) => vec![host],
+        Home::Anywhere | Home::SharedPools { .. } => {
+            let mut named: Vec<HostId> = request.prefer.into_iter().chain(request.holds.iter().copied()).collect();
+            named.sort_unstable();
+            named.dedup();
+            named
+        }
+    }
+}
+
+struct Search<'a> {
+    view: &'a ClusterView,
+    request: &'a Request,
+    limits: &'a Limits<'a>,
+    named: Vec<HostId>,
+    best: Option<Score>,
+    /// Another host that can take it, too. It need not be the second best.
+    second: Option<HostId>,
+}
+
+impl Search<'_> {
+    fn ask_named(&mut self) {
+        for host in std::mem::take(&mut self.named) {
+            if let Some(found) = self.view.host(host)
+                && filter::check(self.view, host, found, self.request, self.limits).is_ok()
+            {
+                self.found(score(host, found, self.request));
+            }
+            self.named.push(host);
+        }
+    }
+
+    fn ask_classes(&mut self) {
+        let asked = Signature::asked_for(self.request);
+        // A host that is preferred and can take it is the best already.
+        if self.best.is_none_or(|best| !best.is_preferred()) {
+            self.ask_for_best(asked);
+        }
+        // It is said when a host is the only one.
+        self.ask_for_second(asked);
+    }
+
+    fn ask_for_best(&mut self, asked: Signature) {
+        let (view, request) = (self.view, self.request);
+        let bounds = || {
+            let slots = view.index().slots().filter(|slot| slot.signature.has_all(asked));
+            slots.filter_map(|slot| Some((Score::of_rank(slot.first?.size, slot.first?.rank, request), slot.class()?)))
+        };
+        // No host has a better score than the best of those that come first in their classes. Mostly it can take the VM.
+        let Some((least, first)) = bounds().min_by_key(|(bound, _)| *bound) else { return };
+        for (bound, class) in std::iter::once((least, first)).chain(bounds()) {
+            if self.best.is_some_and(|best| best <= least) {
+                return;
+            }
+            if self.best.is_none_or(|best| bound < best) && class.kind.admits(request) {
+                self.ask_class(class);
+            }
+        }
+    }
+
+    fn ask_for_second(&mut self, asked: Signature) {
+        let Some(best) = self.best else { return };
+        for slot in self.view.index().slots() {
+            if self.second.is_some() {
+                return;
+            }
+            let Some(class) = slot.class().filter(|_| slot.signature.has_all(asked)) else { continue };
+            if !class.kind.admits(self.request) {
+                continue;
+            }
+            let ranks = self.buckets(class).iter().flat_map(|b| &b.hosts).map(|rank| rank.host);
+            self.second = ranks.filter(|&h| h != best.host && !self.named.contains(&h)).find(|&h| self.can_take(h));
+        }
+    }
+
+    /// Those with enough vCPUs left.
+    fn buckets<'c>(&self, class: &'c Class) -> &'c [Bucket] {
+        let capacity = filter::vcpus(class.kind.vcpus, self.limits);
+        match capacity.checked_sub(u64::from(self.request.vcpus)) {
+            Some(at_most) => class.buckets_up_to(at_most),
+            None => &[],
+        }
+    }
+
+    fn ask_class(&mut self, class: &Class) {
+        let buckets = self.buckets(class);
+        // The best first host comes first, so that the others are only looked at if it cannot take the VM.
+        let Some(first) = buckets.iter().min_by_key(|b| b.first) else { return };
+        self.ask_bucket(class, first);
+        for bucket in buckets {
+            self.ask_bucket(class, bucket);
+        }
+    }
+
+    fn ask_bucket(&mut self, class: &Class, bucket: &Bucket) {
+        // The first needs no look into the set.
+        for rank in std::iter::once(&bucket.first).chain(bucket.hosts.iter().skip(1)) {
+            let score = Score::of_rank(class.kind.size(), *rank, self.request);
+            if self.best.is_some_and(|best| best <= score) {
+                return;
+            }
+            // More is promised on those that follow.
+            if class.kind.memory_mib < rank.memory_mib.saturating_add(self.request.memory_mib) {
+                return;
+            }
+            if !self.named.contains(&rank.host) && self.can_take(rank.host) {
+                self.found(score);
+                return;
+            }
+        }
+    }
+
+    /// Of a host whose kind admits the VM.
+    fn can_take(&self, host: HostId) -> bool {
+        !self.limits.silent.contains(&host)
+            && self.view.host(host).is_some_and(|found| {
+                filter::check_this_host(host, found, self.request, self.limits)
+                    .and_then(|()| filter::check_now(self.view, host, found, self.request, self.limits))
+                    .is_ok()
+            })
+    }
+
+    fn found(&mut self, score: Score) {
+        let worse = match self.best {
+            Some(best) if best <= score => Some(score.host),
+            Some(best) => {
+                self.best = Some(score);
+                Some(best.host)
+            }
+            None => {
+                self.best = Some(score);
+                None
+            }
+        };
+        self.second = self.second.or(worse);
+    }
+}
