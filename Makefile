@@ -8,6 +8,7 @@
 #   make sim     the simulation over many seeds: SEEDS=10000 FROM=1
 #   make mutants breaks each safety rule in turn, and says whether a test notices
 #   make bench   the numbers, as a table and in target/bench.json
+#   make bench-scale  those of 10,000 hosts and 100,000 VMs, in target/bench-scale.json: docs/performance.md; make churn CHURN_MINUTES=60
 #   make tour    what an operator does with a VM, typed into a real cluster with a Debian guest: docs/tour.md (CHECK=yes: compares)
 #
 # Each of them first installs what is missing (make setup) and says what that is.
@@ -79,6 +80,21 @@ bench: setup
 	$(CARGO) build --release -p uncloud-controller -p uncloud-agent --bins
 	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
 	$(TARGET)/release/uncloud-bench --out target/bench.json
+
+# 10,000 agents that are played and 100,000 VMs: some minutes. Needs no guests.
+.PHONY: bench-scale
+bench-scale: setup
+	$(CARGO) build --release -p uncloud-controller --bins
+	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
+	$(TARGET)/release/uncloud-bench --only scale --out target/bench-scale.json
+
+# VMs come and go for CHURN_MINUTES in such a cluster: does memory stay what it is?
+CHURN_MINUTES ?= 5
+.PHONY: churn
+churn: setup
+	$(CARGO) build --release -p uncloud-controller --bins
+	$(CARGO) build --release -p uncloud-integration-tests --bin uncloud-bench
+	CHURN_MINUTES=$(CHURN_MINUTES) $(TARGET)/release/uncloud-bench --only churn --out target/bench-churn.json
 
 # Faults at random for MINUTES, from SEED or the clock. Needs root, for network namespaces.
 MINUTES ?= 10

@@ -37,6 +37,15 @@ impl Controller {
     ///
     /// It cannot be started.
     pub fn spawn(dir: &Path, listen: &str, args: Vec<OsString>) -> anyhow::Result<Self> {
+        Self::spawn_logging(dir, listen, args, "info,uncloud_controller=debug")
+    }
+
+    /// The same, and it logs what `log` says (`UNCLOUD_LOG`).
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn spawn_logging(dir: &Path, listen: &str, args: Vec<OsString>, log: &str) -> anyhow::Result<Self> {
         let mut all: Vec<OsString> =
             vec!["--data-dir".into(), dir.join("data").into(), "--listen".into(), listen.into()];
         all.extend(args);
@@ -45,7 +54,7 @@ impl Controller {
             name,
             program: paths::binary("uncloud-controller")?,
             args: all,
-            env: vec![("UNCLOUD_LOG".into(), "info,uncloud_controller=debug".into())],
+            env: vec![("UNCLOUD_LOG".into(), log.into())],
             log: dir.join("controller.log"),
             netns: None,
         })?;

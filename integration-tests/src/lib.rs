@@ -18,6 +18,7 @@ pub mod controller;
 pub mod etcd;
 pub mod guest;
 pub mod listing;
+pub mod load;
 pub mod logs;
 pub mod migration;
 pub mod netns;

@@ -1,10 +1,10 @@
-//! How many creates are acknowledged in a second, beside raw etcd transactions of the same size on the same etcd.
+//! How many creates are acknowledged in a second, beside raw etcd transactions of the same bytes on the same etcd.
+//!
+//! One client's create is put beside one transaction of one VM (`create_1_p50`), many clients' beside transactions that are as
+//! full as etcd takes them: one at a time, as the leader's are (`create_128`), and four at a time (`create_128_of_4`).
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -12,11 +12,14 @@ use anyhow::Context as _;
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
 use harness::{Api, Cluster, Options, etcd::Fsync, slots::Share};
 use tokio::task::JoinSet;
+use uncloud_controller::store::MAX_OPERATIONS;
 use uncloud_proto::v1::{CreateVmRequest, Disk, PowerState, VmSpec};
 
-use super::{Measured, median};
+use super::{Measured, median, millis};
 
 const CLIENTS: [usize; 3] = [1, 16, 128];
+/// Of these the limit is full transactions.
+const MANY: usize = 128;
 const ROUNDS: usize = 3;
 const ROUND: Duration = Duration::from_secs(2);
 /// Connections that the clients share: what one connection can carry is not what is measured.
@@ -32,13 +35,27 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
 
     let mut all = Vec::new();
     for clients in CLIENTS {
-        let (mut ours, mut raw) = (Vec::new(), Vec::new());
+        let (mut ours, mut raw, mut raw_of_4) = (Vec::new(), Vec::new(), Vec::new());
         // In turns, so that a noisy moment of the machine hits both.
         for round in 0..ROUNDS {
-            raw.push(raw_per_second(&cluster, &sizes, clients, round).await?);
+            let (vms, at_once) = if clients == MANY { (MAX_OPERATIONS / sizes.len(), 1) } else { (1, clients) };
+            raw.push(raw_per_second(&cluster, &sizes, vms, at_once, round).await?);
+            if clients == MANY {
+                raw_of_4.push(raw_per_second(&cluster, &sizes, vms, 4, round).await?);
+            }
             ours.push(creates_per_second(&cluster, clients, round).await?);
         }
-        all.push(Measured::new(format!("create_{clients}"), median(ours), median(raw), "1/s", beside.clone()));
+        if clients == 1 {
+            let p50 = |per_second: &[Measure]| median(per_second.iter().map(|m| m.p50).collect());
+            all.push(Measured::new("create_1_p50", p50(&ours), p50(&raw), "ms", beside.clone()));
+        }
+        let rate = |rounds: Vec<Measure>| median(rounds.into_iter().map(|m| m.per_second).collect());
+        let ours = rate(ours);
+        let full = if clients == MANY { ", as many VMs in each as fit, one at a time" } else { "" };
+        all.push(Measured::new(format!("create_{clients}"), ours, rate(raw), "1/s", format!("{beside}{full}")));
+        if clients == MANY {
+            all.push(Measured::new("create_128_of_4", ours, rate(raw_of_4), "1/s", "the same, four at a time"));
+        }
     }
     cluster.finish().await?;
     Ok(all)
@@ -60,10 +77,10 @@ async fn sizes_of_a_create(cluster: &Cluster) -> anyhow::Result<Vec<usize>> {
     Ok(all.kvs().iter().filter(|kv| kv.mod_revision() == revision).map(|kv| kv.value().len()).collect())
 }
 
-async fn creates_per_second(cluster: &Cluster, clients: usize, round: usize) -> anyhow::Result<f64> {
+async fn creates_per_second(cluster: &Cluster, clients: usize, round: usize) -> anyhow::Result<Measure> {
     let connections: Vec<Api> =
         (0..CONNECTIONS).map(|_| Api::new(cluster.api.endpoint())).collect::<anyhow::Result<_>>()?;
-    per_second(clients, |client, n| {
+    per_second(clients, 1, |client, n| {
         let api = connections[client % CONNECTIONS].clone();
         async move {
             api.create(request(format!("bench-{clients}-{round}-{client}-{n}"))).await?;
@@ -73,17 +90,24 @@ async fn creates_per_second(cluster: &Cluster, clients: usize, round: usize) -> 
     .await
 }
 
-async fn raw_per_second(cluster: &Cluster, sizes: &[usize], clients: usize, round: usize) -> anyhow::Result<f64> {
+/// Transactions with what `vms` creates write, `clients` at a time.
+async fn raw_per_second(
+    cluster: &Cluster,
+    sizes: &[usize],
+    vms: usize,
+    clients: usize,
+    round: usize,
+) -> anyhow::Result<Measure> {
     let etcd = cluster.etcd.as_ref().context("an etcd")?;
     let mut connections: Vec<Client> = Vec::new();
     for _ in 0..CONNECTIONS {
         connections.push(etcd.client().await?);
     }
-    let values: Arc<Vec<Vec<u8>>> = Arc::new(sizes.iter().map(|n| vec![b'x'; *n]).collect());
-    per_second(clients, |client, n| {
+    let values: Arc<Vec<Vec<u8>>> = Arc::new(sizes.repeat(vms).into_iter().map(|n| vec![b'x'; n]).collect());
+    per_second(clients, vms as u64, |client, n| {
         let (mut etcd, values) = (connections[client % CONNECTIONS].clone(), Arc::clone(&values));
         async move {
-            let key = |i: usize| format!("/raw/{clients}/{round}/{client:08}-{n:012}/{i}");
+            let key = |i: usize| format!("/raw/{vms}/{clients}/{round}/{client:08}-{n:012}/{i:03}");
             let puts: Vec<TxnOp> =
                 values.iter().enumerate().map(|(i, v)| TxnOp::put(key(i), v.clone(), None)).collect();
             // As the leader does: a condition on a key that is there.
@@ -96,33 +120,42 @@ async fn raw_per_second(cluster: &Cluster, sizes: &[usize], clients: usize, roun
     .await
 }
 
-/// Runs `clients` loops for one round; counts what was done in it.
-async fn per_second<F>(clients: usize, work: impl Fn(usize, u64) -> F) -> anyhow::Result<f64>
+/// What one round has shown.
+struct Measure {
+    per_second: f64,
+    /// ms of one call.
+    p50: f64,
+}
+
+/// Runs `clients` loops for one round, each call of which makes `vms` VMs.
+async fn per_second<F>(clients: usize, vms: u64, work: impl Fn(usize, u64) -> F) -> anyhow::Result<Measure>
 where
     F: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
-    let done = Arc::new(AtomicU64::new(0));
     let start = Instant::now();
     let mut tasks = JoinSet::new();
     // `work` stays here; each client's next call is started when its last one is answered.
     let mut count = vec![0_u64; clients];
-    let spawn = |tasks: &mut JoinSet<anyhow::Result<usize>>, client: usize, n: u64| {
-        let (call, done) = (work(client, n), Arc::clone(&done));
+    let spawn = |tasks: &mut JoinSet<anyhow::Result<(usize, Duration)>>, client: usize, n: u64| {
+        let call = work(client, n);
         tasks.spawn(async move {
+            let begin = Instant::now();
             call.await?;
-            done.fetch_add(1, Ordering::Relaxed);
-            Ok(client)
+            Ok((client, begin.elapsed()))
         });
     };
     for client in 0..clients {
         spawn(&mut tasks, client, 0);
     }
+    let mut times = Vec::new();
     while let Some(answer) = tasks.join_next().await {
-        let client = answer??;
+        let (client, took) = answer??;
+        times.push(millis(took));
         if start.elapsed() < ROUND {
             count[client] += 1;
             spawn(&mut tasks, client, count[client]);
         }
     }
-    Ok(done.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64())
+    let per_second = times.len() as f64 * vms as f64 / start.elapsed().as_secs_f64();
+    Ok(Measure { per_second, p50: median(times) })
 }

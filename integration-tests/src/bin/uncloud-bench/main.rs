@@ -6,7 +6,10 @@
 //!
 //! ```text
 //! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations, placement)
-//! uncloud-bench idle-client HOST:PORT     (what agent_memory is compared with; started by the above)
+//! uncloud-bench --only scale [--out FILE]      (10,000 agents and 100,000 VMs: `make bench-scale`; or one stage of it: cold-start,
+//!                                               agents, reads, deaths, takeover, agents-max; or churn)
+//! uncloud-bench idle-client HOST:PORT          (what agent_memory is compared with; started by the above)
+//! uncloud-bench bare-server HOST:PORT          (what the sessions are compared with; started by the above)
 //! ```
 
 mod creates;
@@ -14,6 +17,7 @@ mod failover;
 mod guests;
 mod migrations;
 mod placement;
+mod scale;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -49,6 +53,9 @@ async fn main() -> anyhow::Result<()> {
             "--out" => out = Some(PathBuf::from(args.next().context("--out needs a file")?)),
             "--only" => only = Some(args.next().context("--only needs a part")?),
             "idle-client" => return guests::idle_client(&args.next().context("idle-client needs an address")?).await,
+            "bare-server" => {
+                return scale::bare_server(&args.next().context("bare-server needs an address")?).await;
+            }
             other => bail!("unknown argument `{other}`; usage: uncloud-bench [--only PART] [--out FILE]"),
         }
     }
@@ -66,7 +73,15 @@ async fn main() -> anyhow::Result<()> {
         Some("failover") => all = failover::measure().await?,
         Some("migrations") => all = migrations::measure().await?,
         Some("placement") => all = placement::measure()?,
-        Some(other) => bail!("`{other}` is no part; there are creates, guests, failover, migrations and placement"),
+        Some("scale") => all = scale::measure(&scale::STAGES).await?,
+        Some(stage) if scale::STAGES.contains(&stage) || stage == scale::CHURN => {
+            all = scale::measure(&[stage]).await?
+        }
+        Some(other) => bail!(
+            "`{other}` is no part; there are creates, guests, failover, migrations, placement, scale and its stages {}, and {}",
+            scale::STAGES.join(", "),
+            scale::CHURN
+        ),
     }
     print_table(&all);
     if let Some(out) = out {

@@ -1,0 +1,68 @@
+//! Hosts die: from the moment at which the leader declares it to the moment at which the last VM has a new place in etcd.
+//!
+//! The beginning is the time in the leader's log, the end is when etcd tells this process of the last write: both by this
+//! machine's clock.
+
+use std::{collections::BTreeSet, fs, ops::Range, time::Duration};
+
+use anyhow::{Context as _, bail};
+use etcd_client::{EventType, WatchOptions};
+use uncloud_controller::model::{Key, Record};
+use uncloud_proto::{clock::Clock, ids::VmId};
+
+use super::{CROWDED, FULLER, Scale, raw};
+
+/// The lease, what the leader adds to it, and much more.
+const LIMIT: Duration = Duration::from_secs(60);
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
+pub(super) async fn measure(scale: &mut Scale) -> anyhow::Result<()> {
+    die(scale, "dead_host_1000_vms", 0..1, CROWDED, "100").await?;
+    die(scale, "dead_50_hosts", 1..1 + FULLER.0, FULLER.0 * FULLER.1, "150").await
+}
+
+async fn die(scale: &mut Scale, name: &str, hosts: Range<usize>, vms: usize, aim: &str) -> anyhow::Result<()> {
+    let dead: BTreeSet<_> = scale.site.hosts[hosts.clone()].iter().map(|h| h.id).collect();
+    let mut homeless: BTreeSet<VmId> = scale.site.hosts[hosts.clone()].iter().flat_map(|h| h.vms.clone()).collect();
+    anyhow::ensure!(homeless.len() == vms, "{} VMs", homeless.len());
+    let log = scale.plane.controllers[0].process().log().to_path_buf();
+    let already = fs::metadata(&log)?.len();
+
+    let mut etcd = scale.plane.etcd.client().await?;
+    let mut changes = etcd.watch("/uncloud/v1/", Some(WatchOptions::new().with_prefix())).await?;
+    let clock = Clock::system();
+    scale.fleet.kill(hosts.clone());
+    let mut sizes = Vec::new();
+    let mut last = 0;
+    while !homeless.is_empty() {
+        let next = tokio::time::timeout(LIMIT, changes.message()).await;
+        let Ok(Ok(Some(next))) = next else { bail!("{} VMs have no new place", homeless.len()) };
+        let now = clock.wall().0;
+        for event in next.events() {
+            let Some(kv) = event.kv().filter(|_| event.event_type() == EventType::Put) else { continue };
+            sizes.push(kv.value().len());
+            let Some(key @ Key::Vm(vm)) = Key::parse(kv.key()) else { continue };
+            let Record::Vm(record) = Record::from_json(&key, kv.value())? else { continue };
+            if record.placement.host.is_some_and(|host| !dead.contains(&host)) && homeless.remove(&vm) {
+                last = now;
+            }
+        }
+    }
+    let text = fs::read(&log)?;
+    let text = String::from_utf8_lossy(&text[usize::try_from(already)?..]).into_owned();
+    let declared = text.lines().find(|line| line.contains("declared lapsed")).and_then(time_of_day);
+    let declared = declared.context("the leader's log says when")?;
+    let took = (last % DAY_MS + DAY_MS - declared) % DAY_MS;
+    let limit = raw::write(&mut etcd, &sizes).await?;
+    let beside = format!("the same {} writes in full etcd transactions; the aim is {aim}", sizes.len());
+    scale.add(name, took as f64, limit.as_secs_f64() * 1000.0, "ms", beside);
+    Ok(())
+}
+
+/// Milliseconds since midnight at the beginning of a line of a log, such as `2026-11-24T01:02:03.456789Z`.
+fn time_of_day(line: &str) -> Option<u64> {
+    let time = line.get(11..23)?;
+    let mut parts = time.split([':', '.']).map(|part| part.parse::<u64>().ok());
+    let (h, m, s, ms) = (parts.next()??, parts.next()??, parts.next()??, parts.next()??);
+    Some(((h * 60 + m) * 60 + s) * 1000 + ms)
+}
