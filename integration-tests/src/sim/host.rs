@@ -255,11 +255,10 @@ impl Host {
                 let event = self.delete_disks(core, vm, &desired);
                 self.done(core, vm, (epoch, work), event, None);
             }
+            What::Disks(vm, epoch, work, DiskWork::Tend(_)) if self.is_ended(vm, epoch, work) => {}
             What::Disks(vm, epoch, work, DiskWork::Tend(desired)) => {
-                if !self.is_ended(vm, epoch, work) {
-                    let event = self.tend(core, vm, &desired);
-                    self.done(core, vm, (epoch, work), event, None);
-                }
+                let event = self.tend(core, vm, &desired);
+                self.done(core, vm, (epoch, work), event, None);
             }
             What::Disks(vm, epoch, work, DiskWork::Adopt) => self.adopt(core, vm, epoch, work),
             What::Execute(start) => self.execute(core, *start),
