@@ -34,6 +34,9 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(5);
 /// has just been started.
 const CATCH_UP: Duration = Duration::from_secs(30);
 
+/// After so many records of the state others in the same task have their turn: some milliseconds.
+const GIVE_WAY_EVERY: usize = 256;
+
 /// Follows etcd.
 #[derive(Debug)]
 pub struct Follower {
@@ -68,7 +71,11 @@ impl Follower {
         let loaded = store.load().await?;
         let mut state = State::default();
         let mut leader = LeaderChange::Gone;
-        for (key, value, revision) in loaded.entries {
+        for (n, (key, value, revision)) in loaded.entries.into_iter().enumerate() {
+            // A large cluster takes seconds, and the task that does this keeps a leadership alive meanwhile.
+            if n % GIVE_WAY_EVERY == 0 {
+                tokio::task::yield_now().await;
+            }
             if key == Key::Leader.to_string().as_bytes() {
                 leader = LeaderChange::Leads(read_leader(&value));
             }

@@ -4,11 +4,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use uncloud_proto::ids::Revision;
+use uncloud_proto::ids::{HostId, Revision};
 
-use super::{Feed, FeedItem};
+use super::{
+    Feed, FeedItem,
+    wake::{Sleeper, Sleepers},
+};
 use crate::{
-    state::{State, command::Change},
+    state::{State, command::Change, concerned},
     store::Logged,
 };
 
@@ -21,13 +24,20 @@ pub struct Mirror {
     state: Arc<RwLock<State>>,
     feed: Feed,
     changed: watch::Sender<Revision>,
+    sleepers: Sleepers,
     retired: CancellationToken,
 }
 
 impl Mirror {
     pub(super) fn new(state: State, feed: Feed) -> Self {
         let changed = watch::Sender::new(state.revision());
-        Self { state: Arc::new(RwLock::new(state)), feed, changed, retired: CancellationToken::new() }
+        Self {
+            state: Arc::new(RwLock::new(state)),
+            feed,
+            changed,
+            sleepers: Sleepers::default(),
+            retired: CancellationToken::new(),
+        }
     }
 
     /// Looks at the state. `f` must be short: the writer waits meanwhile.
@@ -39,6 +49,13 @@ impl Mirror {
     #[must_use]
     pub fn changed(&self) -> watch::Receiver<Revision> {
         self.changed.subscribe()
+    }
+
+    /// Tells the session of a host when something was committed that concerns it: soon, but perhaps not everything. Who must
+    /// not miss anything asks [`Mirror::changed`].
+    #[must_use]
+    pub fn sleeper(&self, host: HostId) -> Sleeper {
+        self.sleepers.add(host)
     }
 
     /// The changes themselves.
@@ -61,9 +78,15 @@ impl Mirror {
 
     /// Takes a committed change in. A reader that comes after this sees it.
     pub(super) fn absorb(&self, change: Change, revision: Revision) {
-        self.state.write().unwrap_or_else(PoisonError::into_inner).absorb(&change, revision);
+        let concerned = {
+            let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+            let concerned = concerned(&state, &change);
+            state.absorb(&change, revision);
+            concerned
+        };
         self.feed.publish(FeedItem { revision, change });
         self.changed.send_replace(revision);
+        self.sleepers.wake(concerned);
     }
 
     /// Takes in what etcd told.
@@ -81,6 +104,7 @@ impl Mirror {
         } else {
             self.feed.publish(FeedItem { revision, change });
         }
+        // Who does not lead has no sessions to wake.
         self.changed.send_replace(revision);
     }
 }

@@ -25,6 +25,7 @@ mod leader;
 mod mirror;
 mod token;
 mod validity;
+mod wake;
 mod writer;
 
 pub use campaign::{Campaign, Candidate, Elected, Keeping};
@@ -36,4 +37,5 @@ pub use leader::{Leader, LeaderSlot, NotLeader, Settings};
 pub use mirror::Mirror;
 pub use token::LeaderToken;
 pub use validity::Validity;
+pub use wake::Sleeper;
 pub use writer::{Committed, NotSettled, WriteError, Writer, WriterParts};

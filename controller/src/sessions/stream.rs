@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     health::Grant,
-    leadership::{Leader, LeaderSlot, WriteError},
+    leadership::{Leader, LeaderSlot, Sleeper, WriteError},
     metrics::Heartbeat,
     model::{Liveness, host::Pool},
     report,
@@ -160,6 +160,7 @@ struct Session<'a> {
     out: &'a Outgoing,
     rules: Rules,
     changed: watch::Receiver<Revision>,
+    sleeper: Sleeper,
     /// What storage hosts have acknowledged.
     grants: Grants,
     granted: watch::Receiver<u64>,
@@ -203,6 +204,8 @@ impl<'a> Session<'a> {
             out,
             rules,
             changed: leader.mirror.changed(),
+            // Before the first plan, so that nothing comes between.
+            sleeper: leader.mirror.sleeper(host),
             grants: leader.sessions.grants().clone(),
             granted: leader.sessions.grants().changed(),
             serving: BTreeMap::new(),
@@ -261,10 +264,7 @@ impl<'a> Session<'a> {
                     Some(Order::RemoveImage(order)) => self.out.send(Message::RemoveImage(order))?,
                     None => return Err(replaced()),
                 },
-                changed = self.changed.changed() => match changed {
-                    Ok(()) => self.replan()?,
-                    Err(_) => return Err(End::not_leader()),
-                },
+                () = self.sleeper.woken() => self.replan()?,
                 // It cannot end: `self` has a clone of the sender.
                 _ = self.granted.changed() => self.replan()?,
                 // Only so that `begin_job` is tried again.
@@ -334,7 +334,7 @@ impl<'a> Session<'a> {
 
     fn on_heartbeat(&mut self, sequence: u64) -> Result<(), End> {
         let now = self.leader.clock.now();
-        // S3 is judged by the newest state.
+        // S3 is judged by the newest state, whether or not this session was woken for it.
         if self.changed.has_changed().unwrap_or(true) {
             self.replan()?;
         }

@@ -16,6 +16,7 @@ mod absorb;
 mod attach;
 mod clone;
 pub mod command;
+mod concerned;
 mod decide;
 mod disks;
 mod draft;
@@ -55,6 +56,7 @@ use crate::{
 use host_index::HostIndex;
 
 pub use attach::{MAX_DISKS, MAX_SATA_DISKS};
+pub use concerned::{Concerned, concerned};
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use drain::Prospect;
 pub use effective::EffectiveStatus;

@@ -26,11 +26,12 @@ use crate::{
     scheduler::Resources,
     sessions::desired::{self, Wanted},
     state::{
-        MAX_PLACEMENTS, State, VmEntry,
+        Concerned, MAX_PLACEMENTS, State, VmEntry,
         command::{
             Answer, Change, Command, Context, HostFacts, Lapsed, MigrationObservation, Mutation, NewVm, ObservedState,
             PowerChange, Refusal, VmObservation,
         },
+        concerned,
     },
 };
 
@@ -221,8 +222,17 @@ impl World {
             // As the writer does it: first at the revision that it is based on, then at its own.
             let base = self.state.revision();
             let revision = Revision(base.0 + 1);
+            let concerned = concerned(&self.state, &change);
+            let plans = self.plans();
             self.state.absorb(&change, base);
             self.state.absorb(&change, revision);
+            for (host, plan) in self.plans() {
+                let told = match &concerned {
+                    Concerned::Everybody => true,
+                    Concerned::Hosts(hosts) => hosts.contains(&host),
+                };
+                assert!(told || plans.get(&host) == Some(&plan), "host {host} would not be woken for {change:?}");
+            }
             for Mutation { key, value } in &change.mutations {
                 match value {
                     Some(record) => {
@@ -242,6 +252,12 @@ impl World {
         }
         self.last = change;
         self.check();
+    }
+
+    /// What each host would be told.
+    fn plans(&self) -> BTreeMap<HostId, desired::Plan> {
+        let hosts = self.state.hosts().map(|(&host, _)| host);
+        hosts.map(|host| (host, desired::plan(&self.state, host, &BTreeMap::new()))).collect()
     }
 
     /// The state is what its records say.

@@ -334,7 +334,17 @@ impl Watcher {
             // P5: disks that a host has made are given up only if that is what the user chose.
             if was.record.disks_exist && !now.record.disks_exist {
                 prop_assert_eq!(was.record.spec.on_disk_loss, OnDiskLoss::Recreate);
-                prop_assert_eq!(now.record.disk_generation, was.record.disk_generation + 1);
+                // M7: never the number of copies that were given up.
+                prop_assert_eq!(now.record.disk_generation, was.record.next_disk_generation());
+            }
+            // M7: disks that are there become others by the hand-over to those that were copied, and by nothing else.
+            if was.record.disks_exist
+                && now.record.disks_exist
+                && now.record.disk_generation != was.record.disk_generation
+            {
+                let copies = was.record.migration.as_ref().and_then(|m| m.disk_generation);
+                prop_assert_eq!(copies, Some(now.record.disk_generation));
+                prop_assert!(incarnation > old_incarnation);
             }
             if let Some(old_host) = old_host
                 && host != Some(old_host)
