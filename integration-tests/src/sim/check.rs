@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     clock::Ns,
-    contents::{Contents, Made},
+    contents::{Contents, Place},
     core::Core,
 };
 
@@ -85,19 +85,17 @@ impl Check {
     }
 
     /// A guest begins to execute, finds this on its disk, and writes.
-    pub(crate) fn began(&mut self, vm: VmId, found_and_wrote: (u64, u64)) {
-        let truth = self.vms.get(&vm);
-        let made = if truth.is_some_and(|t| t.data.is_some()) { Made::Known } else { Made::Unknown };
-        let record = truth.and_then(|t| t.record.clone());
-        self.note(|c| c.contents.began(vm, found_and_wrote, made, record.as_deref()));
+    pub(crate) fn began(&mut self, vm: VmId, place: Place, found_and_wrote: (u64, u64)) {
+        let record = self.record(vm);
+        self.note(|c| c.contents.began(vm, place, found_and_wrote, record.as_deref()));
     }
 
     /// Disks are put back.
-    pub(crate) fn put_back(&mut self, vm: VmId, number: u64, id: Uuid, count: u64) {
+    pub(crate) fn put_back(&mut self, vm: VmId, place: Place, number: u64, id: Uuid, count: u64) {
         if !self.vm(vm).executing.is_empty() {
             self.violation(format!("R1: the disks of {vm} are put back while it executes"));
         }
-        self.note(|c| c.contents.put_back(vm, number, id, count));
+        self.note(|c| c.contents.put_back(vm, place, number, id, count));
     }
 
     // --- what the user does ---

@@ -18,14 +18,8 @@ pub(crate) struct Disk {
     pub(crate) snapshots: BTreeMap<Uuid, u64>,
 }
 
-/// Whether the disks that a guest begins with must be the ones of before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Made {
-    /// They are stored to be made.
-    Known,
-    /// Nobody has been told of them yet.
-    Unknown,
-}
+/// Which disk: the pool or the host, and the generation.
+pub(crate) type Place = (Uuid, u32);
 
 /// Disks that were put back.
 #[derive(Clone, Copy, Debug)]
@@ -38,10 +32,8 @@ struct PutBack {
 /// What is true about the disks of a VM.
 #[derive(Clone, Debug, Default)]
 struct Truth {
-    /// What is written last. `None`: there was nothing to be known.
-    count: Option<u64>,
-    /// Its guest has executed with these disks.
-    ran: bool,
+    /// What is written last, and where. `None`: there was nothing to be known.
+    count: Option<(Place, u64)>,
     /// What each snapshot was when it was first taken.
     taken: BTreeMap<Uuid, u64>,
     put_back: Option<PutBack>,
@@ -54,18 +46,18 @@ pub(crate) struct Contents {
 }
 
 impl Contents {
-    /// A guest begins to execute, finds `found`, and writes.
+    /// A guest begins to execute, finds `found`, and writes. That it has the disks that it should have is judged elsewhere: those that
+    /// nobody was told of before their host was lost are made anew in another place.
     pub(crate) fn began(
         &mut self,
         vm: VmId,
+        place: Place,
         (found, wrote): (u64, u64),
-        made: Made,
         record: Option<&VmRecord>,
     ) -> Option<String> {
         let truth = self.vms.entry(vm).or_default();
-        let sure = made == Made::Known || !truth.ran;
-        let expected = truth.count.replace(wrote).filter(|_| sure);
-        truth.ran = true;
+        let expected =
+            truth.count.replace((place, wrote)).filter(|(before, _)| *before == place).map(|(_, count)| count);
         if let Some(put_back) = &mut truth.put_back {
             put_back.ran = true;
             if record.and_then(|r| r.revert).is_some_and(|r| r.number == put_back.number) {
@@ -81,8 +73,8 @@ impl Contents {
     }
 
     /// Its guest writes.
-    pub(crate) fn wrote(&mut self, vm: VmId, count: u64) {
-        self.vms.entry(vm).or_default().count = Some(count);
+    pub(crate) fn wrote(&mut self, vm: VmId, place: Place, count: u64) {
+        self.vms.entry(vm).or_default().count = Some((place, count));
     }
 
     /// A snapshot is there, just taken or from before.
@@ -101,10 +93,10 @@ impl Contents {
     }
 
     /// Disks are put back to a snapshot; they are `count` now.
-    pub(crate) fn put_back(&mut self, vm: VmId, number: u64, id: Uuid, count: u64) -> Option<String> {
+    pub(crate) fn put_back(&mut self, vm: VmId, place: Place, number: u64, id: Uuid, count: u64) -> Option<String> {
         let truth = self.vms.entry(vm).or_default();
         let before = truth.put_back.replace(PutBack { number, ran: false });
-        truth.count = Some(count);
+        truth.count = Some((place, count));
         if before.is_some_and(|b| b.number == number && b.ran) {
             return Some(format!("R2: the disks of {vm} are put back again after its guest has run"));
         }
@@ -143,42 +135,43 @@ mod tests {
     use super::*;
 
     const VM: VmId = VmId::from_uuid(Uuid::from_u128(1));
+    const HERE: Place = (Uuid::from_u128(5), 0);
     const A: Uuid = Uuid::from_u128(10);
     const B: Uuid = Uuid::from_u128(11);
 
     /// A guest that has written 5, snapshot A of that, then 6.
     fn with_snapshot() -> Contents {
         let mut contents = Contents::default();
-        assert_eq!(contents.began(VM, (0, 5), Made::Unknown, None), None);
+        assert_eq!(contents.began(VM, HERE, (0, 5), None), None);
         assert_eq!(contents.taken(VM, A, 5), None);
-        contents.wrote(VM, 6);
+        contents.wrote(VM, HERE, 6);
         contents
     }
 
     #[test]
     fn a_guest_that_does_not_find_what_was_written_last_is_seen() {
-        assert_eq!(with_snapshot().began(VM, (6, 7), Made::Known, None), None);
-        assert!(with_snapshot().began(VM, (5, 7), Made::Known, None).is_some_and(|w| w.contains("P5")));
-        assert_eq!(with_snapshot().began(VM, (0, 7), Made::Unknown, None), None, "nobody was told of its disks");
+        assert_eq!(with_snapshot().began(VM, HERE, (6, 7), None), None);
+        assert!(with_snapshot().began(VM, HERE, (5, 7), None).is_some_and(|w| w.contains("P5")));
+        assert_eq!(with_snapshot().began(VM, (A, 0), (0, 7), None), None, "another disk");
     }
 
     #[test]
     fn disks_that_are_put_back_once_more_after_the_guest_ran_are_seen() {
         let mut contents = with_snapshot();
-        assert_eq!(contents.put_back(VM, 1, A, 5), None);
-        assert_eq!(contents.put_back(VM, 1, A, 5), None, "nothing has run since");
-        assert_eq!(contents.began(VM, (5, 8), Made::Known, None), None);
-        assert!(contents.put_back(VM, 1, A, 5).is_some_and(|w| w.contains("R2")));
+        assert_eq!(contents.put_back(VM, HERE, 1, A, 5), None);
+        assert_eq!(contents.put_back(VM, HERE, 1, A, 5), None, "nothing has run since");
+        assert_eq!(contents.began(VM, HERE, (5, 8), None), None);
+        assert!(contents.put_back(VM, HERE, 1, A, 5).is_some_and(|w| w.contains("R2")));
         let mut contents = with_snapshot();
-        assert_eq!(contents.put_back(VM, 2, A, 5), None);
-        assert!(contents.put_back(VM, 1, A, 5).is_some_and(|w| w.contains("R2")), "an older order");
+        assert_eq!(contents.put_back(VM, HERE, 2, A, 5), None);
+        assert!(contents.put_back(VM, HERE, 1, A, 5).is_some_and(|w| w.contains("R2")), "an older order");
     }
 
     #[test]
     fn a_snapshot_that_is_not_what_it_was_is_seen() {
         assert_eq!(with_snapshot().taken(VM, A, 5), None);
         assert!(with_snapshot().taken(VM, A, 6).is_some_and(|w| w.contains("P5")));
-        assert!(with_snapshot().put_back(VM, 1, A, 6).is_some_and(|w| w.contains("P5")));
-        assert!(with_snapshot().put_back(VM, 1, B, 6).is_some_and(|w| w.contains("P5")), "it was never taken");
+        assert!(with_snapshot().put_back(VM, HERE, 1, A, 6).is_some_and(|w| w.contains("P5")));
+        assert!(with_snapshot().put_back(VM, HERE, 1, B, 6).is_some_and(|w| w.contains("P5")), "it was never taken");
     }
 }

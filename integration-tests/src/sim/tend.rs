@@ -11,7 +11,7 @@ use uncloud_agent::vm::{
 use uncloud_proto::ids::VmId;
 
 use super::{
-    contents::{Contents, Disk},
+    contents::{Contents, Disk, Place},
     core::Core,
     host::Host,
     storage::pools,
@@ -32,21 +32,28 @@ impl Host {
         }
     }
 
+    fn place(&self, pool: &str, generation: u32) -> Place {
+        match pool {
+            "shared" => (self.shared_pool, generation),
+            _ => (self.id.uuid(), generation),
+        }
+    }
+
     /// The guest finds what is on its disks, and writes to them.
     pub(super) fn finds(&mut self, core: &mut Core, vm: VmId, pools: &[String], generation: u32) {
         for pool in pools {
             let wrote = core.uid();
             let Some(disk) = self.disk(core, pool, vm, generation) else { continue };
             let found = std::mem::replace(&mut disk.count, wrote);
-            core.check.began(vm, (found, wrote));
+            core.check.began(vm, self.place(pool, generation), (found, wrote));
         }
     }
 
     fn writes(&mut self, core: &mut Core, vm: VmId, pool: &str, generation: u32) {
-        let count = core.uid();
+        let (count, place) = (core.uid(), self.place(pool, generation));
         if let Some(disk) = self.disk(core, pool, vm, generation) {
             disk.count = count;
-            core.check.contents.wrote(vm, count);
+            core.check.contents.wrote(vm, place, count);
         }
     }
 
@@ -104,7 +111,7 @@ impl Host {
                 disk.count = count;
                 core.stats.put_back += 1;
                 core.log(format_args!("host {}: the disks of {vm} are put back, order {number}", self.index));
-                core.check.put_back(vm, number, snapshot, count);
+                core.check.put_back(vm, self.place(&pool, generation), number, snapshot, count);
             }
         }
         VmEvent::DisksTended(desired.orders.done())
