@@ -98,8 +98,10 @@ impl VmState {
         let current = at.lease.generation;
         match self.acceptance {
             Acceptance::Firm(g) | Acceptance::Expected(g) if g == current && at.lease.valid => {}
+            // The lease that the word was for is on its way.
+            Acceptance::Expected(g) if current.wrapping_add(1) == g => return,
             // As for a start: no word would ever come for this incarnation, so the leader must know.
-            Acceptance::Firm(g) if g != current && orders.revert.is_some() => {
+            Acceptance::Firm(g) | Acceptance::Expected(g) if g != current && orders.revert.is_some() => {
                 return self.record.settled = Some(Settled::Fenced);
             }
             Acceptance::Void | Acceptance::Firm(_) | Acceptance::Expected(_) => return,
@@ -299,6 +301,14 @@ mod tests {
         state.on(Event::TendFailed("no".into()), at(24));
         assert!(!tends(state.on(Event::Wake, later(2))), "the lease of another time");
         assert_eq!(state.report().state, ReportState::Fenced);
+
+        // A word that waits for a lease, which ran out before this was looked at.
+        let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
+        let lapsed = Moment { lease: Lease { generation: 1, valid: false }, ..at(20) };
+        assert!(!tends(state.on(Event::Desired(Box::new(with_revert(1, 1)), Acceptance::Expected(2)), lapsed)));
+        assert_ne!(state.report().state, ReportState::Fenced, "it is on its way");
+        assert!(!tends(state.on(Event::Wake, later(3))));
+        assert_eq!(state.report().state, ReportState::Fenced, "the leader must say it anew");
     }
 
     #[test]
