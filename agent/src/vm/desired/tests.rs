@@ -1,6 +1,9 @@
 //! Tests of what the leader says, checked.
 
+use uncloud_proto::{ids::VmId, v1};
+
 use super::*;
+use crate::vm::disks::Revert;
 
 fn good() -> v1::DesiredVm {
     v1::DesiredVm {
