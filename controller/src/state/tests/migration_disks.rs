@@ -7,7 +7,10 @@ use uncloud_proto::{
 
 use super::fixtures::*;
 use crate::{
-    model::{migration::MigrationResult, vm::VmSpec},
+    model::{
+        migration::MigrationResult,
+        vm::{Disk, DiskBus, DiskState, VmSpec},
+    },
     sessions::desired::{Wanted, message},
     state::command::{Command, Lapsed, ObservedState, VmObservation},
 };
@@ -171,4 +174,24 @@ fn what_cannot_be_copied_is_refused_in_words() {
     let vm = world.running(1, mixed);
     let refusal = world.refused(begin(vm, None)).to_string();
     assert!(refusal.contains("all of one kind"), "{refusal}");
+}
+
+/// Its agents name a disk that is copied by its order, and its file by its generation alone.
+#[test]
+fn a_vm_with_a_disk_that_has_another_kind_of_name_is_not_copied() {
+    let changes: [fn(&mut Disk); 3] = [
+        |disk| disk.bus = DiskBus::Scsi,
+        |disk| disk.id = Some(uuid::Uuid::from_u128(7)),
+        |disk| disk.state = DiskState::Detached,
+    ];
+    for change in changes {
+        let mut world = World::with_hosts(2);
+        let mut spec = with_disk("local");
+        let mut second = Disk { name: "data".into(), ..disk("local") };
+        change(&mut second);
+        spec.disks.push(second);
+        let vm = world.running(1, spec);
+        let refusal = world.refused(begin(vm, None)).to_string();
+        assert!(refusal.contains("disk `data`") && refusal.contains("cannot be copied"), "{refusal}");
+    }
 }
