@@ -119,10 +119,13 @@ impl VmState {
             }
             Disposition::Stop => {
                 self.record.restarts_done = self.record.restarts_done.max(desired.restarts);
-                // V1: what was fenced stays so until it has a new incarnation.
-                if self.record.settled != Some(Settled::Fenced) {
-                    self.record.settled = Some(Settled::Stopped);
-                    self.tend_idle(at, effects);
+                // V1: what was fenced stays so until it has a new incarnation, also when it was deleted or forgotten after that.
+                match self.record.settled {
+                    Some(Settled::Fenced | Settled::Deleted | Settled::Forgotten) => {}
+                    Some(Settled::Stopped | Settled::PoweredOff | Settled::Failed { .. }) | None => {
+                        self.record.settled = Some(Settled::Stopped);
+                        self.tend_idle(at, effects);
+                    }
                 }
             }
             Disposition::Delete => {

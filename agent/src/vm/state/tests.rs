@@ -423,6 +423,25 @@ fn a_vm_whose_record_is_lost_is_not_restarted_for_that() {
     assert!(state.on(word(4), moment(3, 1, true)).contains(&Effect::PowerDown));
 }
 
+/// V1: found by the histories below.
+#[test]
+fn what_was_fenced_is_not_started_by_a_stop_and_a_restart_after_it_was_deleted() {
+    let said = |disposition, restarts| word(Desired { disposition, restarts, ..desired(1) }, Acceptance::Firm(1));
+    let at = moment(10, 1, true);
+    for gone in [Disposition::Delete, Disposition::Forget] {
+        let mut state = VmState::new(vm());
+        state.on(said(Disposition::Run, 0), at);
+        assert_eq!(state.on(Event::Prepared, at), [Effect::Persist, LAUNCH]);
+        state.on(Event::StartFenced, at);
+        assert_eq!(shown(&state), ReportState::Fenced);
+        state.on(said(gone, 0), at);
+        state.on(Event::DisksDeleted, at);
+        state.on(said(Disposition::Stop, 0), at);
+        let effects = state.on(said(Disposition::Run, 1), at);
+        assert!(!effects.contains(&Effect::Prepare), "{gone:?}: {effects:?}");
+    }
+}
+
 /// What the environment is asked to do, and has not answered.
 #[derive(Default, Debug)]
 struct Environment {
