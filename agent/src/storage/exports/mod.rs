@@ -1,4 +1,5 @@
-//! Serves the disks of a pool over the network: for each VM to the one incarnation that the leader has named.
+//! Serves the disks of a pool over the network: for each VM to the one incarnation that the leader has named, and to the next one
+//! while it migrates.
 //!
 //! ```text
 //!  ServeDisks ──▶ want ──┐                    ┌── disks are made (storage), beside everything else
@@ -58,6 +59,8 @@ const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 pub struct Served {
     /// To which incarnation.
     pub incarnation: Incarnation,
+    /// To the one on the target of its migration, too.
+    pub next: Option<Incarnation>,
     /// Why they are not. Empty: they are, and to no other.
     pub problem: String,
 }
@@ -110,10 +113,26 @@ impl Default for Exports {
     }
 }
 
+/// To whom disks are to be served.
+#[derive(Clone, Copy, Debug)]
+struct Order {
+    incarnation: Incarnation,
+    next: Option<Incarnation>,
+}
+
+impl Order {
+    const fn of(desired: &Desired) -> Self {
+        Self { incarnation: desired.incarnation, next: desired.next }
+    }
+}
+
 /// The disks of a VM, as far as they have been made.
 #[derive(Debug)]
 struct Made {
+    /// What they were made for.
     desired: Box<Desired>,
+    /// The newest order for which they count.
+    now: Order,
     disks: Result<Vec<Disk>, String>,
     at: Instant,
 }
@@ -181,7 +200,7 @@ impl Exports {
         loop {
             let wants = self.wants().clone();
             made.retain(|vm, _| wants.contains_key(vm));
-            self.make(&wants, &made, &mut making, &storage);
+            self.make(&wants, &mut made, &mut making, &storage);
             match self.pass(&mut daemon, &wants, &made).await {
                 Ok(()) if trouble.is_empty() => {}
                 Ok(()) => {
@@ -222,14 +241,17 @@ impl Exports {
     fn make(
         &self,
         wants: &BTreeMap<VmId, Want>,
-        made: &BTreeMap<VmId, Made>,
+        made: &mut BTreeMap<VmId, Made>,
         making: &mut Making,
         storage: &Arc<Storage>,
     ) {
         for (&vm, want) in wants {
             let Want::Serve(desired) = want else { continue };
-            let due = match made.get(&vm) {
-                Some(made) if same_disks(&made.desired, desired) => made.disks.is_err() && made.at.elapsed() >= AGAIN,
+            let due = match made.get_mut(&vm) {
+                Some(made) if made.are_of(desired) => {
+                    made.now = Order::of(desired);
+                    made.disks.is_err() && made.at.elapsed() >= AGAIN
+                }
                 Some(_) | None => true,
             };
             if !due || making.vms.len() >= MAKES_AT_ONCE || !making.vms.insert(vm) {
@@ -241,7 +263,7 @@ impl Exports {
                 if let Err(problem) = &disks {
                     warn!(%vm, "its disks cannot be served: {problem}");
                 }
-                (vm, Made { desired, disks, at: Instant::now() })
+                (vm, Made { now: Order::of(&desired), desired, disks, at: Instant::now() })
             });
         }
     }
@@ -263,12 +285,20 @@ impl Exports {
             have = daemon.revoke(&revoked).await?;
         }
         let mut problems: BTreeMap<VmId, String> = BTreeMap::new();
-        for (name, disk) in plan::additions(&have, &goals) {
-            match daemon.add(&name, &disk).await {
-                Ok(()) => info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "served"),
-                Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(name.vm, chain(&error))),
-                Err(error) => return Err(error),
+        // N5: those of a migration's target when those of its source are there.
+        for _ in 0..2 {
+            let additions = plan::additions(&have, &goals);
+            if additions.is_empty() {
+                break;
             }
+            for (name, disk) in additions {
+                match daemon.add(&name, &disk).await {
+                    Ok(()) => info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "served"),
+                    Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(name.vm, chain(&error))),
+                    Err(error) => return Err(error),
+                }
+            }
+            have = daemon.have().await?;
         }
         for (&vm, want) in wants {
             let Want::Nothing { nodes, .. } = want else { continue };
@@ -295,7 +325,8 @@ impl Exports {
             match want {
                 Want::Serve(desired) => {
                     let problem = state.err().unwrap_or_default();
-                    served.insert(vm, Served { incarnation: desired.incarnation, problem });
+                    let Order { incarnation, next } = Order::of(desired);
+                    served.insert(vm, Served { incarnation, next, problem });
                 }
                 Want::Nothing { incarnation, .. } if state.is_ok() => drop(withdrawn.insert(vm, *incarnation)),
                 Want::Nothing { .. } => {}
@@ -316,8 +347,9 @@ fn goal(want: &Want, made: Option<&Made>) -> Goal {
     match want {
         Want::Nothing { .. } => Goal::Nothing,
         Want::Serve(desired) => {
-            let disks = made.filter(|m| same_disks(&m.desired, desired)).and_then(|m| m.disks.as_ref().ok());
-            Goal::Serve { incarnation: desired.incarnation, disks: disks.cloned().unwrap_or_default() }
+            let disks = made.filter(|m| m.are_of(desired)).and_then(|m| m.disks.as_ref().ok());
+            let Order { incarnation, next } = Order::of(desired);
+            Goal::Serve { incarnation, next, disks: disks.cloned().unwrap_or_default() }
         }
     }
 }
@@ -337,7 +369,7 @@ fn said(
         return Ok(());
     }
     match (want, made) {
-        (Want::Serve(desired), Some(Made { desired: of, disks: Err(problem), .. })) if same_disks(of, desired) => {
+        (Want::Serve(desired), Some(made @ Made { disks: Err(problem), .. })) if made.are_of(desired) => {
             Err(problem.clone())
         }
         (Want::Serve(_), _) => Err("its disks are being made ready".to_owned()),
@@ -345,8 +377,11 @@ fn said(
     }
 }
 
-/// Whether the same disks are to be served to the same incarnation, whatever else has changed.
-fn same_disks(a: &Desired, b: &Desired) -> bool {
-    let disks = |d: &Desired| d.spec.as_ref().map(|s| s.disks.clone()).unwrap_or_default();
-    (a.incarnation, a.disk_generation) == (b.incarnation, b.disk_generation) && disks(a) == disks(b)
+impl Made {
+    /// Whether these disks are to be served now, to the same incarnation or to the one that it has migrated to.
+    fn are_of(&self, desired: &Desired) -> bool {
+        let disks = |d: &Desired| d.spec.as_ref().map(|s| s.disks.clone()).unwrap_or_default();
+        let goes_on = self.now.incarnation == desired.incarnation || self.now.next == Some(desired.incarnation);
+        goes_on && self.desired.disk_generation == desired.disk_generation && disks(&self.desired) == disks(desired)
+    }
 }

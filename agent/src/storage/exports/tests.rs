@@ -32,6 +32,22 @@ fn n2_an_older_order_is_not_obeyed() {
     assert_eq!(goal(&exports.wants()[&vm()], None), Goal::Nothing);
 }
 
+/// N5: the disks that its source had are those that the target goes on with, and nothing is made anew meanwhile.
+#[test]
+fn what_was_made_counts_for_the_incarnation_that_it_migrates_to_and_for_no_other() {
+    let order = |incarnation, next: Option<u64>| {
+        let desired = Desired { next: next.map(Incarnation), ..fake::desired(incarnation) };
+        (Order::of(&desired), desired)
+    };
+    let ((now, desired), disks) = (order(1, None), Ok(Vec::new()));
+    let mut made = Made { desired: Box::new(desired), now, disks, at: Instant::now() };
+    assert!(made.are_of(&order(1, Some(2)).1) && !made.are_of(&order(2, None).1), "nobody has said that it migrates");
+    made.now = order(1, Some(2)).0;
+    assert!(made.are_of(&order(2, None).1) && made.are_of(&order(1, None).1) && !made.are_of(&order(3, None).1));
+    let other = Desired { disk_generation: 9, ..order(2, None).1 };
+    assert!(!made.are_of(&other));
+}
+
 /// The daemon of one test, which ends with it.
 struct Real {
     dir: tempfile::TempDir,
@@ -113,6 +129,13 @@ async fn the_daemon_serves_what_it_was_told_outlives_its_agent_and_forgets_all_w
     assert!(agent.revoke(&[name(1)]).await.unwrap().is_empty());
     agent.add(&name(2), &real.disk()).await.unwrap();
     assert!(real.reads(&name(2)) && !real.reads(&name(1)));
+
+    // N5: while it migrates, another incarnation has the same disk beside it.
+    agent.add(&name(3), &real.disk()).await.unwrap();
+    assert!(real.reads(&name(2)) && real.reads(&name(3)));
+    let have = agent.revoke(&[name(3)]).await.unwrap();
+    assert_eq!(have.keys().collect::<Vec<_>>(), [&name(2).to_string()]);
+    assert!(real.reads(&name(2)) && !real.reads(&name(3)));
 
     // With another address it would serve nobody who knows the old one.
     let other = Options {
