@@ -16,6 +16,7 @@ use harness::{
     proc_table::{self, Kind, Proc},
     process::{kill_pid, signal_pid},
     qmp::{MONITOR, Monitor},
+    typed::Console,
 };
 use serde_json::json;
 use uncloud_proto::v1::{MigrationResult, Vm, VmPhase};
@@ -294,10 +295,42 @@ async fn a_guest_waits_for_its_storage_host_and_goes_on() -> anyhow::Result<()> 
     assert!(stage.cluster.checker.count(&vm.id) > count);
 
     // What does not work says so.
-    let resize =
-        v1::ResizeDiskRequest { vm: vm.id.clone(), disk: "disk0".into(), size_bytes: 1 << 40, ..Default::default() };
-    let refused = stage.cluster.api.vms().resize_disk(resize).await.expect_err("it is refused");
+    let snapshot = v1::CreateSnapshotRequest { vm: vm.id.clone(), snapshot: "before".into(), ..Default::default() };
+    let refused = stage.cluster.api.vms().create_snapshot(snapshot).await.expect_err("it is refused");
     assert!(refused.message().contains("over the network"), "{refused:?}");
+    stage.cluster.finish().await
+}
+
+/// P5: a disk grows on its storage host, and the guest sees it: at once, at its next start, and when the storage host was away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_grows_on_its_storage_host_while_the_guest_goes_on() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let vm = stage.cluster.run(specs::with(specs::linux("grows"), |s| s.disks[0].pool = POOL.into())).await?;
+    let id = vm.id.as_str();
+    let boot = stage.cluster.checker.wait_beats(id, 2, secs(60)).await?.said.boot;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 1048576").await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "2M"]).await?.success()?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 2097152").await?;
+
+    // Its agent does not answer when it is asked for, its daemon dies, and the VM migrates.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "3M"]).await?.success()?;
+    kill_pid(stage.daemon()?);
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    stage.cluster.wait_hosts().await?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 3145728").await?;
+    let moved = migrate(&stage.cluster.api, id, other(&vm)).await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "4M"]).await?.success()?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 4194304").await?;
+    let beat = stage.cluster.checker.wait_beats(id, 3, secs(30)).await?;
+    assert_eq!((&beat.said.boot, beat.host.as_str()), (&boot, host_of(&moved)), "the same guest goes on");
+
+    stage.cluster.api.stop(id).await?;
+    let stopped = stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "5M"]).await?.success()?;
+    stage.cluster.api.start(id).await?;
+    stage.cluster.api.wait_moved(&stopped, secs(60)).await?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 5242880").await?;
     stage.cluster.finish().await
 }
 

@@ -49,6 +49,8 @@ use crate::vm::{desired::Desired, runner::chain};
 const PERIOD: Duration = Duration::from_secs(5);
 /// What failed is tried again after this.
 const AGAIN: Duration = Duration::from_secs(3);
+/// What did not grow is tried again after this: each time whoever uses the disk is cut off for a moment.
+const GROW_AGAIN: Duration = Duration::from_secs(60);
 /// So many VMs' disks are made at once; each may wait for an image.
 const MAKES_AT_ONCE: usize = 16;
 /// How long a withdrawal may take until the deletion that waits for it is tried again later.
@@ -197,11 +199,12 @@ impl Exports {
         let mut made: BTreeMap<VmId, Made> = BTreeMap::new();
         let mut making = Making::default();
         let mut trouble = String::new();
+        let mut stuck = BTreeMap::new();
         loop {
             let wants = self.wants().clone();
             made.retain(|vm, _| wants.contains_key(vm));
             self.make(&wants, &mut made, &mut making, &storage);
-            match self.pass(&mut daemon, &wants, &made).await {
+            match self.pass(&mut daemon, &wants, &made, &mut stuck).await {
                 Ok(()) if trouble.is_empty() => {}
                 Ok(()) => {
                     info!("disks are served again");
@@ -274,6 +277,7 @@ impl Exports {
         daemon: &mut Daemon,
         wants: &BTreeMap<VmId, Want>,
         made: &BTreeMap<VmId, Made>,
+        stuck: &mut Stuck,
     ) -> Result<(), daemon::Error> {
         let goals: BTreeMap<VmId, Goal> = wants.iter().map(|(&vm, want)| (vm, goal(want, made.get(&vm)))).collect();
         let mut have = daemon.have().await?;
@@ -285,8 +289,11 @@ impl Exports {
             have = daemon.revoke(&revoked).await?;
         }
         let mut problems: BTreeMap<VmId, String> = BTreeMap::new();
-        // N5: those of a migration's target when those of its source are there.
-        for _ in 0..2 {
+        // N5: those of a migration's target when those of its source are there. What is open only now may be too small, and is made anew.
+        for _ in 0..3 {
+            if grow(daemon, &have, &goals, stuck, &mut problems).await? {
+                have = daemon.have().await?;
+            }
             let additions = plan::additions(&have, &goals);
             if additions.is_empty() {
                 break;
@@ -340,6 +347,41 @@ impl Exports {
         self.shared.served.send_if_modified(news);
         self.shared.withdrawn.send_replace(withdrawn);
     }
+}
+
+/// Disks that did not grow, by their nodes: why, and when that was.
+type Stuck = BTreeMap<String, (String, Instant)>;
+
+/// Makes disks larger that are too small. Whoever uses one is cut off for that moment, and connects again. Returns whether exports have
+/// been taken away for that; they are to be made anew.
+async fn grow(
+    daemon: &mut Daemon,
+    have: &Have,
+    goals: &BTreeMap<VmId, Goal>,
+    stuck: &mut Stuck,
+    problems: &mut BTreeMap<VmId, String>,
+) -> Result<bool, daemon::Error> {
+    stuck.retain(|_, (_, since)| since.elapsed() < GROW_AGAIN);
+    let mut taken = false;
+    for (name, disk) in plan::outgrown(have, &daemon.sizes().await?, goals) {
+        if let Some((why, _)) = stuck.get(&disk.node) {
+            problems.insert(name.vm, why.clone());
+            continue;
+        }
+        taken = true;
+        daemon.revoke(std::slice::from_ref(&name)).await?;
+        match daemon.grow(&disk).await {
+            Ok(()) => info!(vm = %name.vm, disk = name.disk, size = disk.size_bytes, "the disk has grown"),
+            Err(error @ daemon::Error::Qmp(_)) => {
+                let why = format!("disk {} does not grow: {}", name.disk, chain(&error));
+                warn!(vm = %name.vm, "{why}");
+                problems.insert(name.vm, why.clone());
+                stuck.insert(disk.node, (why, Instant::now()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(taken)
 }
 
 /// What the daemon should have of one VM.

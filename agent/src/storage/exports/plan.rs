@@ -66,6 +66,8 @@ pub struct Disk {
     pub node: String,
     /// Its qcow2 file.
     pub path: PathBuf,
+    /// How large it should be at least, in bytes. 0: that is not said.
+    pub size_bytes: u64,
 }
 
 /// What should be there of one VM.
@@ -148,6 +150,30 @@ pub fn additions(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)>
     made
 }
 
+/// Virtual sizes of the block nodes that the daemon has open, in bytes.
+pub type Sizes = BTreeMap<String, u64>;
+
+/// Disks that are open and smaller than they should be, and the exports that must go before they can grow, because an export's size
+/// is fixed. Not while the VM migrates: the target has read the size, and an export of its source is not made anew beside it (N2).
+#[must_use]
+pub fn outgrown(have: &Have, sizes: &Sizes, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)> {
+    let mut found = Vec::new();
+    for (&vm, goal) in goals {
+        match goal {
+            Goal::Nothing | Goal::Serve { next: Some(_), .. } => {}
+            Goal::Serve { incarnation, next: None, disks } => {
+                if of(have, vm).any(|(name, _)| name.incarnation != *incarnation) {
+                    continue;
+                }
+                let small = disks.iter().filter(|d| sizes.get(&d.node).is_some_and(|&size| size < d.size_bytes));
+                let incarnation = *incarnation;
+                found.extend(small.map(|d| (Name { vm, incarnation, disk: d.name.clone() }, d.clone())));
+            }
+        }
+    }
+    found
+}
+
 /// The exports of this incarnation that are not there.
 fn missing(have: &Have, vm: VmId, incarnation: Incarnation, disks: &[Disk]) -> Vec<(Name, Disk)> {
     let names = disks.iter().map(|disk| (Name { vm, incarnation, disk: disk.name.clone() }, disk.clone()));
@@ -185,7 +211,8 @@ mod tests {
     }
 
     fn disk(vm_n: u128, name: &str) -> Disk {
-        Disk { name: name.to_owned(), node: format!("node-{vm_n}-{name}"), path: format!("/p/{vm_n}/{name}").into() }
+        let (node, path) = (format!("node-{vm_n}-{name}"), format!("/p/{vm_n}/{name}").into());
+        Disk { name: name.to_owned(), node, path, size_bytes: 1024 }
     }
 
     fn have(exports: &[(u128, u64, &str)]) -> Have {
@@ -273,6 +300,18 @@ mod tests {
             assert!(revocations(&target, old).is_empty() && made(&target, old).is_empty());
             assert!(!reached(&target, vm(1), &old[&vm(1)]));
         }
+    }
+
+    #[test]
+    fn a_disk_grows_when_it_is_open_and_too_small_and_its_vm_does_not_migrate() {
+        let there = have(&[(1, 1, "root"), (1, 1, "data")]);
+        let sizes: Sizes = [(disk(1, "root").node, 1023), (disk(1, "data").node, 1025)].into();
+        let goals = serve(1, 1, &["root", "data", "not-open"]);
+        assert_eq!(outgrown(&there, &sizes, &goals), [(name(1, 1, "root"), disk(1, "root"))]);
+        let grown: Sizes = [(disk(1, "root").node, 1024)].into();
+        assert_eq!(outgrown(&there, &grown, &goals), []);
+        assert_eq!(outgrown(&there, &sizes, &migrate(1, 1, 2, &["root"])), [], "it migrates");
+        assert_eq!(outgrown(&there, &sizes, &serve(1, 2, &["root"])), [], "another incarnation has it");
     }
 
     #[test]

@@ -75,7 +75,7 @@ impl Real {
     }
 
     fn disk(&self) -> Disk {
-        Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk") }
+        Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk"), size_bytes: 1 << 20 }
     }
 
     fn pid(&self) -> Option<u32> {
@@ -137,6 +137,15 @@ async fn the_daemon_serves_what_it_was_told_outlives_its_agent_and_forgets_all_w
     assert_eq!(have.keys().collect::<Vec<_>>(), [&name(2).to_string()]);
     assert!(real.reads(&name(2)) && !real.reads(&name(3)));
 
+    // It grows when nothing exports it.
+    let larger = Disk { size_bytes: 2 << 20, ..real.disk() };
+    assert_eq!(agent.sizes().await.unwrap()["d1"], 1 << 20);
+    assert!(matches!(agent.grow(&larger).await.unwrap_err(), Error::Qmp(_)), "an export has one size");
+    agent.revoke(&[name(2)]).await.unwrap();
+    agent.grow(&larger).await.unwrap();
+    agent.add(&name(2), &larger).await.unwrap();
+    assert!(agent.sizes().await.unwrap()["d1"] == 2 << 20 && real.reads(&name(2)));
+
     // With another address it would serve nobody who knows the old one.
     let other = Options {
         program: "qemu-storage-daemon".into(),
@@ -169,4 +178,33 @@ async fn a_daemon_that_cannot_serve_says_why() {
     assert!(matches!(problem, Error::Ended { .. }) && words.contains("in use"), "{words}");
     drop(taken);
     assert!(real.agent().have().await.unwrap().is_empty());
+}
+
+/// One that cannot grow is served as it is, and whoever uses it is not cut off again and again.
+#[tokio::test]
+async fn a_disk_grows_before_it_is_said_to_be_served_and_one_that_cannot_is_served_and_says_why() {
+    let (real, exports, desired) = (Real::new(), Exports::default(), fake::desired(1));
+    let (mut daemon, mut stuck) = (real.agent(), Stuck::new());
+    exports.want(vm(), desired.clone());
+    let wants = exports.wants().clone();
+    let made = |size_bytes| {
+        let disks = Ok(vec![Disk { size_bytes, ..real.disk() }]);
+        let now = Order::of(&desired);
+        BTreeMap::from([(vm(), Made { desired: Box::new(desired.clone()), now, disks, at: Instant::now() })])
+    };
+    let problem = || exports.served().borrow()[&vm()].problem.clone();
+    for size in [1 << 20, 2 << 20] {
+        exports.pass(&mut daemon, &wants, &made(size), &mut stuck).await.unwrap();
+        assert_eq!((problem(), daemon.sizes().await.unwrap()["d1"]), (String::new(), size));
+        assert!(real.reads(&name(1)) && stuck.is_empty());
+    }
+    let too_large = made(1 << 62);
+    for _ in 0..2 {
+        exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+        assert!(problem().contains("disk root does not grow"), "{}", problem());
+        assert!(real.reads(&name(1)));
+    }
+    let since = stuck["d1"].1;
+    exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+    assert_eq!(stuck["d1"].1, since, "it is not tried each time");
 }

@@ -203,29 +203,40 @@ fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
         Refusal::Precondition(why) => why,
         other => panic!("{other}"),
     };
-    let resize = |vm| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes: 1 << 40 };
     let snapshot = "before".to_owned();
     for command in [
         Command::CreateSnapshot { vm, id: Uuid::from_u128(5), name: snapshot.clone() },
         Command::DeleteSnapshot { vm, name: snapshot.clone() },
         Command::RevertToSnapshot { vm, name: snapshot },
-        resize(vm),
     ] {
         let why = why(world.refused(command));
         assert!(why.contains("pool `net`, which hosts reach over the network"), "{why}");
     }
-    // Nothing is known to be made: it may have been begun, and a storage host does not make it larger.
-    let vm = world.create(3, with_disk("net"));
-    assert!(!world.record(vm).disks_exist);
-    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
-    world.set(vm, PowerChange::Stop);
-    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
-
     let mut mixed = with_disk("net");
     mixed.disks.push(crate::model::vm::Disk { name: "disk1".into(), ..disk("local") });
     let vm = world.create(2, mixed);
     assert_eq!(world.host_of(vm), None);
     assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
+}
+
+/// The storage host is told of the new size, whether the VM runs, has been made or not; the room is that of the storage host.
+#[test]
+fn a_disk_in_a_network_pool_grows_where_its_files_are() {
+    let (mut world, grants) = (world(), Grants::default());
+    let resize = |vm, size_bytes| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes };
+    let vm = world.create(1, with_disk("net"));
+    let size = |world: &World| serving::order(&world.state, host_id(3), vm).unwrap().spec.unwrap().disks[0].size_bytes;
+    world.ok(resize(vm, 2 << 30));
+    assert_eq!(size(&world), 2 << 30);
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    world.ok(resize(vm, 3 << 30));
+    assert_eq!(size(&world), 3 << 30);
+    assert_eq!(told(&world, &grants, vm).unwrap().spec.unwrap().disks[0].size_bytes, 3 << 30, "so its QEMU looks");
+    let too_much = world.refused(resize(vm, 1 << 60)).to_string();
+    assert!(too_much.contains("more than pool `net` has left"), "{too_much}");
+    world.ok(Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 });
+    assert!(world.refused(resize(vm, 4 << 30)).to_string().contains("is being migrated"));
 }
 
 /// N5: both ends of a migration have the disks until it is handed over, and then the target goes on when the source has them no more.
