@@ -46,6 +46,16 @@ pub enum Mirror {
     Failed(String),
 }
 
+/// Whether disks of a guest may be on their way to another host. QEMU is asked about that while the guest stands still, so where there are
+/// none it is not asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copies {
+    /// None are.
+    None,
+    /// Some may be.
+    Possible,
+}
+
 /// A step of a migration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -61,7 +71,7 @@ pub enum Step {
     /// The source, whose disks are the same on both sides: send the guest, and stop before the last of it.
     SendMemory(MigrateTo),
     /// The source, which stands still before the last of it: end the copying of its disks, and send that, too.
-    Continue,
+    Continue(Copies),
     /// The source: give it up. The guest goes on here.
     Cancel,
     /// A guest that stands still goes on.

@@ -12,7 +12,7 @@ use uncloud_agent::{
         migration::{Listen, standing, step},
         process::Instance,
     },
-    vm::migration::{Guest, MigrateTo, Standing, Step, Transfer},
+    vm::migration::{Copies, Guest, MigrateTo, Standing, Step, Transfer},
 };
 use uncloud_proto::ids::Incarnation;
 
@@ -41,7 +41,7 @@ async fn take(host: &Host, instance: &Instance, what: Step) {
 async fn until(instance: &Instance, what: &str, is: impl Fn(&Standing) -> bool) -> Standing {
     let stands = async {
         loop {
-            let now = standing(instance).await.unwrap();
+            let now = standing(instance, Copies::Possible).await.unwrap();
             if is(&now) {
                 return now;
             }

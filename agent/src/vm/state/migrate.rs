@@ -24,7 +24,7 @@ use std::time::Duration;
 use super::{Acceptance, Disposition, Effect, Ending, Execution, Moment, Push, Role, StopMode, VmState};
 use crate::{
     records::Settled,
-    vm::migration::{Guest, Mirror, Standing, Transfer},
+    vm::migration::{Copies, Guest, Mirror, Standing, Step, Transfer},
 };
 
 /// How often QEMU is asked how much it has sent. Each answer is stored, so not more often.
@@ -170,6 +170,52 @@ impl VmState {
             effects.push(Effect::Continue);
         }
         x.look(at, effects);
+    }
+
+    /// Whether disks may be on their way. Where it is not certain they may.
+    #[must_use]
+    pub fn copies(&self) -> Copies {
+        let desired = &self.record.desired;
+        // What an earlier migration has left is put right before `moving` says so of this one.
+        let none = match desired.disposition {
+            Disposition::Incoming => desired.disks_to_copy() == 0,
+            Disposition::Run => desired
+                .migrate_to
+                .as_ref()
+                .is_some_and(|o| o.disks.is_none() && self.record.moving == Some(o.incarnation)),
+            Disposition::Stop | Disposition::Delete | Disposition::Forget => false,
+        };
+        if none { Copies::None } else { Copies::Possible }
+    }
+
+    /// What QEMU is told to do for `effect`, if it is a step of a migration.
+    #[must_use]
+    pub fn step(&self, effect: Effect) -> Option<Step> {
+        let desired = &self.record.desired;
+        Some(match effect {
+            Effect::Listen => Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() },
+            Effect::Send => Step::Send(desired.migrate_to.clone()?),
+            Effect::SendMemory => Step::SendMemory(desired.migrate_to.clone()?),
+            Effect::Continue => Step::Continue(self.copies()),
+            Effect::Cancel => Step::Cancel,
+            Effect::Resume => Step::Resume,
+            Effect::Pause => Step::Pause,
+            Effect::Persist
+            | Effect::Look
+            | Effect::Prepare
+            | Effect::CancelPrepare
+            | Effect::Launch { .. }
+            | Effect::Adopt
+            | Effect::PowerDown
+            | Effect::Reset
+            | Effect::Quit
+            | Effect::Kill
+            | Effect::TendDisks
+            | Effect::TendIdle { .. }
+            | Effect::CancelTend
+            | Effect::GoOn
+            | Effect::DeleteDisks => return None,
+        })
     }
 
     /// What of a migration under way is on its way.
