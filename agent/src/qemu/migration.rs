@@ -69,6 +69,14 @@ pub enum Error {
     /// There is no port for the disks.
     #[error("no port of --migration-ports is free to take the disks on")]
     NoPort,
+    /// The target does not take connections.
+    #[error("the target cannot be reached at {address}: {why}; do the hosts reach each other?")]
+    Unreachable {
+        /// Where it takes disks.
+        address: SocketAddr,
+        /// Why not.
+        why: String,
+    },
     /// A disk is not the same on both sides.
     #[error("copying its disks failed: {0}")]
     NotCopied(String),

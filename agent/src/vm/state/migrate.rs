@@ -16,7 +16,8 @@
 //! * **M3** The source, once it has begun to send, lets the guest go on only when the leader has said RUN (or STOP) without
 //!   `migrate_to`, under the lease generation of its launch. (Until the last of it has been sent QEMU lets it go on by
 //!   itself when sending fails: it has not handed anything over then.)
-//! * **M5** The memory of a guest whose disks are copied is sent only when all of them are the same on both sides.
+//! * **M5** The memory of a guest whose disks are copied is sent only when all of them have been, and the last of it only when they are
+//!   the same on both sides (`qemu/mirror.rs`).
 //! * **M4** While the leader's word has `migrate_to`, nothing is launched: what was sent may execute elsewhere.
 
 use std::time::Duration;
@@ -154,7 +155,7 @@ impl VmState {
         let phase = self.phase();
         let Some(x) = &mut self.execution else { return };
         if let Phase::Disks { count } = phase {
-            // M5: no memory is sent before all disks are the same on both sides.
+            // M5: no memory is sent before all disks have been copied.
             if x.standing.as_ref().is_some_and(|s| s.mirror == Mirror::Ready(count)) && self.frozen.is_none() {
                 self.record.sending = self.record.moving;
                 x.standing = None;
