@@ -625,6 +625,7 @@ impl Desired {
             migration_secret: String::new(),
             pause: Pause::GoOn,
             network_pools: Default::default(),
+            next: None,
             orders: Default::default(),
             clone_from: None,
         }
