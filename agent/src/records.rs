@@ -57,7 +57,7 @@ pub struct Record {
     /// its guest goes on. Written before QEMU is told anything of it.
     #[serde(default)]
     pub moving: Option<Incarnation>,
-    /// The migration of which its memory is or was sent. If its disks are copied, they were the same on both sides before that.
+    /// The migration of which its memory is or was sent. If its disks are copied, they had been before that.
     /// Written before QEMU is told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sending: Option<Incarnation>,

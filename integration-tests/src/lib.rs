@@ -33,6 +33,7 @@ pub mod refusal;
 pub mod sim;
 pub mod site;
 pub mod slots;
+pub mod small_pool;
 pub mod specs;
 pub mod tour;
 pub mod typed;

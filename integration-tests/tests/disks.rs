@@ -1,12 +1,8 @@
 //! Disks of a VM that is there: they grow, their snapshots are taken and put back, and nothing is lost when their pool is full.
 
-use std::{
-    ops::RangeInclusive,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::ops::RangeInclusive;
 
-use harness::{api::host_of, prelude::*, typed::Console};
+use harness::{api::host_of, prelude::*, small_pool::SmallPool, typed::Console};
 use uncloud_proto::v1::{SnapshotState, VmPhase};
 
 /// A guest that runs sees it, one that is stopped finds it when it starts, and one whose host dies finds it elsewhere.
@@ -188,55 +184,6 @@ async fn a_guest_that_does_not_answer_gets_its_snapshot_and_is_told_to_go_on_unt
     snapshot(&cluster, id, "off").await?;
     assert_eq!(guest(&cluster, "off").await?, v1::SnapshotGuest::Off);
     cluster.finish().await
-}
-
-/// A small file system of its own.
-struct SmallPool {
-    dir: tempfile::TempDir,
-}
-
-impl SmallPool {
-    fn mount(size: &str) -> anyhow::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("uncloud-pool-").tempdir()?;
-        let options = format!("size={size},mode=755");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "uncloud-test"]).arg(dir.path()).output()?;
-        ensure!(mounted.status.success(), "mount: {}", String::from_utf8_lossy(&mounted.stderr));
-        Ok(Self { dir })
-    }
-
-    fn path(&self) -> &Path {
-        self.dir.path()
-    }
-
-    fn free(&self) -> anyhow::Result<u64> {
-        let output = Command::new("stat").args(["-f", "-c", "%a %S"]).arg(self.path()).output()?;
-        let text = String::from_utf8(output.stdout)?;
-        let numbers = text.split_whitespace().map(str::parse).collect::<Result<Vec<u64>, _>>()?;
-        Ok(numbers.iter().product())
-    }
-
-    /// A file that leaves so many bytes free.
-    fn fill(&self, left: u64) -> anyhow::Result<PathBuf> {
-        let path = self.path().join("something-else");
-        let size = self.free()?.saturating_sub(left);
-        let made = Command::new("fallocate").args(["-l", &size.to_string()]).arg(&path).status()?;
-        ensure!(made.success(), "fallocate");
-        Ok(path)
-    }
-
-    fn files(&self) -> anyhow::Result<Vec<String>> {
-        let output = Command::new("find").arg(self.path()).args(["-type", "f"]).output()?;
-        let mut files: Vec<String> = String::from_utf8(output.stdout)?.lines().map(str::to_owned).collect();
-        files.sort();
-        Ok(files)
-    }
-}
-
-impl Drop for SmallPool {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(self.path()).status();
-    }
 }
 
 /// It must show 4: the guest stands still, nothing is lost, and it goes on when there is room.

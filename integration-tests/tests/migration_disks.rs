@@ -9,6 +9,8 @@ use harness::{
     migration::{Load, begin, ended, loaded, migrate},
     prelude::*,
     proc_table::Kind,
+    small_pool::SmallPool,
+    typed::Console,
 };
 use uncloud_proto::v1::{CreateVmRequest, MigrationResult, Vm};
 
@@ -147,5 +149,54 @@ async fn whatever_dies_while_disks_are_copied_one_disk_is_left() -> anyhow::Resu
     cluster.api.stop(&vm.id).await?;
     cluster.api.wait_phase(&vm.id, v1::VmPhase::Stopped, secs(60)).await?;
     check(&mut cluster, &vm)?;
+    cluster.finish().await
+}
+
+/// The disk does not fit into what is left of the target's pool: the guest stays, and nothing is left of the copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_whose_pool_fills_up_meanwhile_gets_nothing() -> anyhow::Result<()> {
+    let pools = [SmallPool::mount("100m")?, SmallPool::mount("100m")?];
+    let flag = |i: usize| format!("small={}", pools[i].path().display());
+    let options = Options::hosts(2).linux().each_host(|i, h| h.args.extend(["--pool".into(), flag(i)]));
+    let cluster = options.start().await?;
+    let load = Load { beat_ms: 100, dirty_kib: 1 << 10, kib_per_second: 1 << 10 };
+    let guest = specs::with(loaded("fat", load), |s| {
+        s.disks[0].pool = "small".into();
+        s.disks[0].size_bytes = 64 << 20;
+    });
+    let vm = cluster.run(guest).await?;
+    let boot = cluster.checker.wait_beats(&vm.id, 2, secs(60)).await?.said.boot;
+    let mut console = Console::open(&cluster, &vm.id).await?;
+    console.type_line("fill 1 40").await?;
+    console.expect("FILLED").await?;
+    let (source, target) = if host_of(&vm) == "host-1" { (0, 1) } else { (1, 0) };
+    let (there, here) = (pools[target].files()?, pools[source].files()?);
+
+    let incarnation = begin(&cluster.api, &vm.id, other(&vm), 8 << 20).await?;
+    let copies = |vm: &Vm| {
+        let migration = vm.status.as_ref().and_then(|s| s.migration.as_ref());
+        migration.is_none_or(|m| m.transferred_bytes > 4 << 20)
+    };
+    cluster.api.wait_vm(&vm.id, "is being copied", secs(30), copies).await?;
+    let filler = pools[target].fill(8 << 20)?;
+    let (_, end) = ended(&cluster.api, &vm.id, incarnation).await?;
+    assert_eq!(end.result(), MigrationResult::GivenUp, "{}", end.reason);
+    ensure!(end.reason.contains("No space left on device"), "{}", end.reason);
+    std::fs::remove_file(filler)?;
+
+    let beat = cluster.checker.wait_beats(&vm.id, 3, secs(30)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&vm), &boot), "the guest goes on where it was");
+    wait_for("nothing is left of the copy", secs(30), async || {
+        let now = (pools[target].files(), pools[source].files());
+        match &now {
+            (Ok(t), Ok(s)) if (t, s) == (&there, &here) => Ok(()),
+            other => Err(format!("{other:?}, not {there:?} and {here:?}")),
+        }
+    })
+    .await?;
+    // With room it goes.
+    let moved = migrate(&cluster.api, &vm.id, other(&vm)).await?;
+    let beat = cluster.checker.wait_beats(&vm.id, 3, secs(30)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&moved), &boot));
     cluster.finish().await
 }

@@ -4,12 +4,12 @@
 //! A choice. All cases, and what came of them: docs/migration.md.
 
 use harness::{
-    migration::cases::{Case, Trials},
+    migration::cases::{Case, Disk, Trials},
     prelude::*,
 };
 
 async fn ends_well(cases: &[&str]) -> anyhow::Result<()> {
-    let mut trials = Trials::start().await?;
+    let mut trials = Trials::start(Disk::Shared).await?;
     for name in cases {
         let row = trials.run(Case::named(name).with_context(|| format!("no case {name}"))?).await?;
         eprintln!("{row}");

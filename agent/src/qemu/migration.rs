@@ -19,7 +19,7 @@ use super::{
     process::{Instance, VmUser},
     qmp,
 };
-use crate::vm::migration::{Guest, MigrateTo, Mirror, Progress, Standing, Step, Transfer};
+use crate::vm::migration::{Copies, Guest, MigrateTo, Mirror, Progress, Standing, Step, Transfer};
 
 /// Name of the key's object in QEMU, and of its directory in the VM's.
 pub(super) const CREDENTIALS: &str = "migration";
@@ -69,6 +69,14 @@ pub enum Error {
     /// There is no port for the disks.
     #[error("no port of --migration-ports is free to take the disks on")]
     NoPort,
+    /// The target does not take connections.
+    #[error("the target cannot be reached at {address}: {why}; do the hosts reach each other?")]
+    Unreachable {
+        /// Where it takes disks.
+        address: SocketAddr,
+        /// Why not.
+        why: String,
+    },
     /// A disk is not the same on both sides.
     #[error("copying its disks failed: {0}")]
     NotCopied(String),
@@ -104,8 +112,11 @@ pub async fn step(
             }
         }
         Step::SendMemory(to) => send(instance, to).await?,
-        Step::Continue => {
-            mirror::finish(instance).await?;
+        Step::Continue(copies) => {
+            match copies {
+                Copies::None => {}
+                Copies::Possible => mirror::finish(instance).await?,
+            }
             instance.execute("migrate-continue", Some(json!({ "state": "pre-switchover" }))).await?;
         }
         Step::Cancel => {
@@ -208,13 +219,18 @@ fn write_key(dir: &Path, user: Option<VmUser>, secret: &str) -> io::Result<()> {
 /// # Errors
 ///
 /// It does not.
-pub async fn standing(instance: &Instance) -> Result<Standing, qmp::Error> {
+pub async fn standing(instance: &Instance, copies: Copies) -> Result<Standing, qmp::Error> {
     let migration = instance.execute("query-migrate", None).await?;
     // Second, so that a guest that stands still because all was sent is never taken for one that still executes.
     let status = instance.execute("query-status", None).await?;
     let mut standing = parse(&migration, &status);
-    (standing.mirror, standing.disks_address) =
-        mirror::standing(instance, &mut standing.progress, standing.address).await?;
+    match copies {
+        Copies::None => {}
+        Copies::Possible => {
+            (standing.mirror, standing.disks_address) =
+                mirror::standing(instance, &mut standing.progress, standing.address).await?;
+        }
+    }
     Ok(standing)
 }
 

@@ -1,8 +1,11 @@
 //! Copying the disks of a guest that migrates, in QEMU's words.
 //!
 //! The target makes disks of the same size and lets its QEMU serve them (NBD, in TLS with the migration's key). The source's QEMU
-//! copies each to there by a job, and from then on every write of the guest goes to both. Before the last of the guest is sent,
-//! when it stands still, the jobs are ended; that flushes the target's disks.
+//! copies each to there by a job, which goes on to copy what the guest writes meanwhile. Before the last of the guest is sent, when
+//! it stands still, the jobs are ended; that copies what is left, and flushes the target's disks.
+//!
+//! A guest never waits for the target: its writes are copied behind its back, and where QEMU itself would wait, with its guest
+//! (while it connects), it is let only when the target can be reached.
 //!
 //! A job that has ended well is dismissed by [`finish`] and by nothing else, and one that has not is left for [`cancel`]. So what
 //! QEMU says of its jobs is all that there is to know, whatever became of the agent meanwhile.
@@ -13,7 +16,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::time;
+use tokio::{net::TcpStream, time};
 
 use super::{
     migration::{CREDENTIALS, Error, Listen},
@@ -26,6 +29,10 @@ use crate::vm::migration::{DisksTo, Mirror, Progress};
 const NAME: &str = "mirror-";
 /// So many ports are tried before the disks are not served: each may be taken between our look and QEMU's.
 const PORTS_TRIED: usize = 8;
+/// How long the target may take to be reached at all.
+const CONNECT_LIMIT: Duration = Duration::from_secs(3);
+/// How long QEMU may take to connect, in seconds. Its guest waits for that (QEMU 7.2), so it is tried only after we could.
+const OPEN_TIMEOUT: u64 = 1;
 /// How long jobs may take to end. It is the guest's downtime, and takes milliseconds.
 const END_LIMIT: Duration = Duration::from_secs(3);
 /// How often they are looked at meanwhile.
@@ -107,6 +114,7 @@ pub(super) async fn begin(instance: &Instance, to: DisksTo, bytes_per_second: u6
 }
 
 async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> Result<(), Error> {
+    reach(to.address).await?;
     let server = json!({ "type": "inet", "host": to.address.ip().to_string(), "port": to.address.port().to_string() });
     let count = u64::try_from(to.count).unwrap_or(u64::MAX).max(1);
     // 0 stays "no limit".
@@ -120,6 +128,7 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
             "export": disk,
             "tls-creds": CREDENTIALS,
             "discard": "unmap",
+            "open-timeout": OPEN_TIMEOUT,
         });
         instance.execute("blockdev-add", Some(target)).await?;
     }
@@ -131,8 +140,9 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
             "target": node,
             // What lies in the image the target has, too.
             "sync": "top",
-            // So that the copy keeps up with any guest.
-            "copy-mode": "write-blocking",
+            // No write of the guest waits for the target, which may be gone. A guest that always writes faster than that can be
+            // copied does not get there.
+            "copy-mode": "background",
             "speed": speed,
             // The guest must not suffer.
             "on-source-error": "report",
@@ -144,6 +154,16 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
     Ok(())
 }
 
+/// Whether the target can be reached.
+async fn reach(address: SocketAddr) -> Result<(), Error> {
+    let unreachable = |why: String| Error::Unreachable { address, why };
+    match time::timeout(CONNECT_LIMIT, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(unreachable(error.to_string())),
+        Err(_) => Err(unreachable(format!("no answer within {} s", CONNECT_LIMIT.as_secs()))),
+    }
+}
+
 /// The source, whose guest stands still before the last of it: ends the copying. Then both sides are the same (M5).
 ///
 /// # Errors
@@ -153,6 +173,9 @@ pub(super) async fn finish(instance: &Instance) -> Result<(), Error> {
     for job in jobs(instance).await? {
         match job.state {
             JobState::Ready => {
+                // The guest stands still, so there is nobody to spare.
+                let unlimited = json!({ "device": job.id, "speed": 0 });
+                instance.execute("block-job-set-speed", Some(unlimited)).await?;
                 // Of one that is ready this is the good end: it ends with both sides the same, and stays with this one.
                 instance.execute("block-job-cancel", Some(json!({ "device": job.id }))).await?;
             }
@@ -176,6 +199,11 @@ pub(super) async fn finish(instance: &Instance) -> Result<(), Error> {
 ///
 /// QEMU does not answer, or not in time.
 pub(super) async fn cancel(instance: &Instance) -> Result<(), Error> {
+    // A job ends only when what it has begun has ended, and a target that is gone would keep it for as long as TCP has patience.
+    for node in nodes(instance).await? {
+        let connection = json!([{ "type": "block-node", "node-name": node }]);
+        ignore_refusal(instance.execute("yank", Some(json!({ "instances": connection }))).await)?;
+    }
     for job in jobs(instance).await? {
         match job.state {
             JobState::Copying | JobState::Ready => {

@@ -14,7 +14,7 @@ use uncloud_proto::{
     ids::{Incarnation, VmId},
 };
 
-use super::migration::{Guest, Mirror, Progress, Standing, Step, Transfer};
+use super::migration::{Copies, Guest, Mirror, Progress, Standing, Step, Transfer};
 use super::{
     desired::{
         Class, CpuModel, Desired, DisksExpected, Display, Disposition, Firmware, GuestAgent, Machine, Pause,
@@ -221,7 +221,7 @@ impl Hypervisor for FakeHypervisor {
         match step {
             Step::Listen { .. } => standing.address = Some("127.0.0.1:1".parse().unwrap()),
             Step::Send(_) | Step::SendMemory(_) => standing.transfer = Transfer::Active,
-            Step::Continue => (standing.transfer, standing.guest) = (Transfer::Completed, Guest::Sent),
+            Step::Continue(_) => (standing.transfer, standing.guest) = (Transfer::Completed, Guest::Sent),
             Step::Cancel => (standing.transfer, standing.guest) = (Transfer::Cancelled, Guest::Executes),
             Step::Resume => standing.guest = Guest::Executes,
             Step::Pause => standing.guest = Guest::Still,
@@ -262,7 +262,7 @@ impl Instance for FakeInstance {
         self.world.end(self.vm, ExitKind::Exited(0));
         Ok(())
     }
-    async fn standing(&self) -> Result<Standing, String> {
+    async fn standing(&self, _: Copies) -> Result<Standing, String> {
         Ok(self.world.lock().standings.entry(self.vm).or_insert_with(executes).clone())
     }
     fn kill(&self) {

@@ -13,7 +13,7 @@ use uncloud_proto::{
 use super::{
     desired::Desired,
     disks::Done,
-    migration::{Standing, Step},
+    migration::{Copies, Standing, Step},
 };
 
 /// What VMs need of their host.
@@ -94,7 +94,7 @@ pub trait Instance: Send + Sync + 'static {
     /// Tells QEMU to end.
     fn quit(&self) -> impl Future<Output = Result<(), String>> + Send;
     /// How it stands with its guest and its migration.
-    fn standing(&self) -> impl Future<Output = Result<Standing, String>> + Send;
+    fn standing(&self, copies: Copies) -> impl Future<Output = Result<Standing, String>> + Send;
     /// SIGKILL.
     fn kill(&self);
     /// The next thing that happens to it. Cancel safe. After `Ended` it pends for ever.

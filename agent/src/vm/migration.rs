@@ -40,10 +40,20 @@ pub enum Mirror {
     None,
     /// They are being copied.
     Copying,
-    /// This many disks, all that are being copied, are the same on both sides, and every write goes to both.
+    /// This many disks, all that are being copied, have been copied, and what is written since is copied behind it.
     Ready(usize),
     /// Copying one failed, in QEMU's words.
     Failed(String),
+}
+
+/// Whether disks of a guest may be on their way to another host. QEMU is asked about that while the guest stands still, so where there are
+/// none it is not asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Copies {
+    /// None are.
+    None,
+    /// Some may be.
+    Possible,
 }
 
 /// A step of a migration.
@@ -58,10 +68,10 @@ pub enum Step {
     },
     /// The source: send the guest, and stop before the last of it; or begin to copy its disks, if they are to be copied.
     Send(MigrateTo),
-    /// The source, whose disks are the same on both sides: send the guest, and stop before the last of it.
+    /// The source, whose disks have been copied: send the guest, and stop before the last of it.
     SendMemory(MigrateTo),
     /// The source, which stands still before the last of it: end the copying of its disks, and send that, too.
-    Continue,
+    Continue(Copies),
     /// The source: give it up. The guest goes on here.
     Cancel,
     /// A guest that stands still goes on.

@@ -20,7 +20,7 @@ use super::{
     },
     disks::Done,
     hypervisor::{Adoption, Exit, ExitKind, Hold, Hypervisor, Instance, InstanceEvent, LaunchError},
-    migration::{Standing, Step},
+    migration::{Copies, Standing, Step},
 };
 use crate::{
     network,
@@ -335,8 +335,8 @@ impl Instance for process::Instance {
         self.quit().await.map_err(|e| e.to_string())
     }
 
-    async fn standing(&self) -> Result<Standing, String> {
-        migration::standing(self).await.map_err(|e| e.to_string())
+    async fn standing(&self, copies: Copies) -> Result<Standing, String> {
+        migration::standing(self, copies).await.map_err(|e| e.to_string())
     }
 
     fn kill(&self) {

@@ -26,7 +26,7 @@ use super::{
     disks::Done as DisksDone,
     hypervisor::{Adoption, Hypervisor, Instance, InstanceEvent, LaunchError},
     mailbox::{Generations, Mail, Mailbox},
-    migration::Step,
+    migration::{Copies, Step},
     state::{Effect, Event, Lease, Moment, ReportState, Skipped, VmState},
 };
 use crate::{
@@ -297,7 +297,7 @@ impl<H: Hypervisor> Runner<H> {
                 }
                 Effect::Look => {
                     if let Some(instance) = &self.instance {
-                        events.push(look(instance).await);
+                        events.push(look(instance, self.state.copies()).await);
                     }
                 }
                 Effect::Listen
@@ -307,9 +307,8 @@ impl<H: Hypervisor> Runner<H> {
                 | Effect::Cancel
                 | Effect::Resume
                 | Effect::Pause => {
-                    if let Some(instance) = &self.instance {
-                        let desired = &self.state.record().desired;
-                        events.extend(take_step(&*self.host.hypervisor, self.vm, instance, desired, *effect).await);
+                    if let (Some(instance), Some(step)) = (&self.instance, self.state.step(*effect)) {
+                        events.extend(take_step(&*self.host.hypervisor, self.vm, instance, *effect, step).await);
                     }
                 }
                 Effect::TendDisks => {
@@ -435,8 +434,8 @@ async fn command(instance: &impl Instance, effect: Effect) {
 }
 
 /// How it stands with its migration.
-async fn look(instance: &impl Instance) -> Event {
-    match instance.standing().await {
+async fn look(instance: &impl Instance, copies: Copies) -> Event {
+    match instance.standing(copies).await {
         Ok(standing) => Event::Stands(Some(Box::new(standing))),
         Err(reason) => {
             debug!("QEMU does not say how it stands: {reason}");
@@ -450,33 +449,9 @@ async fn take_step<H: Hypervisor>(
     hypervisor: &H,
     vm: VmId,
     instance: &H::Instance,
-    desired: &Desired,
     effect: Effect,
+    step: Step,
 ) -> Option<Event> {
-    let step = match effect {
-        Effect::Listen => Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() },
-        Effect::Send => Step::Send(desired.migrate_to.clone()?),
-        Effect::SendMemory => Step::SendMemory(desired.migrate_to.clone()?),
-        Effect::Continue => Step::Continue,
-        Effect::Cancel => Step::Cancel,
-        Effect::Resume => Step::Resume,
-        Effect::Pause => Step::Pause,
-        Effect::Persist
-        | Effect::Look
-        | Effect::Prepare
-        | Effect::CancelPrepare
-        | Effect::Launch { .. }
-        | Effect::Adopt
-        | Effect::PowerDown
-        | Effect::Reset
-        | Effect::Quit
-        | Effect::Kill
-        | Effect::TendDisks
-        | Effect::TendIdle { .. }
-        | Effect::CancelTend
-        | Effect::GoOn
-        | Effect::DeleteDisks => return None,
-    };
     info!(incarnation = %instance.incarnation(), "telling QEMU: {effect:?}");
     let taken = hypervisor.step(vm, instance, step).await;
     taken.err().map(|reason| {

@@ -9,4 +9,5 @@ mod console;
 mod fencing;
 mod life;
 mod migration;
+mod mirror;
 mod support;

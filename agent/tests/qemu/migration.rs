@@ -9,17 +9,17 @@ use rand::{Rng as _, SeedableRng as _, rngs::StdRng};
 use uncloud_agent::{
     qemu::{
         command_line::Begin,
-        migration::{Listen, standing, step},
+        migration::{Error, Listen, standing, step},
         process::Instance,
     },
-    vm::migration::{Guest, MigrateTo, Standing, Step, Transfer},
+    vm::migration::{Copies, Guest, MigrateTo, Standing, Step, Transfer},
 };
 use uncloud_proto::ids::Incarnation;
 
 use crate::support::{Host, within};
 
-const SECRET: &str = "00000000000000000000000000000000000000000000000000000000000000aa";
-const HERE: Listen = Listen { address: IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), ports: None };
+pub(crate) const SECRET: &str = "00000000000000000000000000000000000000000000000000000000000000aa";
+pub(crate) const HERE: Listen = Listen { address: IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), ports: None };
 /// How long migrations are called off, one after the other. One in 60 or so hits the moment that QEMU 7.2 handles badly.
 const LASTS: Duration = Duration::from_secs(12);
 
@@ -32,16 +32,20 @@ fn target(source: &Host) -> Host {
     target
 }
 
-async fn take(host: &Host, instance: &Instance, what: Step) {
-    let taken = step(instance, &host.launch.vm_dir, host.launch.user, Some(HERE), &what);
-    within("a step", taken).await.unwrap_or_else(|e| panic!("{what:?}: {e}"));
+pub(crate) async fn try_step(host: &Host, instance: &Instance, what: Step) -> Result<(), Error> {
+    step(instance, &host.launch.vm_dir, host.launch.user, Some(HERE), &what).await
+}
+
+pub(crate) async fn take(host: &Host, instance: &Instance, what: Step) {
+    let named = format!("{what:?}");
+    within("a step", try_step(host, instance, what)).await.unwrap_or_else(|e| panic!("{named}: {e}"));
 }
 
 /// Waits until QEMU stands so.
-async fn until(instance: &Instance, what: &str, is: impl Fn(&Standing) -> bool) -> Standing {
+pub(crate) async fn until(instance: &Instance, what: &str, is: impl Fn(&Standing) -> bool) -> Standing {
     let stands = async {
         loop {
-            let now = standing(instance).await.unwrap();
+            let now = standing(instance, Copies::Possible).await.unwrap();
             if is(&now) {
                 return now;
             }

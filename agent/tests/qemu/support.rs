@@ -216,6 +216,10 @@ impl Host {
         wait_for("beats", || self.beats().len() >= count).await;
     }
 
+    pub(crate) async fn wait_for_more_beats(&self, count: usize) {
+        self.wait_for_beats(self.beats().len() + count).await;
+    }
+
     /// Every process whose command line names this VM.
     pub(crate) fn processes(&self) -> Vec<u32> {
         let id = self.vm.to_string();

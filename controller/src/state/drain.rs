@@ -16,12 +16,12 @@
 //! the same incarnation, so that a drain that is ended meanwhile changes nothing about it: the VM then starts where it is best,
 //! which may be where it was.
 
-use std::collections::BTreeSet;
+use std::{borrow::Cow, collections::BTreeSet};
 
 use uncloud_proto::ids::{HostId, VmId};
 
 use super::{
-    State, VmEntry,
+    State, VmEntry, absorb,
     command::{Answer, Context, DrainStep, Refusal},
     draft::Draft,
     migration::{self, MIGRATIONS_PER_HOST, OwnDisks},
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     model::{Desired, DrainHow, EventType, HostMode, HostRecord, Liveness, Phase, VmRecord},
-    scheduler::{self, Home, Limits},
+    scheduler::{self, ClusterView, Home, Limits},
 };
 
 /// What can become of a VM whose host is being emptied.
@@ -143,15 +143,33 @@ fn of_unmovable(draft: &mut Draft<'_>, record: &VmRecord, why: String) -> Prospe
         Home::Anywhere | Home::SharedPools { .. } => {}
     }
     let request = placement::request(record);
-    if placement::schedule(draft, &request).is_ok() {
+    let silent = BTreeSet::new();
+    let limits = draft.limits();
+    let all_heard = Limits { silent: &silent, ..limits };
+    let view = with_leavers(draft);
+    if scheduler::place(&view, &request, &limits).is_ok() {
         return Prospect::CanStop(why);
     }
-    let silent = BTreeSet::new();
-    let limits = Limits { silent: &silent, ..draft.limits() };
-    match scheduler::place(draft.view(), &request, &limits) {
+    match scheduler::place(&view, &request, &all_heard) {
         Ok(_) => Prospect::Waits(why), // for a host that is only silent
         Err(_) => Prospect::Stuck(why),
     }
+}
+
+/// The cluster as it is when those that are being stopped to leave their host have a place: each where it would start now. Otherwise
+/// two might be stopped for the same room.
+fn with_leavers<'v>(draft: &'v mut Draft<'_>) -> Cow<'v, ClusterView> {
+    let (state, limits) = (draft.state, draft.limits());
+    let on_draining = state.draining_hosts().flat_map(|(host, _)| state.vms_on(host));
+    let leavers: Vec<&VmRecord> =
+        on_draining.filter_map(|vm| Some(&*state.vm(vm)?.record)).filter(|vm| vm.is_moving_out()).collect();
+    let mut view = Cow::Borrowed(draft.view());
+    for vm in leavers {
+        if let Ok(choice) = scheduler::place(&view, &placement::request(vm), &limits) {
+            view.to_mut().assign(choice.host, vm.id, absorb::needs(vm));
+        }
+    }
+    view
 }
 
 /// Has one VM leave a host that is being drained.

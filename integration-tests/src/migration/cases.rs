@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    fmt, fs,
+    fmt, fs, io,
     path::PathBuf,
     process::Command,
     time::{Duration, Instant},
@@ -20,6 +20,8 @@ use crate::{
     Cluster, Options, Signal,
     api::{host_of, incarnation_of, summary},
     checker::Instance,
+    specs,
+    typed::Console,
     wait_for,
 };
 
@@ -35,6 +37,18 @@ const STILL_LIMIT: Duration = Duration::from_secs(9);
 /// One that was killed runs again within this: 10 s, the guest boots, and the machine may be busy.
 const AWAY_LIMIT: Duration = Duration::from_secs(30);
 
+/// Who has the disk of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disk {
+    /// Both hosts.
+    Shared,
+    /// Only its host: it is copied.
+    Own,
+}
+
+/// What the disk has besides the counter, in MiB, if it is to be copied.
+const ON_DISK: u32 = 40;
+
 /// Something that goes wrong, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Case {
@@ -48,10 +62,16 @@ pub struct Case {
 const UNDISTURBED: Case = Case { fault: Fault::None, moment: Moment::Preparing };
 
 impl Case {
-    /// Every fault at every moment. If there is no fault, there is no moment for it but the one that is held.
+    /// Every fault at every moment, if somebody has such a disk. If there is no fault, there is no moment for it but the one that is held.
     pub fn all() -> impl Iterator<Item = Self> {
         let all = FAULTS.into_iter().flat_map(|fault| MOMENTS.map(|moment| Self { fault, moment }));
-        all.filter(|case| case.fault != Fault::None || case.moment != Moment::Sending)
+        all.filter(|case| case.fault != Fault::None || !matches!(case.moment, Moment::Copying | Moment::Sending))
+    }
+
+    /// Whether it can be with such a disk.
+    #[must_use]
+    pub fn fits(self, disk: Disk) -> bool {
+        disk == Disk::Own || self.moment != Moment::Copying
     }
 
     /// The case that is called this, as `source-agent-hung@sending`.
@@ -107,6 +127,7 @@ pub const HEAD: &str = "| what | when | the migration | the VM is on its | the g
 pub struct Trials {
     /// The cluster.
     pub cluster: Cluster,
+    disk: Disk,
     vm: Vm,
     /// How many guests there were before. One whose QEMU has died is not used again: the next time it would wait before it is
     /// started again.
@@ -119,14 +140,14 @@ impl Trials {
     /// # Errors
     ///
     /// Something does not come up.
-    pub async fn start() -> anyhow::Result<Self> {
+    pub async fn start(disk: Disk) -> anyhow::Result<Self> {
         let mut cluster = Options::hosts(2).default_leases().controllers(2).namespaces().linux().start().await?;
         for part in ["etcd", "leader", "history"] {
             // That a part of the control plane was away is worth an ERROR.
             cluster.allow_error(part);
         }
-        let vm = cluster.run(loaded("traveller", LOAD)).await?;
-        Ok(Self { cluster, vm, used: 0 })
+        let vm = guest(&mut cluster, disk, 0).await?;
+        Ok(Self { cluster, disk, vm, used: 0 })
     }
 
     /// Tries one case.
@@ -174,6 +195,10 @@ impl Trials {
         };
         cluster.wait_hosts().await?;
         let vm = well(cluster, &id).await?;
+        wait_for("one disk is left", WELL_LIMIT, async || {
+            only_disk(cluster, &id).map(drop).map_err(|e| format!("{e:#}"))
+        })
+        .await?;
         let beats = cluster.checker.beats(&id);
         let times: Vec<Instant> = beats.iter().map(|b| b.at).filter(|at| *at >= began).collect();
         let row = Row {
@@ -201,7 +226,7 @@ impl Trials {
         cluster.api.delete(&id).await?;
         cluster.api.wait_gone(&id, WELL_LIMIT).await?;
         self.used += 1;
-        self.vm = cluster.run(loaded(&format!("traveller-{}", self.used), LOAD)).await?;
+        self.vm = guest(&mut self.cluster, self.disk, self.used).await?;
         Ok(())
     }
 
@@ -218,6 +243,26 @@ impl Trials {
         self.cluster.checker.wait_gone(&self.vm.id, limit).await?;
         disk_has_what_was_said(&self.cluster, &self.vm.id).await?;
         self.cluster.finish().await
+    }
+}
+
+/// A guest that counts; what is to be copied is on its disk.
+async fn guest(cluster: &mut Cluster, disk: Disk, number: u32) -> anyhow::Result<Vm> {
+    let spec = loaded(&format!("traveller-{number}"), LOAD);
+    match disk {
+        Disk::Shared => cluster.run(spec).await,
+        Disk::Own => {
+            let spec = specs::with(spec, |s| {
+                s.disks[0].pool = specs::LOCAL.into();
+                s.disks[0].size_bytes = u64::from(ON_DISK + 8) << 20;
+            });
+            let vm = cluster.run(spec).await?;
+            cluster.checker.wait_beats(&vm.id, 1, WELL_LIMIT).await?;
+            let mut console = Console::open(cluster, &vm.id).await?;
+            console.type_line(&format!("fill 1 {ON_DISK}")).await?;
+            console.expect("FILLED").await?;
+            Ok(vm)
+        }
     }
 }
 
@@ -270,14 +315,26 @@ async fn well(cluster: &Cluster, id: &str) -> anyhow::Result<Vm> {
     .await
 }
 
+/// The only disk of the VM, wherever it is.
+fn only_disk(cluster: &Cluster, vm: &str) -> anyhow::Result<PathBuf> {
+    let own = cluster.hosts.iter().map(|h| h.dir().join("pool"));
+    let mut disks = Vec::new();
+    for pool in own.chain([cluster.pool()]) {
+        let dir = pool.join("disks").join(vm);
+        match fs::read_dir(&dir) {
+            Ok(files) => disks.extend(files.filter_map(|e| Some(e.ok()?.path()))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("read {}", dir.display())),
+        }
+    }
+    disks.retain(|p| p.extension().is_some_and(|e| e == "qcow2"));
+    ensure!(disks.len() == 1, "one disk, not {disks:?}");
+    Ok(disks.remove(0))
+}
+
 /// The counter on the disk of a Linux guest that does not run; the disk must be whole.
 fn counter_on_disk(cluster: &Cluster, vm: &str) -> anyhow::Result<u64> {
-    let dir = cluster.pool().join("disks").join(vm);
-    let files = fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))?;
-    let mut disks: Vec<PathBuf> =
-        files.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.extension().is_some_and(|e| e == "qcow2")).collect();
-    ensure!(disks.len() == 1, "one disk, not {disks:?}");
-    let (disk, raw) = (disks.remove(0), cluster.path().join("disk.raw"));
+    let (disk, raw) = (only_disk(cluster, vm)?, cluster.path().join("disk.raw"));
     let run = |command: &mut Command| -> anyhow::Result<()> {
         let output = command.output()?;
         ensure!(output.status.success(), "qemu-img: {}", String::from_utf8_lossy(&output.stderr));

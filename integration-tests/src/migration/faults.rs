@@ -19,6 +19,8 @@ use crate::{
 pub enum Moment {
     /// The target's QEMU has just been started.
     Preparing,
+    /// The source copies its disk, and the guest executes. Only of guests whose disk only their host has.
+    Copying,
     /// The source sends the guest's memory, and the guest executes.
     Sending,
     /// The source has sent everything and the target has it; nobody executes. The leader has been stopped by SIGSTOP meanwhile, so
@@ -27,7 +29,7 @@ pub enum Moment {
 }
 
 /// All of them.
-pub const MOMENTS: [Moment; 3] = [Moment::Preparing, Moment::Sending, Moment::HandingOver];
+pub const MOMENTS: [Moment; 4] = [Moment::Preparing, Moment::Copying, Moment::Sending, Moment::HandingOver];
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -183,13 +185,22 @@ impl Sides {
         }
         let socket = self.monitor(cluster, &self.source)?;
         let socket = || socket.clone();
+        if moment == Moment::Copying {
+            wait_for("its disk is being copied", Duration::from_secs(30), async || {
+                let jobs = ask(socket(), "query-jobs", json!({})).await.map_err(|e| format!("{e:#}"))?;
+                let under_way = |j: &Value| j["status"] == "running" && j["current-progress"].as_u64() > Some(1 << 20);
+                if jobs.as_array().is_some_and(|j| j.iter().any(under_way)) { Ok(()) } else { Err(jobs.to_string()) }
+            })
+            .await?;
+            return Ok(None);
+        }
         wait_for("memory is being sent", Duration::from_secs(30), async || {
             let answer = ask(socket(), "query-migrate", json!({})).await.map_err(|e| format!("{e:#}"))?;
             let number = |field: &str| answer["ram"][field].as_u64().unwrap_or(0);
             // All of it has been sent once when what is left is less than what the guest writes to.
             let far = match moment {
                 Moment::HandingOver => number("dirty-sync-count") > 1,
-                Moment::Preparing | Moment::Sending => number("transferred") > 1 << 20,
+                Moment::Preparing | Moment::Copying | Moment::Sending => number("transferred") > 1 << 20,
             };
             if answer["status"] == "active" && far { Ok(()) } else { Err(answer.to_string()) }
         })
@@ -211,8 +222,14 @@ impl Sides {
 
     /// Lifts the limit of the source, under which it would never be done.
     pub(super) async fn hurry(&self, cluster: &mut Cluster) -> anyhow::Result<()> {
+        let socket = self.monitor(cluster, &self.source)?;
+        let jobs = ask(socket.clone(), "query-jobs", json!({})).await?;
+        for id in jobs.as_array().into_iter().flatten().filter_map(|j| j["id"].as_str()) {
+            // One that is about to end has no speed any more.
+            drop(ask(socket.clone(), "block-job-set-speed", json!({ "device": id, "speed": 0 })).await);
+        }
         let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 2000 });
-        ask(self.monitor(cluster, &self.source)?, "migrate-set-parameters", fast).await.map(drop)
+        ask(socket, "migrate-set-parameters", fast).await.map(drop)
     }
 
     /// Lets it go wrong.

@@ -21,7 +21,7 @@ use uncloud_agent::{
     vm::{
         desired::Desired,
         hypervisor::{Adoption, Exit, ExitKind, Hypervisor, Instance, InstanceEvent, LaunchError},
-        migration::{Standing, Step},
+        migration::{Copies, Standing, Step},
     },
 };
 use uncloud_proto::{
@@ -306,7 +306,7 @@ impl Instance for SimInstance {
         Ok(())
     }
 
-    async fn standing(&self) -> Result<Standing, String> {
+    async fn standing(&self, _: Copies) -> Result<Standing, String> {
         Err("nothing migrates here".to_owned())
     }
 

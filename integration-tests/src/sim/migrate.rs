@@ -153,7 +153,7 @@ impl Host {
                 let delay = core.between(20, 3000);
                 core.after(delay, kernel, boot, wire);
             }
-            Step::Continue => {
+            Step::Continue(_) => {
                 let (Transfer::Ready, Some((host, port))) = (moving.transfer, moving.to) else { return };
                 // `qemu::mirror::finish`
                 match moving.mirror {

@@ -9,9 +9,7 @@ use uncloud_agent::{
     lease::LeaseClass,
     records::Role,
     vm::{
-        desired::Desired,
         mailbox::{Generations, Mail, Mailbox},
-        migration::Step,
         state::{Effect, Event as VmEvent, Lease, Moment, Skipped, VmState},
     },
 };
@@ -173,7 +171,7 @@ impl Host {
                     | Effect::Pause,
                     Some(uid),
                 ) => {
-                    if let Some(step) = step(*effect, &runner.state.record().desired) {
+                    if let Some(step) = runner.state.step(*effect) {
                         events.extend(self.step(core, vm, uid, step));
                     }
                 }
@@ -262,22 +260,6 @@ impl Host {
 
     fn lease_over(&self, core: &Core, vm: VmId) -> bool {
         self.qemus.get(&vm).is_none_or(|q| !self.word(q.start.class).permits(q.start.generation, self.now(core)))
-    }
-}
-
-/// `runner::take_step`
-fn step(effect: Effect, desired: &Desired) -> Option<Step> {
-    match effect {
-        Effect::Listen => {
-            Some(Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() })
-        }
-        Effect::Send => desired.migrate_to.clone().map(Step::Send),
-        Effect::SendMemory => desired.migrate_to.clone().map(Step::SendMemory),
-        Effect::Continue => Some(Step::Continue),
-        Effect::Cancel => Some(Step::Cancel),
-        Effect::Resume => Some(Step::Resume),
-        Effect::Pause => Some(Step::Pause),
-        _ => None,
     }
 }
 

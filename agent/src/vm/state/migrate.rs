@@ -16,7 +16,8 @@
 //! * **M3** The source, once it has begun to send, lets the guest go on only when the leader has said RUN (or STOP) without
 //!   `migrate_to`, under the lease generation of its launch. (Until the last of it has been sent QEMU lets it go on by
 //!   itself when sending fails: it has not handed anything over then.)
-//! * **M5** The memory of a guest whose disks are copied is sent only when all of them are the same on both sides.
+//! * **M5** The memory of a guest whose disks are copied is sent only when all of them have been, and the last of it only when they are
+//!   the same on both sides (`qemu/mirror.rs`).
 //! * **M4** While the leader's word has `migrate_to`, nothing is launched: what was sent may execute elsewhere.
 
 use std::time::Duration;
@@ -24,7 +25,7 @@ use std::time::Duration;
 use super::{Acceptance, Disposition, Effect, Ending, Execution, Moment, Push, Role, StopMode, VmState};
 use crate::{
     records::Settled,
-    vm::migration::{Guest, Mirror, Standing, Transfer},
+    vm::migration::{Copies, Guest, Mirror, Standing, Step, Transfer},
 };
 
 /// How often QEMU is asked how much it has sent. Each answer is stored, so not more often.
@@ -154,7 +155,7 @@ impl VmState {
         let phase = self.phase();
         let Some(x) = &mut self.execution else { return };
         if let Phase::Disks { count } = phase {
-            // M5: no memory is sent before all disks are the same on both sides.
+            // M5: no memory is sent before all disks have been copied.
             if x.standing.as_ref().is_some_and(|s| s.mirror == Mirror::Ready(count)) && self.frozen.is_none() {
                 self.record.sending = self.record.moving;
                 x.standing = None;
@@ -170,6 +171,52 @@ impl VmState {
             effects.push(Effect::Continue);
         }
         x.look(at, effects);
+    }
+
+    /// Whether disks may be on their way. Where it is not certain they may.
+    #[must_use]
+    pub fn copies(&self) -> Copies {
+        let desired = &self.record.desired;
+        // What an earlier migration has left is put right before `moving` says so of this one.
+        let none = match desired.disposition {
+            Disposition::Incoming => desired.disks_to_copy() == 0,
+            Disposition::Run => desired
+                .migrate_to
+                .as_ref()
+                .is_some_and(|o| o.disks.is_none() && self.record.moving == Some(o.incarnation)),
+            Disposition::Stop | Disposition::Delete | Disposition::Forget => false,
+        };
+        if none { Copies::None } else { Copies::Possible }
+    }
+
+    /// What QEMU is told to do for `effect`, if it is a step of a migration.
+    #[must_use]
+    pub fn step(&self, effect: Effect) -> Option<Step> {
+        let desired = &self.record.desired;
+        Some(match effect {
+            Effect::Listen => Step::Listen { secret: desired.migration_secret.clone(), disks: desired.disks_to_copy() },
+            Effect::Send => Step::Send(desired.migrate_to.clone()?),
+            Effect::SendMemory => Step::SendMemory(desired.migrate_to.clone()?),
+            Effect::Continue => Step::Continue(self.copies()),
+            Effect::Cancel => Step::Cancel,
+            Effect::Resume => Step::Resume,
+            Effect::Pause => Step::Pause,
+            Effect::Persist
+            | Effect::Look
+            | Effect::Prepare
+            | Effect::CancelPrepare
+            | Effect::Launch { .. }
+            | Effect::Adopt
+            | Effect::PowerDown
+            | Effect::Reset
+            | Effect::Quit
+            | Effect::Kill
+            | Effect::TendDisks
+            | Effect::TendIdle { .. }
+            | Effect::CancelTend
+            | Effect::GoOn
+            | Effect::DeleteDisks => return None,
+        })
     }
 
     /// What of a migration under way is on its way.

@@ -6,7 +6,7 @@ use crate::{
     vm::{
         desired::VoidDisks,
         fake::desired,
-        migration::{DisksTo, Guest, MigrateTo, Mirror, Transfer},
+        migration::{Copies, DisksTo, Guest, MigrateTo, Mirror, Step, Transfer},
     },
 };
 
@@ -53,6 +53,23 @@ fn m5_memory_is_sent_only_when_all_disks_are_the_same_on_both_sides() {
     let report = state.report();
     assert_eq!(report.state, ReportState::HandedOver);
     assert_eq!(report.migration.unwrap().disks, DisksSent::All);
+}
+
+/// What a guest that stands still need not wait for is not asked, and only that.
+#[test]
+fn qemu_is_not_asked_for_copies_of_disks_where_there_are_none() {
+    let mut shared = launched(run(1, None));
+    shared.on(Event::Started(Incarnation(1), 1), at(0));
+    assert_eq!(shared.copies(), Copies::Possible, "an earlier migration may have left some");
+    shared.on(word(run(1, Some(2))), at(10));
+    assert_eq!((shared.copies(), shared.step(Effect::Continue)), (Copies::None, Some(Step::Continue(Copies::None))));
+    // Given up: nothing is taken for granted.
+    shared.on(word(run(1, None)), at(20));
+    assert_eq!(shared.copies(), Copies::Possible);
+    // Another one, while the earlier one is not put right yet.
+    shared.on(word(run(1, Some(3))), at(30));
+    assert_eq!((shared.record().moving, shared.copies()), (Some(Incarnation(2)), Copies::Possible));
+    assert_eq!(copying().copies(), Copies::Possible);
 }
 
 /// M6: an agent whose record is lost does not know whether the disks were copied, and does not say so.

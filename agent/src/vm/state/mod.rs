@@ -205,7 +205,7 @@ pub enum Effect {
     Listen,
     /// The source: let QEMU send the guest to where the desired state says.
     Send,
-    /// The source, whose disks are the same on both sides: let QEMU send the guest.
+    /// The source, whose disks have been copied: let QEMU send the guest.
     SendMemory,
     /// The source: send the last of it.
     Continue,

@@ -343,3 +343,26 @@ fn paused_and_failed_vms_are_explained() {
     assert!(matches!(world.prospect(vm), Prospect::CanStop(_)), "{:?}", world.prospect(vm));
     assert_eq!(world.steps(&mut Drains::default(), 1), [vm]);
 }
+
+/// Whoever is stopped first has the room, though it has no place yet.
+#[test]
+fn two_vms_are_not_stopped_for_the_same_room() {
+    let mut world = World::one_open(2);
+    let failing = |world: &mut World, n| {
+        // Two do not fit beside each other on the second host, which has 4 GiB.
+        let vm = world.running(n, small("shared", 1500));
+        let next_attempt = Some(uncloud_proto::clock::WallTime(9));
+        let report = VmObservation { next_attempt, ..world.observation(vm, ObservedState::Failed) };
+        world.ok(Command::Report { host: host_id(1), reports: vec![report] });
+        vm
+    };
+    let vms: Vec<VmId> = (1..=2).map(|n| failing(&mut world, n)).collect();
+    world.mode(2, HostMode::Active);
+    let _there = world.running(3, small("shared", 1500));
+    assert_eq!(world.on(host_id(2)), 1);
+    world.drain(2, DrainHow::StopAndMove);
+    assert!(vms.iter().all(|vm| matches!(world.prospect(*vm), Prospect::CanStop(_))));
+    assert_eq!(world.steps(&mut Drains::default(), 1).len(), 1);
+    let left = vms.iter().filter(|vm| matches!(world.prospect(**vm), Prospect::Stuck(_))).count();
+    assert_eq!(left, 1, "the other one has no room there and stays");
+}

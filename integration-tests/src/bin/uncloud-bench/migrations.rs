@@ -57,9 +57,13 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
         .await
         .with_context(|| format!("plain migration {trial}"))?;
         plain = back;
-        eprintln!("migration {trial} of {TRIALS}: {:.1} ms, plain QEMU {:.1} ms", millis(took), millis(beside));
-        ours.push(millis(took));
-        bare.push(millis(beside));
+        eprintln!(
+            "migration {trial} of {TRIALS}: {:.1} ms, plain QEMU {:.1} ms",
+            millis(took.whole()),
+            millis(beside.whole())
+        );
+        ours.push(took);
+        bare.push(beside);
         cluster.checker.wait_beats(&vm.id, 3, LIMIT).await?;
     }
     let last = cluster.checker.wait_beats(&vm.id, 1, LIMIT).await?.said;
@@ -67,6 +71,12 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
     cluster.finish().await?;
     let counted = blocking(move || plain.finish()).await?;
     eprintln!("{TRIALS} migrations each; no count lost or doubled: {} by uncloud, {counted} by plain QEMU", last.n);
+    for (what, piece) in Still::PIECES {
+        let piece_of = |all: &[Still]| median(all.iter().map(|s| millis(piece(s))).collect());
+        eprintln!("{what}: p50 {:.1} ms, plain QEMU {:.1} ms", piece_of(&ours), piece_of(&bare));
+    }
+    let whole = |all: Vec<Still>| all.iter().map(|s| millis(s.whole())).collect::<Vec<_>>();
+    let (ours, bare) = (whole(ours), whole(bare));
     let beside = format!("plain QEMU, same arguments; {TRIALS} each, by turns");
     Ok(vec![
         Measured::new("migration_downtime_p50", median(ours.clone()), median(bare.clone()), "ms", beside),
@@ -85,7 +95,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + 
 }
 
 /// One by uncloud.
-async fn one(cluster: &mut Cluster, vm: &Vm) -> anyhow::Result<(Duration, Vm)> {
+async fn one(cluster: &mut Cluster, vm: &Vm) -> anyhow::Result<(Still, Vm)> {
     let target = if host_of(vm) == "host-1" { "host-2" } else { "host-1" };
     let socket = |cluster: &mut Cluster, host: &str| -> anyhow::Result<PathBuf> {
         Ok(cluster.host(host)?.state_dir().join("vms").join(&vm.id).join(MONITOR))
@@ -101,12 +111,43 @@ async fn one(cluster: &mut Cluster, vm: &Vm) -> anyhow::Result<(Duration, Vm)> {
     Ok((took, vm))
 }
 
+/// How long a guest stood still.
+struct Still {
+    /// From its stop until the source was told to send the last of it.
+    told: Duration,
+    /// From then until the source had sent it, and the target had said so.
+    sent: Duration,
+    /// From then until the target went on.
+    went_on: Duration,
+}
+
+type Piece = fn(&Still) -> Duration;
+
+impl Still {
+    const PIECES: [(&str, Piece); 3] = [
+        ("until told to send the last", |s| s.told),
+        ("sending the last", |s| s.sent),
+        ("until it goes on", |s| s.went_on),
+    ];
+
+    fn whole(&self) -> Duration {
+        self.told + self.sent + self.went_on
+    }
+}
+
 /// From the source's stop to when the target went on.
-fn still(source: &mut Monitor, target: &mut Monitor) -> anyhow::Result<Duration> {
+fn still(source: &mut Monitor, target: &mut Monitor) -> anyhow::Result<Still> {
     let named = |name: &'static str| move |e: &Event| e.name == name;
     let stop = source.wait_event("STOP", LIMIT, named("STOP"))?;
+    let last = source.wait_event("device", LIMIT, migration_is("device"))?;
+    let sent = source.wait_event("completed", LIMIT, migration_is("completed"))?;
     let resume = target.wait_event("RESUME", LIMIT, named("RESUME"))?;
-    resume.at.checked_sub(stop.at).context("it went on before it was stopped")
+    let between = |from: &Event, to: &Event| to.at.checked_sub(from.at).context("it went on before it was stopped");
+    Ok(Still { told: between(&stop, &last)?, sent: between(&last, &sent)?, went_on: between(&sent, &resume)? })
+}
+
+fn migration_is(status: &'static str) -> impl Fn(&Event) -> bool {
+    move |e: &Event| e.name == "MIGRATION" && e.data["status"] == status
 }
 
 /// Connects to a QEMU that is about to start.
@@ -162,7 +203,7 @@ impl Plain {
     }
 
     /// Passes it on. Says how long it stood still.
-    fn migrate(&mut self) -> anyhow::Result<Duration> {
+    fn migrate(&mut self) -> anyhow::Result<Still> {
         self.started += 1;
         let (process, mut target) = start(&self.dir, self.started, &self.argv, &["-S", "-incoming", "defer"])?;
         let source = &mut self.monitor;
@@ -184,10 +225,9 @@ impl Plain {
         let listens = target.execute("query-migrate", json!({}))?;
         let port = listens["socket-address"][0]["port"].as_str().context("a port")?.to_owned();
         source.execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
-        let is = |status: &'static str| move |e: &Event| e.name == "MIGRATION" && e.data["status"] == status;
-        source.wait_event("pre-switchover", LIMIT, is("pre-switchover"))?;
+        source.wait_event("pre-switchover", LIMIT, migration_is("pre-switchover"))?;
         source.execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
-        source.wait_event("completed", LIMIT, is("completed"))?;
+        source.wait_event("completed", LIMIT, migration_is("completed"))?;
         target.execute("cont", json!({}))?;
         let took = still(source, &mut target)?;
         self.process.kill()?;

@@ -16,7 +16,7 @@ use harness::{
         stage::Stage,
         trials,
     },
-    migration::cases::{Case, HEAD, Trials},
+    migration::cases::{Case, Disk, HEAD, Trials},
     slots::Share,
 };
 use uncloud_proto::v1::FailoverPolicy;
@@ -64,6 +64,9 @@ enum What {
         /// Only these, such as `target-qemu-killed@sending`.
         #[arg(long, value_delimiter = ',', value_parser = case)]
         only: Vec<Case>,
+        /// The guest's disk is one that only its host has, and is copied.
+        #[arg(long)]
+        own_disk: bool,
     },
 }
 
@@ -118,14 +121,19 @@ async fn work(args: Args) -> anyhow::Result<()> {
             }
         }
         What::Trials { kind, n, seed, etcd_flag } => measure(&kind, n, seed, &etcd_flag).await?,
-        What::MigrationFaults { only } => migration_faults(only).await?,
+        What::MigrationFaults { only, own_disk } => {
+            migration_faults(only, if own_disk { Disk::Own } else { Disk::Shared }).await?;
+        }
     }
     Ok(())
 }
 
-async fn migration_faults(only: Vec<Case>) -> anyhow::Result<()> {
-    let cases = if only.is_empty() { Case::all().collect() } else { only };
-    let mut trials = Trials::start().await?;
+async fn migration_faults(only: Vec<Case>, disk: Disk) -> anyhow::Result<()> {
+    let cases: Vec<Case> = if only.is_empty() { Case::all().filter(|c| c.fits(disk)).collect() } else { only };
+    if let Some(case) = cases.iter().find(|c| !c.fits(disk)) {
+        bail!("{case}: no disk is copied; see --own-disk");
+    }
+    let mut trials = Trials::start(disk).await?;
     println!("{HEAD}");
     for case in cases {
         match trials.run(case).await {
