@@ -17,6 +17,7 @@ use rustix::fs::FlockOperation;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpSocket},
+    runtime::Handle,
     sync::watch,
     task::JoinHandle,
     time,
@@ -46,13 +47,13 @@ const BACKLOG: u32 = 16_384;
 /// How long the server may take to end its connections.
 const SERVER_END: Duration = Duration::from_secs(2);
 
-/// Runs a controller until `stop` fires.
+/// Runs a controller until `stop` fires. `serving` is as in [`Edge`].
 ///
 /// # Errors
 ///
 /// When it cannot begin: a bad configuration, a data directory in use, no etcd to start, a port that is taken. Once it
 /// runs, nothing ends it but `stop`.
-pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyhow::Result<()> {
+pub async fn run(config: Config, clock: Clock, serving: Handle, stop: CancellationToken) -> anyhow::Result<()> {
     config.validate()?;
     let _lock = lock(&config.data_dir)?;
     let mut embedded = if config.etcd.is_empty() {
@@ -62,7 +63,10 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
     };
     let endpoints = embedded.as_ref().map_or_else(|| config.etcd.clone(), |e| vec![e.endpoint().to_owned()]);
 
-    let listener = listen(config.listen).with_context(|| format!("cannot listen on {}", config.listen))?;
+    let listener = {
+        let _there = serving.enter();
+        listen(config.listen).with_context(|| format!("cannot listen on {}", config.listen))?
+    };
     info!(address = %config.listen, "serving");
     let metrics = Metrics::default();
     if let Some(address) = config.metrics_listen {
@@ -71,7 +75,8 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
         info!(%address, "metrics at /metrics");
         tokio::spawn(metrics::serve(listener, metrics.clone(), stop.clone()));
     }
-    let edge = Edge { incoming: api::accept(listener), store: connect(&endpoints), dial: Dial::tcp(), metrics };
+    let incoming = api::accept(listener);
+    let edge = Edge { incoming, serving, store: connect(&endpoints), dial: Dial::tcp(), metrics };
     control(&config, &clock, edge, stop).await;
     if let Some(mut etcd) = embedded.take() {
         tokio::task::spawn_blocking(move || etcd.stop()).await.context("stop etcd")?;
@@ -93,6 +98,9 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 pub struct Edge<I, F> {
     /// The connections that come in.
     pub incoming: I,
+    /// Where they are served. A process has threads of their own for them: ten thousand agents that dial at once are not in the way of
+    /// the leadership's keep-alive and of the writer.
+    pub serving: Handle,
     /// Gives etcd, when it can be had.
     pub store: F,
     /// How other controllers are reached.
@@ -125,7 +133,7 @@ pub async fn control<S>(
         dial: edge.dial,
         metrics: edge.metrics.clone(),
     };
-    let server = tokio::spawn(api::serve(edge.incoming, serving, served.clone()));
+    let server = edge.serving.spawn(api::serve(edge.incoming, serving, served.clone()));
 
     // Ends by itself when `stop` fires, after a hand-over.
     elections(config, clock, edge.store, &part, &store, &edge.metrics, &stop).await;

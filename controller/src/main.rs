@@ -2,14 +2,21 @@
 
 use std::{io, process::ExitCode};
 
+use anyhow::Context as _;
 use clap::Parser as _;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::{Builder, Handle},
+    signal::unix::{SignalKind, signal},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use tracing_subscriber::EnvFilter;
 use uncloud_controller::{app, config::Config};
 use uncloud_proto::clock::Clock;
+
+/// For the leadership, the writer and the connections to etcd: one is enough for their work, and another for when that one is busy.
+const CONTROL_THREADS: usize = 2;
 
 fn main() -> ExitCode {
     let config = Config::parse();
@@ -33,8 +40,21 @@ fn raise_descriptors() {
     }
 }
 
-#[tokio::main]
-async fn run(config: Config) -> anyhow::Result<()> {
+fn run(config: Config) -> anyhow::Result<()> {
+    let serving = Builder::new_multi_thread().enable_all().thread_name("serving").build().context("start threads")?;
+    let control = Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .enable_all()
+        .thread_name("control")
+        .build()
+        .context("start threads")?;
+    let ended = control.block_on(until_stopped(config, serving.handle().clone()));
+    // What is left of a call is over with the process.
+    serving.shutdown_background();
+    ended
+}
+
+async fn until_stopped(config: Config, serving: Handle) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let stopped = stop.clone();
@@ -45,5 +65,5 @@ async fn run(config: Config) -> anyhow::Result<()> {
         }
         stopped.cancel();
     });
-    app::run(config, Clock::system(), stop).await
+    app::run(config, Clock::system(), serving, stop).await
 }

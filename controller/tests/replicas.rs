@@ -16,7 +16,7 @@ use std::{
 
 use clap::Parser as _;
 use support::*;
-use tokio::{task::JoinHandle, time};
+use tokio::{runtime::Handle, task::JoinHandle, time};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Status, Streaming, transport::Channel};
 use uncloud_controller::{app, config::Config};
@@ -48,7 +48,7 @@ impl Replica {
         let args = ["uncloud-controller", "--data-dir", &data, "--listen", address, "--etcd", etcd];
         let config = Config::try_parse_from(args).unwrap();
         let stop = CancellationToken::new();
-        let task = tokio::spawn(app::run(config, Clock::system(), stop.clone()));
+        let task = tokio::spawn(app::run(config, Clock::system(), Handle::current(), stop.clone()));
         let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect_lazy();
         Self { address: address.to_owned(), channel, stop, task: Some(task), dir }
     }

@@ -98,9 +98,20 @@ impl Etcd {
         answer.kvs().iter().map(|kv| (kv.key_str().unwrap().to_owned(), kv.lease())).collect()
     }
 
-    /// SIGSTOP: it hangs, and its connections stay open.
+    /// SIGSTOP: it hangs, and its connections stay open. Returns when it does: on a busy machine a thread of it may go on for longer than
+    /// a transaction takes.
     pub(crate) fn freeze(&self) {
         self.signal(Signal::STOP);
+        let stopped = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'));
+        let begin = Instant::now();
+        loop {
+            let mut threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+            if threads.all(|t| std::fs::read_to_string(t.unwrap().path().join("stat")).is_ok_and(|s| stopped(&s))) {
+                return;
+            }
+            assert!(begin.elapsed() < LIMIT, "etcd does not stop");
+            std::thread::yield_now();
+        }
     }
 
     /// SIGCONT.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use etcd_client::{Channel, Client, ConnectOptions};
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 use uncloud_agent::{
@@ -64,6 +64,7 @@ pub(super) async fn controller(config: Config, clock: Clock) -> turmoil::Result 
     let client = Client::from_channel(channel, Some(ConnectOptions::new().with_require_leader(true))).await?;
     let store = Store::from_clients(vec![client])?;
     let edge = Edge {
+        serving: Handle::current(),
         incoming: net::incoming(PORT).await?,
         store: std::future::ready(store),
         dial: net::dial(),
