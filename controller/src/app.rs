@@ -6,6 +6,7 @@
 use std::{
     fs::{self, File},
     io,
+    net::SocketAddr,
     path::Path,
     sync::Arc,
     time::Duration,
@@ -15,7 +16,7 @@ use anyhow::{Context as _, bail};
 use rustix::fs::FlockOperation;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    net::TcpListener,
+    net::{TcpListener, TcpSocket},
     sync::watch,
     task::JoinHandle,
     time,
@@ -39,6 +40,9 @@ use crate::{
 const TERM_END: Duration = Duration::from_secs(5);
 /// How long to wait before connecting to etcd is tried again.
 const CONNECT_AGAIN: Duration = Duration::from_millis(500);
+/// Connections that may wait to be accepted. After a takeover all agents come at once, and who finds no room tries again only after a
+/// second. The kernel has a limit of its own (`net.core.somaxconn`, 4096).
+const BACKLOG: u32 = 16_384;
 /// How long the server may take to end its connections.
 const SERVER_END: Duration = Duration::from_secs(2);
 
@@ -58,8 +62,7 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
     };
     let endpoints = embedded.as_ref().map_or_else(|| config.etcd.clone(), |e| vec![e.endpoint().to_owned()]);
 
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("cannot listen on {}", config.listen))?;
+    let listener = listen(config.listen).with_context(|| format!("cannot listen on {}", config.listen))?;
     info!(address = %config.listen, "serving");
     let metrics = Metrics::default();
     if let Some(address) = config.metrics_listen {
@@ -75,6 +78,14 @@ pub async fn run(config: Config, clock: Clock, stop: CancellationToken) -> anyho
     }
     info!("stopped");
     Ok(())
+}
+
+/// Listens for clients and agents.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Where a controller touches the network. A simulation has another one.

@@ -8,6 +8,7 @@ pub mod health;
 pub mod leadership;
 pub mod metrics;
 pub mod model;
+mod pieces;
 pub mod reconcile;
 pub mod scheduler;
 pub mod sessions;

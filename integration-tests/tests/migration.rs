@@ -5,6 +5,7 @@ use harness::{
     agent::HostOptions,
     api::{host_of, incarnation_of, phase_of},
     checker::Instance,
+    migration::{Load, loaded},
     prelude::*,
     proc_table::Kind,
 };
@@ -205,5 +206,23 @@ async fn whatever_dies_on_the_way_the_vm_ends_on_exactly_one_side() -> anyhow::R
         assert_eq!((left.host.as_str(), beat.host.as_str()), (host_of(&vm), host_of(&vm)));
         cluster.wait_hosts().await?;
     }
+    cluster.finish().await
+}
+
+/// A guest that writes to 16 MiB of its memory, 64 MiB a second, is sent with 24 MiB a second: QEMU slows it until it gets there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_writes_faster_than_it_can_be_sent_gets_there() -> anyhow::Result<()> {
+    let cluster = Options::hosts(2).linux().start().await?;
+    let load = Load { beat_ms: 100, dirty_kib: 16 << 10, kib_per_second: 64 << 10 };
+    let vm = cluster.run(loaded("busy", load)).await?;
+    let boot = cluster.checker.wait_beats(&vm.id, 2, secs(60)).await?.said.boot;
+    let began = Instant::now();
+    let request = v1::MigrateVmRequest { bytes_per_second: 24 << 20, ..to(&vm, other(&vm)) };
+    let incarnation = begin(&cluster, request).await?;
+    let (moved, end) = ended(&cluster, &vm, incarnation).await?;
+    assert_eq!(end.result(), MigrationResult::Done, "{}", end.reason);
+    eprintln!("it got there in {:.1?}", began.elapsed());
+    let beat = cluster.checker.wait_beats(&vm.id, 3, secs(20)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&moved), &boot), "the same guest goes on");
     cluster.finish().await
 }

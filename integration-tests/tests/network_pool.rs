@@ -9,15 +9,23 @@ use std::{
 
 use harness::{
     agent::HostOptions,
-    api::{host_of, incarnation_of},
+    api::{host_of, incarnation_of, phase_of},
+    migration::{Load, begin, ended, loaded, migrate},
     netns::{self, Cut},
     prelude::*,
     proc_table::{self, Kind, Proc},
     process::{kill_pid, signal_pid},
+    qmp::{MONITOR, Monitor},
+    typed::Console,
 };
-use uncloud_proto::v1::VmPhase;
+use serde_json::json;
+use uncloud_proto::v1::{MigrationResult, Vm, VmPhase};
 
 const POOL: &str = "net";
+/// A guest whose migration never gets there at [`RATE`]: it writes to this faster than it can be sent.
+const LOAD: Load = Load { beat_ms: 100, dirty_kib: 16 << 10, kib_per_second: 64 << 10 };
+/// Bytes that are sent at most in a second.
+const RATE: u64 = 24 << 20;
 
 /// A cluster in namespaces: `host-1` has nothing to do with it, `host-2` has the disks and is cordoned, the others run VMs.
 struct Stage {
@@ -27,7 +35,11 @@ struct Stage {
 
 impl Stage {
     async fn set_up() -> anyhow::Result<Self> {
-        let mut cluster = Options::hosts(1).namespaces().start().await?;
+        Self::with(Options::hosts(1).namespaces()).await
+    }
+
+    async fn with(options: Options) -> anyhow::Result<Self> {
+        let mut cluster = options.start().await?;
         let pool = cluster.path().join("net-pool");
         let agent = harness::paths::binary("uncloud-agent")?;
         let made = Command::new(agent).arg("init-pool").arg(&pool).args(["--name", POOL]).output()?;
@@ -59,6 +71,50 @@ impl Stage {
     fn qemu(&mut self, vm: &v1::Vm) -> anyhow::Result<Proc> {
         self.cluster.host_of(vm)?.process_of(&vm.id, Kind::Qemu)
     }
+
+    /// The incarnations of a VM to which its disk is served, by what the daemon tells whoever asks it over the network.
+    fn served(&mut self, vm: &Vm) -> anyhow::Result<Vec<u64>> {
+        let address = self.cluster.address_of(Some("host-2"))?;
+        let netns = self.cluster.host("host-2")?.netns()?.to_owned();
+        let listed = netns::output(&netns, &["qemu-nbd", "--list", "--bind", &address, "--port", "10809"])?;
+        let (prefix, names) = (format!("vm-{}.", vm.id), listed.split('\'').filter(|part| part.starts_with("vm-")));
+        let of_vm = names.filter_map(|name| name.strip_prefix(&prefix)?.split_once('.')?.0.parse().ok());
+        let mut served: Vec<u64> = of_vm.collect();
+        served.sort_unstable();
+        Ok(served)
+    }
+
+    async fn wait_served(&mut self, vm: &Vm, to: &[u64]) -> anyhow::Result<()> {
+        wait_for("its disk is served as it should be", secs(20), async || match self.served(vm) {
+            Ok(served) if served == to => Ok(()),
+            other => Err(format!("{other:?}, not {to:?}")),
+        })
+        .await
+    }
+
+    /// A guest that migrates and does not get there; memory is on its way. Returns the incarnation that it has there.
+    async fn sending(&mut self, vm: &Vm) -> anyhow::Result<u64> {
+        let incarnation = begin(&self.cluster.api, &vm.id, other(vm), RATE).await?;
+        let sent = |vm: &Vm| vm.status.as_ref()?.migration.as_ref().map(|m| m.transferred_bytes);
+        self.cluster.api.wait_vm(&vm.id, "is being sent", secs(60), |vm| sent(vm).is_some_and(|n| n > 1 << 20)).await?;
+        Ok(incarnation)
+    }
+
+    fn monitor(&mut self, vm: &Vm, host: &str) -> anyhow::Result<Monitor> {
+        Monitor::connect(&self.cluster.host(host)?.state_dir().join("vms").join(&vm.id).join(MONITOR))
+    }
+
+    /// Lifts the limit under which it never gets there, until it is over.
+    async fn hurry(&mut self, vm: &Vm, incarnation: u64) -> anyhow::Result<(Vm, v1::MigrationEnd)> {
+        let fast = json!({ "max-bandwidth": 1_u64 << 40, "downtime-limit": 2000 });
+        self.monitor(vm, host_of(vm))?.execute("migrate-set-parameters", fast)?;
+        ended(&self.cluster.api, &vm.id, incarnation).await
+    }
+}
+
+/// The other of the two hosts that run VMs.
+fn other(vm: &Vm) -> &'static str {
+    if host_of(vm) == "host-3" { "host-4" } else { "host-3" }
 }
 
 /// A QEMU with the arguments of one that runs, which no keeper watches and no lease ends: what a host that was frozen as a whole,
@@ -239,8 +295,152 @@ async fn a_guest_waits_for_its_storage_host_and_goes_on() -> anyhow::Result<()> 
     assert!(stage.cluster.checker.count(&vm.id) > count);
 
     // What does not work says so.
-    let migrate = v1::MigrateVmRequest { vm: vm.id.clone(), ..Default::default() };
-    let refused = stage.cluster.api.vms().migrate_vm(migrate).await.expect_err("it is refused");
+    let snapshot = v1::CreateSnapshotRequest { vm: vm.id.clone(), snapshot: "before".into(), ..Default::default() };
+    let refused = stage.cluster.api.vms().create_snapshot(snapshot).await.expect_err("it is refused");
     assert!(refused.message().contains("over the network"), "{refused:?}");
+    stage.cluster.finish().await
+}
+
+/// P5: a disk grows on its storage host, and the guest sees it: at once, at its next start, and when the storage host was away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_grows_on_its_storage_host_while_the_guest_goes_on() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let vm = stage.cluster.run(specs::with(specs::linux("grows"), |s| s.disks[0].pool = POOL.into())).await?;
+    let id = vm.id.as_str();
+    let boot = stage.cluster.checker.wait_beats(id, 2, secs(60)).await?.said.boot;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 1048576").await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "2M"]).await?.success()?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 2097152").await?;
+
+    // Its agent does not answer when it is asked for, its daemon dies, and the VM migrates.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "3M"]).await?.success()?;
+    kill_pid(stage.daemon()?);
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    stage.cluster.wait_hosts().await?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 3145728").await?;
+    let moved = migrate(&stage.cluster.api, id, other(&vm)).await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "4M"]).await?.success()?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 4194304").await?;
+    let beat = stage.cluster.checker.wait_beats(id, 3, secs(30)).await?;
+    assert_eq!((&beat.said.boot, beat.host.as_str()), (&boot, host_of(&moved)), "the same guest goes on");
+
+    stage.cluster.api.stop(id).await?;
+    let stopped = stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
+    stage.cluster.cli(&["vm", "resize-disk", "grows", "disk0", "5M"]).await?.success()?;
+    stage.cluster.api.start(id).await?;
+    stage.cluster.api.wait_moved(&stopped, secs(60)).await?;
+    Console::open(&stage.cluster, id).await?.says("size", "SIZE 5242880").await?;
+    stage.cluster.finish().await
+}
+
+/// N5: the guest goes on with all that it wrote, and what it came from has no disk any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_migrates_and_from_the_handover_on_only_its_new_host_has_the_disk() -> anyhow::Result<()> {
+    let mut stage = Stage::set_up().await?;
+    let vm = stage.cluster.run(Stage::request("wanders")).await?;
+    let boot = stage.cluster.checker.wait_beats(&vm.id, 2, secs(20)).await?.said.boot;
+    let (source, target) = (host_of(&vm).to_owned(), other(&vm));
+    let netns = stage.cluster.host(&source)?.netns()?.to_owned();
+    let twin = Twin::frozen(&stage.qemu(&vm)?, &netns).await?;
+
+    let moved = migrate(&stage.cluster.api, &vm.id, target).await?;
+    let beat = stage.cluster.checker.wait_beats(&vm.id, 3, secs(20)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (target, &boot), "the same guest goes on");
+    assert_eq!(stage.served(&vm)?, [incarnation_of(&moved)]);
+    twin.thaw()?;
+    stage.cluster.checker.wait_beats(&vm.id, 5, secs(20)).await?;
+    assert_eq!(twin.said(), "", "what was left behind has no disk");
+    drop(twin);
+
+    // Its host is emptied.
+    let what_if = stage.cluster.cli(&["host", "what-if", target, "-o", "json"]).await?.success()?.json()?;
+    assert_eq!(what_if["vms"][0]["outcome"], "SIMULATED_OUTCOME_MOVES", "{what_if}");
+    stage.cluster.cli(&["host", "drain", target]).await?.success()?;
+    let back = stage.cluster.api.wait_running(&vm.id, secs(30)).await?;
+    let beat = stage.cluster.checker.wait_beats(&vm.id, 3, secs(20)).await?;
+    assert_eq!((host_of(&back), beat.host.as_str(), &beat.said.boot), (source.as_str(), source.as_str(), &boot));
+    assert_eq!(stage.served(&vm)?, [incarnation_of(&back)]);
+    stage.cluster.finish().await
+}
+
+/// N5: a migration that is called off, a storage host whose agent and daemon die, a new leader, and a storage host that does not
+/// answer when the VM is handed over.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_becomes_of_the_storage_host_while_a_vm_migrates_it_goes_on_on_one_side() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    // Its lease outlives the restart of the only controller.
+    let request = specs::with(loaded("busy", LOAD), |s| {
+        s.disks[0].pool = POOL.into();
+        s.set_failover(v1::FailoverPolicy::Patient);
+    });
+    let vm = stage.cluster.run(request).await?;
+    let boot = stage.cluster.checker.wait_beats(&vm.id, 3, secs(60)).await?.said.boot;
+    let goes_on = async |stage: &Stage, host: &str| -> anyhow::Result<()> {
+        let beat = stage.cluster.checker.wait_beats(&vm.id, 10, secs(60)).await?;
+        ensure!((beat.host.as_str(), &beat.said.boot) == (host, &boot), "{beat:?}");
+        Ok(())
+    };
+
+    // Called off.
+    let (first, target) = (incarnation_of(&vm), other(&vm));
+    let next = stage.sending(&vm).await?;
+    assert_eq!(stage.served(&vm)?, [first, next]);
+    let cancel = v1::CancelMigrationRequest { vm: vm.id.clone(), ..Default::default() };
+    stage.cluster.api.vms().cancel_migration(cancel).await?;
+    stage.wait_served(&vm, &[first]).await?;
+    goes_on(&stage, host_of(&vm)).await?;
+
+    // Agent and daemon of the storage host, and the controller.
+    let next = stage.sending(&vm).await?;
+    let daemon = stage.daemon()?;
+    stage.cluster.host("host-2")?.kill();
+    kill_pid(daemon);
+    stage.cluster.controller.kill();
+    stage.cluster.controller.start_again().await?;
+    stage.cluster.host("host-2")?.start_again()?;
+    stage.cluster.wait_hosts().await?;
+    stage.wait_served(&vm, &[first, next]).await?;
+    goes_on(&stage, host_of(&vm)).await?;
+
+    // Handed over, while the storage host does not answer: nobody executes before it has taken the disk from the source.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    let (moved, end) = stage.hurry(&vm, next).await?;
+    assert_eq!((end.result(), host_of(&moved)), (MigrationResult::Done, target), "{end:?}");
+    assert_eq!(stage.served(&vm)?, [first, next]);
+    assert_ne!(stage.monitor(&vm, target)?.execute("query-status", json!({}))?["running"], true);
+    assert_ne!(phase_of(&moved), VmPhase::Running);
+    let explain = v1::ExplainVmRequest { vm: vm.id.clone(), owner: String::new() };
+    let why = stage.cluster.api.vms().explain_vm(explain).await?.into_inner().summary;
+    assert!(why.contains("storage host `host-2`"), "{why}");
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    goes_on(&stage, target).await?;
+    assert_eq!(stage.served(&vm)?, [next]);
+    stage.cluster.finish().await
+}
+
+/// N1, N5: the target dies, then the source.
+#[tokio::test(flavor = "multi_thread")]
+async fn when_a_side_of_a_migration_dies_the_disk_is_the_others() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let vm = stage.cluster.run(specs::with(loaded("busy", LOAD), |s| s.disks[0].pool = POOL.into())).await?;
+    let boot = stage.cluster.checker.wait_beats(&vm.id, 3, secs(60)).await?.said.boot;
+    let (first, target) = (incarnation_of(&vm), other(&vm));
+    let next = stage.sending(&vm).await?;
+    kill_pid(stage.cluster.host(target)?.process_of(&vm.id, Kind::Qemu)?.pid);
+    let (_, end) = ended(&stage.cluster.api, &vm.id, next).await?;
+    assert_eq!(end.result(), MigrationResult::GivenUp, "{end:?}");
+    stage.wait_served(&vm, &[first]).await?;
+    let beat = stage.cluster.checker.wait_beats(&vm.id, 10, secs(60)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&vm), &boot));
+
+    stage.sending(&vm).await?;
+    stage.cluster.host(host_of(&vm))?.cut_power();
+    let count = stage.cluster.checker.count(&vm.id);
+    let moved = stage.cluster.api.wait_moved(&vm, secs(60)).await?;
+    assert_eq!(host_of(&moved), target);
+    stage.cluster.checker.wait_beats(&vm.id, 3, secs(60)).await?;
+    assert!(stage.cluster.checker.count(&vm.id) > count);
+    assert_eq!(stage.served(&vm)?, [incarnation_of(&moved)]);
     stage.cluster.finish().await
 }

@@ -2,15 +2,22 @@
 //!
 //! Every question and command is bounded in time. Called by the VM's task through [`Hypervisor`](crate::vm::hypervisor::Hypervisor).
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
+use tokio::time::{self, Instant};
 
 use super::{
     process::{Instance, InstanceEvent},
     qmp,
 };
 use crate::vm::disks::{Done, Orders, Wanted};
+
+/// A busy guest has used a disk by then that has grown on its storage host. Longer, and the VM's task, which does nothing else meanwhile,
+/// is late for a stop; guests that take longer are looked at again later.
+const SEEN_LIMIT: Duration = Duration::from_millis(1500);
+/// How often to look meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Why a disk is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +30,11 @@ pub enum Error {
         /// Why not.
         source: qmp::Error,
     },
+    /// It has not been connected to its storage host anew since it grew there, or it has not grown there yet.
+    #[error(
+        "disk {0} grows on its storage host, and the guest sees that after it has used the disk the next time; this is looked at again"
+    )]
+    NotSeenYet(String),
     /// QEMU does not answer.
     #[error(transparent)]
     Qmp(#[from] qmp::Error),
@@ -41,13 +53,30 @@ pub async fn grow(instance: &Instance, sizes: &[(&str, &str, u64)]) -> Result<()
     for (disk, node, size) in sizes {
         // A QEMU that was started before its VM had this disk knows nothing of it.
         if found.get(*node).is_some_and(|now| now < size) {
-            let arguments = json!({ "node-name": node, "size": size });
-            let done = instance.execute("block_resize", Some(arguments)).await;
-            done.map_err(|source| Error::Disk { disk: (*disk).to_owned(), source })?;
+            let give_up = Instant::now() + SEEN_LIMIT;
+            loop {
+                let arguments = json!({ "node-name": node, "size": size });
+                match instance.execute("block_resize", Some(arguments)).await.map_err(|e| not_grown(disk, e)) {
+                    Ok(_) => break,
+                    Err(Error::NotSeenYet(_)) if Instant::now() < give_up => time::sleep(LOOK_EVERY).await,
+                    Err(error) => return Err(error),
+                }
+            }
             tracing::info!(disk, size, "the disk has grown");
         }
     }
     Ok(())
+}
+
+/// QEMU 7.2 asks for the size of what is served to it when it connects, and what is served has one size: it is made anew to grow, and
+/// QEMU connects again with the next request.
+fn not_grown(disk: &str, source: qmp::Error) -> Error {
+    match source {
+        qmp::Error::Refused { description, .. } if description.contains("Cannot grow NBD") => {
+            Error::NotSeenYet(disk.to_owned())
+        }
+        source => Error::Disk { disk: disk.to_owned(), source },
+    }
 }
 
 /// Takes and removes snapshots of the disks that are these nodes: each of them on all disks at one moment.
@@ -128,7 +157,7 @@ pub async fn is_stalled(instance: &Instance) -> Result<bool, qmp::Error> {
 }
 
 /// The virtual size of each node that has a name.
-fn nodes(answer: &Value) -> BTreeMap<String, u64> {
+pub(crate) fn nodes(answer: &Value) -> BTreeMap<String, u64> {
     let nodes = answer.as_array().into_iter().flatten();
     nodes.filter_map(|n| Some((n["node-name"].as_str()?.to_owned(), n["image"]["virtual-size"].as_u64()?))).collect()
 }

@@ -236,12 +236,20 @@ impl Instance {
     }
 
     pub(super) async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, qmp::Error> {
+        self.client().await?.execute(command, arguments).await
+    }
+
+    /// [`qmp::Client::execute_at_once`]
+    pub(super) async fn execute_at_once(&self, command: &str, arguments: Option<Value>) -> Result<Value, qmp::Error> {
+        self.client().await?.execute_at_once(command, arguments).await
+    }
+
+    async fn client(&self) -> Result<Arc<Client>, qmp::Error> {
         let mut link = self.link.clone();
-        let client = match timeout(LINK_LIMIT, link.wait_for(Option::is_some)).await {
-            Ok(Ok(client)) => client.clone().ok_or(qmp::Error::NotConnected)?,
-            Ok(Err(_)) | Err(_) => return Err(qmp::Error::NotConnected),
-        };
-        client.execute(command, arguments).await
+        match timeout(LINK_LIMIT, link.wait_for(Option::is_some)).await {
+            Ok(Ok(client)) => client.clone().ok_or(qmp::Error::NotConnected),
+            Ok(Err(_)) | Err(_) => Err(qmp::Error::NotConnected),
+        }
     }
 }
 

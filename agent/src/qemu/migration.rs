@@ -115,11 +115,13 @@ pub async fn step(
         Step::Continue(copies) => {
             match copies {
                 Copies::None => {}
-                Copies::Possible => mirror::finish(instance).await?,
+                Copies::Possible => mirror::impatiently(instance, mirror::finish(instance)).await?,
             }
             instance.execute("migrate-continue", Some(json!({ "state": "pre-switchover" }))).await?;
         }
         Step::Cancel => {
+            // First: QEMU waits for what the disks' connections have under way, with its guest, when its migration ends.
+            mirror::cut(instance).await?;
             cancel(instance).await?;
             mirror::cancel(instance).await?;
         }
@@ -160,8 +162,9 @@ async fn cancel(instance: &Instance) -> Result<(), qmp::Error> {
 /// The same on both sides, or QEMU refuses.
 async fn capabilities(instance: &Instance) -> Result<(), qmp::Error> {
     // return-path: the source is done only when the target has said so. pause-before-switchover: it can be given up without
-    // harm until the last moment. late-block-activate: the target takes the disks' locks when it goes on, not before.
-    let names = ["return-path", "pause-before-switchover", "late-block-activate", "events"];
+    // harm until the last moment. late-block-activate: the target takes the disks' locks when it goes on, not before. auto-converge:
+    // a guest that writes faster than it can be sent is slowed until it can.
+    let names = ["return-path", "pause-before-switchover", "late-block-activate", "auto-converge", "events"];
     let list: Vec<Value> = names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
     instance.execute("migrate-set-capabilities", Some(json!({ "capabilities": list }))).await.map(drop)
 }
@@ -220,7 +223,11 @@ fn write_key(dir: &Path, user: Option<VmUser>, secret: &str) -> io::Result<()> {
 ///
 /// It does not.
 pub async fn standing(instance: &Instance, copies: Copies) -> Result<Standing, qmp::Error> {
-    let migration = instance.execute("query-migrate", None).await?;
+    let asked = instance.execute("query-migrate", None);
+    let migration = match copies {
+        Copies::None => asked.await?,
+        Copies::Possible => mirror::impatiently(instance, asked).await?,
+    };
     // Second, so that a guest that stands still because all was sent is never taken for one that still executes.
     let status = instance.execute("query-status", None).await?;
     let mut standing = parse(&migration, &status);

@@ -11,12 +11,15 @@
 //! QEMU says of its jobs is all that there is to know, whatever became of the agent meanwhile.
 
 use std::{
+    future::Future,
     net::{SocketAddr, TcpListener},
+    pin::pin,
     time::Duration,
 };
 
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, time};
+use tracing::warn;
 
 use super::{
     migration::{CREDENTIALS, Error, Listen},
@@ -27,12 +30,17 @@ use crate::vm::migration::{DisksTo, Mirror, Progress};
 
 /// Jobs and nodes of the source begin with this.
 const NAME: &str = "mirror-";
+/// No machine has more.
+const MOST_DISKS: usize = 64;
 /// So many ports are tried before the disks are not served: each may be taken between our look and QEMU's.
 const PORTS_TRIED: usize = 8;
 /// How long the target may take to be reached at all.
 const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 /// How long QEMU may take to connect, in seconds. Its guest waits for that (QEMU 7.2), so it is tried only after we could.
 const OPEN_TIMEOUT: u64 = 1;
+/// How long QEMU may take to answer while disks may be copied. It takes milliseconds; after 5 s its connection is given up, which is the
+/// only one that it would be told on.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// How long jobs may take to end. It is the guest's downtime, and takes milliseconds.
 const END_LIMIT: Duration = Duration::from_secs(3);
 /// How often they are looked at meanwhile.
@@ -199,11 +207,7 @@ pub(super) async fn finish(instance: &Instance) -> Result<(), Error> {
 ///
 /// QEMU does not answer, or not in time.
 pub(super) async fn cancel(instance: &Instance) -> Result<(), Error> {
-    // A job ends only when what it has begun has ended, and a target that is gone would keep it for as long as TCP has patience.
-    for node in nodes(instance).await? {
-        let connection = json!([{ "type": "block-node", "node-name": node }]);
-        ignore_refusal(instance.execute("yank", Some(json!({ "instances": connection }))).await)?;
-    }
+    cut(instance).await?;
     for job in jobs(instance).await? {
         match job.state {
             JobState::Copying | JobState::Ready => {
@@ -217,6 +221,39 @@ pub(super) async fn cancel(instance: &Instance) -> Result<(), Error> {
         ignore_refusal(instance.execute("job-dismiss", Some(json!({ "id": job.id }))).await)?;
     }
     remove_nodes(instance).await
+}
+
+/// The source: cuts the connections to the target. A job ends only when what it has begun has ended, and so does much else in QEMU;
+/// a target that is gone would keep it from that for as long as TCP has patience.
+///
+/// # Errors
+///
+/// QEMU does not answer.
+pub(super) async fn cut(instance: &Instance) -> Result<(), qmp::Error> {
+    // At once, because QEMU's main thread may be what waits for them; so it cannot be asked which there are.
+    for index in 0..MOST_DISKS {
+        let connection = json!([{ "type": "block-node", "node-name": format!("{NAME}{index}") }]);
+        match instance.execute_at_once("yank", Some(json!({ "instances": connection }))).await {
+            Ok(_) => {}
+            Err(qmp::Error::Refused { .. }) => return Ok(()),
+            Err(other) => return Err(other),
+        }
+    }
+    Ok(())
+}
+
+/// Asks QEMU for something, and cuts when it does not answer soon: when a migration ends, or stops the guest, its main thread waits, with
+/// the guest, until all that its disks have under way has ended, also what is on its way to a target that is gone (QEMU 7.2).
+pub(super) async fn impatiently<T>(instance: &Instance, asked: impl Future<Output = T>) -> T {
+    let mut asked = pin!(asked);
+    if let Ok(answer) = time::timeout(PATIENCE, &mut asked).await {
+        return answer;
+    }
+    warn!("QEMU does not answer; the copying of its disks is cut off");
+    if let Err(error) = cut(instance).await {
+        warn!("it cannot be cut off: {error}");
+    }
+    asked.await
 }
 
 /// Waits until no job goes on. Returns how they ended.

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use tokio::sync::watch;
 use tracing::{error, warn};
-use uncloud_proto::{ids::VmId, v1};
+use uncloud_proto::{
+    ids::{Incarnation, VmId},
+    v1,
+};
 
 use crate::{
     storage::exports::{Exports, Served},
@@ -79,6 +82,7 @@ impl Serving {
             let message = v1::ServedVm {
                 vm_id: vm.to_string(),
                 incarnation: served.incarnation.0,
+                next_incarnation: served.next.unwrap_or(Incarnation::NONE).0,
                 problem: served.problem.clone(),
             };
             line.told.insert(vm, served);

@@ -339,6 +339,7 @@ impl Storage {
             name: d.name.clone(),
             node: plan::node_of(vm, &d.name, desired.disk_generation),
             path: d.path.clone(),
+            size_bytes: d.size_bytes,
         };
         Ok(plan.disks.iter().map(served).collect())
     }

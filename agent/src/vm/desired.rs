@@ -74,6 +74,9 @@ pub struct Desired {
     /// Where the network pools of its disks are served, by their names.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub network_pools: BTreeMap<String, SocketAddr>,
+    /// For a host that serves its disks, while it migrates: the incarnation on the target, which is served, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Incarnation>,
 }
 
 /// What to do with a VM.

@@ -60,6 +60,7 @@ pub(crate) fn desired(incarnation: u64) -> Desired {
         migration_secret: String::new(),
         pause: Pause::GoOn,
         network_pools: std::collections::BTreeMap::new(),
+        next: None,
         orders: Default::default(),
         clone_from: None,
     }

@@ -1,6 +1,6 @@
 //! `DrainHost`: has a host emptied, and shows how that goes. The reconciler does it (`reconcile/drain.rs`), whoever watches.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::time::{self, MissedTickBehavior};
 use tonic::Status;
@@ -63,7 +63,7 @@ async fn show(context: &Context, leader: &Leader, host: HostId, sink: &Sink<v1::
         let now = leader.clock.now();
         let cx = command::Context {
             now: leader.clock.wall(),
-            silent: Arc::new(leader.silent_hosts()),
+            silent: leader.silent_hosts(),
             cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
             disk_overcommit_percent: leader.settings.disk_overcommit_percent,
         };

@@ -3,7 +3,7 @@
 //! Answered by every controller from its copy. What only the leader knows is which hosts are silent at the moment, on which
 //! nothing would be placed; the answer of another controller takes them for heard.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::collections::BTreeSet;
 
 use tokio::{sync::Semaphore, task::spawn_blocking};
 use tonic::Status;
@@ -36,7 +36,7 @@ pub(super) async fn simulate(
     })?;
     let cx = command::Context {
         now: context.clock.wall(),
-        silent: Arc::new(silent),
+        silent,
         cpu_overcommit_percent: context.cpu_overcommit_percent,
         disk_overcommit_percent: context.disk_overcommit_percent,
     };

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
@@ -24,6 +25,11 @@ pub struct HealthTable {
     last: Leases,
     /// Counts verdicts: tells whether one came between two moments (L4).
     verdicts: u64,
+    /// Hosts that were silent when that was last asked and have not been heard since. Shared with who asked.
+    silent: Arc<BTreeSet<HostId>>,
+    /// When it is to be looked whether a host that is not among `silent` has fallen silent. Every host that counts as up is in one
+    /// of the two, so that nobody has to go through all hosts.
+    looks: BTreeSet<(Tick, HostId)>,
 }
 
 /// When each lease has surely run out.
@@ -153,7 +159,7 @@ impl HealthTable {
         took_over: Tick,
     ) -> Self {
         let floor = Leases::granted(&timings.longest(longest), took_over);
-        let hosts = hosts
+        let hosts: BTreeMap<HostId, Host> = hosts
             .into_iter()
             .map(|(id, liveness)| {
                 let host = Host {
@@ -167,7 +173,18 @@ impl HealthTable {
                 (id, host)
             })
             .collect();
-        Self { timings, floor, hosts, brake: Brake::default(), off_until: None, last: floor, verdicts: 0 }
+        let looks = hosts.keys().map(|&id| (took_over, id)).collect();
+        Self {
+            timings,
+            floor,
+            hosts,
+            brake: Brake::default(),
+            off_until: None,
+            last: floor,
+            verdicts: 0,
+            silent: Arc::default(),
+            looks,
+        }
     }
 
     /// Failover is off until then; `None`: it is on. That leases may last so long must be on record before (W3).
@@ -222,6 +239,8 @@ impl HealthTable {
         host.counted = host.counted.max(now);
         host.decided = Liveness::Up;
         host.recorded = Liveness::Up;
+        self.looks.insert((host.counted, entry.host));
+        self.heard(entry.host);
         self.brake.forget(entry.host);
         Ok(())
     }
@@ -240,6 +259,7 @@ impl HealthTable {
         self.last.extend(leases);
         h.counted = h.counted.max(now);
         h.heartbeat = h.heartbeat.max(Some(now));
+        self.heard(host);
         self.brake.forget(host);
         Grant::Renew { fast, patient }
     }
@@ -259,6 +279,9 @@ impl HealthTable {
             let due = host.out.liveness(now);
             if worse(due, host.decided) && !off && !self.brake.holds(id) {
                 host.decided = due;
+                if self.silent.contains(&id) {
+                    Arc::make_mut(&mut self.silent).remove(&id);
+                }
                 self.verdicts += 1;
                 host.verdict = self.verdicts;
             }
@@ -287,7 +310,19 @@ impl HealthTable {
     /// A host's record is gone.
     pub fn remove(&mut self, host: HostId) {
         self.hosts.remove(&host);
+        if self.silent.contains(&host) {
+            Arc::make_mut(&mut self.silent).remove(&host);
+        }
         self.brake.forget(host);
+    }
+
+    /// It is not silent at this moment.
+    fn heard(&mut self, host: HostId) {
+        if self.silent.contains(&host) {
+            Arc::make_mut(&mut self.silent).remove(&host);
+            let counted = self.hosts.get(&host).map_or(self.floor.fast, |h| h.counted);
+            self.looks.insert((counted, host));
+        }
     }
 
     /// Whether a host is heard. One that has not registered yet is silent.
@@ -302,11 +337,24 @@ impl HealthTable {
         }
     }
 
-    /// Hosts on which nothing should be placed although no verdict was given.
+    /// Hosts on which nothing should be placed although no verdict was given. Asked for each transaction, so it looks only at those
+    /// that may have fallen silent since it was last asked.
     #[must_use]
-    pub fn silent(&self, now: Tick) -> BTreeSet<HostId> {
-        let silent = |h: &Host| h.decided == Liveness::Up && self.is_silent(h, now);
-        self.hosts.iter().filter(|(_, h)| silent(h)).map(|(&id, _)| id).collect()
+    pub fn silent(&mut self, now: Tick) -> Arc<BTreeSet<HostId>> {
+        let silence = self.timings.silence();
+        while let Some(&(counted, id)) = self.looks.first()
+            && now.since(counted) > silence
+        {
+            self.looks.pop_first();
+            // One that is gone or was declared lapsed is looked at again when it registers.
+            let Some(host) = self.hosts.get(&id).filter(|h| h.decided == Liveness::Up) else { continue };
+            if self.is_silent(host, now) {
+                Arc::make_mut(&mut self.silent).insert(id);
+            } else {
+                self.looks.insert((host.counted, id));
+            }
+        }
+        Arc::clone(&self.silent)
     }
 
     fn is_silent(&self, host: &Host, now: Tick) -> bool {

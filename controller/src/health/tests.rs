@@ -77,7 +77,7 @@ fn l1_silence_ages_a_host_from_up_over_silent_to_lapsed_and_dead() {
             FAST_OUT..PATIENT_OUT => assert_eq!(hearing, Hearing::FastLapsed),
             _ => assert_eq!(hearing, Hearing::Dead),
         }
-        assert_eq!(t.silent(at(ms)), BTreeSet::from_iter((3_001..FAST_OUT).contains(&ms).then_some(A)));
+        assert_eq!(*t.silent(at(ms)), BTreeSet::from_iter((3_001..FAST_OUT).contains(&ms).then_some(A)));
     }
 }
 

@@ -10,19 +10,20 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use tokio::time::{self, Instant};
+use tokio::{
+    task,
+    time::{self, Instant},
+};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 use uncloud_proto::ids::{Revision, Term};
 
 use super::{Feed, Mirror, WarmCopy};
 use crate::{
-    model::{Key, LeaderRecord, Record},
+    model::{Key, Record},
     report,
-    state::{
-        State,
-        command::{Change, Mutation},
-    },
-    store::{Error, LeaderChange, Store},
+    state::{State, Stored},
+    store::{Error, LeaderChange, Loaded, Store},
 };
 
 /// How long to wait before etcd is asked again.
@@ -34,8 +35,8 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(5);
 /// has just been started.
 const CATCH_UP: Duration = Duration::from_secs(30);
 
-/// After so many records of the state others in the same task have their turn: some milliseconds.
-const GIVE_WAY_EVERY: usize = 256;
+/// A state of so many records is built in the task that keeps a leadership alive; a larger one takes long enough for a thread.
+const AT_ONCE: usize = 1000;
 
 /// Follows etcd.
 #[derive(Debug)]
@@ -68,21 +69,14 @@ impl Follower {
     }
 
     async fn read(store: &Store) -> Result<(Mirror, LeaderChange), Error> {
-        let loaded = store.load().await?;
-        let mut state = State::default();
-        let mut leader = LeaderChange::Gone;
-        for (n, (key, value, revision)) in loaded.entries.into_iter().enumerate() {
-            // A large cluster takes seconds, and the task that does this keeps a leadership alive meanwhile.
-            if n % GIVE_WAY_EVERY == 0 {
-                tokio::task::yield_now().await;
-            }
-            if key == Key::Leader.to_string().as_bytes() {
-                leader = LeaderChange::Leads(read_leader(&value));
-            }
-            absorb_stored(&mut state, &key, &value, revision);
-        }
-        // The revision of the reading, even if the newest change is older.
-        state.advance(loaded.revision);
+        let Loaded { revision, entries } = store.load().await?;
+        let leader = entries.iter().find_map(leader_in).unwrap_or(LeaderChange::Gone);
+        let state = if entries.len() <= AT_ONCE {
+            State::of(entries, revision)
+        } else {
+            let building = AbortOnDropHandle::new(task::spawn_blocking(move || State::of(entries, revision)));
+            building.await.map_err(|error| Error::Protocol(format!("the state could not be built: {error}")))?
+        };
         for (key, error) in state.unreadable() {
             warn!(key, "a record in etcd cannot be read and is left alone: {error}");
         }
@@ -181,26 +175,13 @@ impl Follower {
     }
 }
 
-fn read_leader(value: &[u8]) -> Option<LeaderRecord> {
-    match Record::from_json(&Key::Leader, value) {
-        Ok(Record::Leader(leader)) => Some((*leader).clone()),
-        Ok(_) | Err(_) => None,
-    }
-}
-
-/// Takes in what is stored under a key, whatever it is.
-fn absorb_stored(state: &mut State, key: &[u8], value: &[u8], revision: Revision) {
-    let unreadable = |state: &mut State, error: String| {
-        state.absorb_unreadable(String::from_utf8_lossy(key).into_owned(), error, revision);
-    };
-    let Some(parsed) = Key::parse(key) else {
-        return unreadable(state, "not a key that this program knows".into());
-    };
-    match Record::from_json(&parsed, value) {
-        Ok(record) => {
-            let change = Change { mutations: vec![Mutation { key: parsed, value: Some(record) }] };
-            state.absorb(&change, revision);
+/// What this says of the leader key, if it is about that.
+fn leader_in(stored: &Stored) -> Option<LeaderChange> {
+    match stored {
+        Stored::Record { key: Key::Leader, record: Record::Leader(leader), .. } => {
+            Some(LeaderChange::Leads(Some((**leader).clone())))
         }
-        Err(error) => unreadable(state, report(&error)),
+        Stored::Unreadable { key, .. } if *key == Key::Leader.to_string() => Some(LeaderChange::Leads(None)),
+        Stored::Record { .. } | Stored::Unreadable { .. } => None,
     }
 }

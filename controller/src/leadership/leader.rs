@@ -82,7 +82,7 @@ impl Leader {
 
     /// Hosts on which nothing new is placed, because they are silent now.
     #[must_use]
-    pub fn silent_hosts(&self) -> BTreeSet<HostId> {
+    pub fn silent_hosts(&self) -> Arc<BTreeSet<HostId>> {
         self.health().silent(self.clock.now())
     }
 

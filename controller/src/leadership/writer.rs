@@ -251,12 +251,16 @@ impl Work {
     fn fill(&mut self, jobs: &mut VecDeque<Job>) -> Batch {
         let cx = Context {
             now: self.clock.wall(),
-            silent: Arc::new(self.leader.silent_hosts()),
+            silent: self.leader.silent_hosts(),
             cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
             disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
         };
         let mut batch = Batch::default();
         while let Some(job) = jobs.pop_front() {
+            if !batch.mutations.is_empty() && batch.mutations.len() + expected(&job.command) > MAX_OPERATIONS {
+                jobs.push_front(job);
+                break;
+            }
             match self.state.decide(&job.command, &cx) {
                 Err(refusal) => {
                     self.leader.settings.metrics.refused();
@@ -374,6 +378,13 @@ fn largest_first(jobs: &mut [Job]) {
     for run in jobs.chunk_by_mut(|a, b| size(a).is_some() && size(b).is_some()) {
         run.sort_by_key(size);
     }
+}
+
+/// How many operations a command will probably want. What would not fit is decided only when there is a transaction for it, or
+/// else it would be decided twice.
+fn expected(command: &Command) -> usize {
+    // A record, a status and an event for each. All others are cheap to decide, or seldom many at once.
+    if let Command::Place { vms } = command { 3 * vms.len() } else { 0 }
 }
 
 fn answer_all(waiting: Vec<Waiting>, error: &WriteError) {

@@ -80,7 +80,7 @@ fn term(registry: &mut Registry, leader: &Leader, sources: &Sources) {
     registry.register("sessions", "Hosts with a session", number(leader.sessions.connected().len() as u64));
     registry.register("writer_queue", "Commands that wait to be stored", number(leader.writer.waiting() as u64));
     let (brake, silent) = {
-        let health = leader.health();
+        let mut health = leader.health();
         (health.brake(), health.silent(now).len())
     };
     registry.register("hosts_heard", "Hosts that are heard, as of the newest look", number(brake.heard.into()));

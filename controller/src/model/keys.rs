@@ -113,20 +113,43 @@ impl Key {
             Some(("macs", mac)) => Self::Mac(mac.to_owned()),
             Some(("hosts", id)) => Self::Host(id.parse().ok()?),
             Some(("images", id)) => Self::Image(id.parse().ok()?),
-            Some(("requests", id)) => Self::Request(percent_decode(id)?),
+            Some(("requests", id)) => {
+                let key = Self::Request(percent_decode(id)?);
+                // What is encoded can be written in many ways.
+                return (key.to_string() == text).then_some(key);
+            }
             Some(("events", rest)) => {
                 let (subject, place) = rest.split_once('/')?;
                 let (base, n) = place.split_once('.')?;
-                Self::Event {
+                let key = Self::Event {
                     subject: Uuid::try_parse(subject).ok()?,
                     base: Revision(base.parse().ok()?),
                     n: n.parse().ok()?,
-                }
+                };
+                return (key.to_string() == text).then_some(key);
             }
             Some(_) => return None,
         };
-        (key.to_string() == text).then_some(key)
+        // An id has one spelling (`ids.rs`), and a name and a MAC address stand there as they are.
+        Some(key)
     }
+}
+
+/// Cuts a range of keys, from `from` to before `end`, into one for each kind of key, and kinds of which there may be many into
+/// sixteen. Together they are the range.
+#[must_use]
+pub fn cut(from: Vec<u8>, end: Vec<u8>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    // Under all of these there are random digits, but for the names.
+    let many = ["hosts/", "macs/42:", "vm-status/", "vms/"];
+    let kinds = ["hosts/", "images/", "macs/", "requests/", "vm-names/", "vm-status/", "vms/"];
+    let digits = many.iter().flat_map(|many| (1..16).map(move |digit| format!("{ROOT}{many}{digit:x}")));
+    let mut cuts: Vec<Vec<u8>> =
+        kinds.iter().map(|kind| format!("{ROOT}{kind}")).chain(digits).map(String::into_bytes).collect();
+    cuts.retain(|cut| (&from..&end).contains(&cut) && *cut != from);
+    cuts.sort_unstable();
+    cuts.push(end);
+    let starts: Vec<Vec<u8>> = std::iter::once(from).chain(cuts.iter().cloned()).collect();
+    starts.into_iter().zip(cuts).collect()
 }
 
 fn percent_decode(text: &str) -> Option<String> {
@@ -169,6 +192,20 @@ mod tests {
     }
 
     #[test]
+    fn the_pieces_of_a_range_are_the_range() {
+        for (from, end) in
+            [(ROOT, ROOT_END), (EVENTS_END, ROOT_END), ("/uncloud/v1/vms/3", "/uncloud/v1/vms/5"), ("a", "b")]
+        {
+            let pieces = cut(from.into(), end.into());
+            assert_eq!((&*pieces[0].0, &*pieces[pieces.len() - 1].1), (from.as_bytes(), end.as_bytes()));
+            assert!(pieces.windows(2).all(|w| w[0].1 == w[1].0), "nothing is left out and nothing comes twice");
+            assert!(pieces.iter().all(|(from, end)| from < end), "none is empty");
+        }
+        let pieces = cut("/uncloud/v1/vms/1".into(), ROOT_END.into());
+        assert_eq!(pieces.len(), 15, "what begins at a cut is not cut there");
+    }
+
+    #[test]
     fn anything_else_is_not_a_key() {
         for bad in
             ["", "/uncloud/v1/", "/uncloud/v1/vms/x", "/uncloud/v1/nope/x", "/uncloud/v2/leader", "/uncloud/v1/leaderx"]
@@ -176,5 +213,18 @@ mod tests {
             assert_eq!(Key::parse(bad.as_bytes()), None, "{bad}");
         }
         assert_eq!(Key::parse(b"/uncloud/v1/vms/\xff"), None);
+        let id = Uuid::from_u128(0xabc);
+        for other in [
+            format!("{ROOT}vms/{}", id.simple()),
+            format!("{ROOT}vms/{}", id.braced()),
+            format!("{ROOT}vms/{}", id.to_string().to_uppercase()),
+            format!("{ROOT}vms/{id}/"),
+            format!("{ROOT}hosts/{}", id.urn()),
+            format!("{ROOT}requests/%41"),
+            format!("{ROOT}events/{id}/12.3"),
+            format!("{ROOT}events/{}/{:020}.{:04}", id.simple(), 12, 3),
+        ] {
+            assert_eq!(Key::parse(other.as_bytes()), None, "{other}");
+        }
     }
 }

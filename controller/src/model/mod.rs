@@ -11,7 +11,7 @@ pub mod keys;
 pub mod migration;
 pub mod vm;
 
-use std::sync::Arc;
+use std::{fmt::Display, sync::Arc};
 
 use serde::{Serialize, de::DeserializeOwned};
 use uncloud_proto::ids::VmId;
@@ -88,13 +88,13 @@ impl Record {
     ///
     /// When they are not a record of the kind that `key` calls for, or it carries another id.
     pub fn from_json(key: &Key, bytes: &[u8]) -> Result<Self, Error> {
-        let same = |found: String, expected: String| {
-            if found == expected { Ok(()) } else { Err(Error::WrongKey { found }) }
-        };
+        fn same<T: PartialEq + Display>(found: &T, expected: &T) -> Result<(), Error> {
+            if found == expected { Ok(()) } else { Err(Error::WrongKey { found: found.to_string() }) }
+        }
         Ok(match key {
             Key::Vm(id) => {
                 let r: VmRecord = decode(bytes)?;
-                same(r.id.to_string(), id.to_string())?;
+                same(&r.id, id)?;
                 Self::Vm(Arc::new(r))
             }
             Key::VmStatus(_) => Self::VmStatus(Arc::new(decode(bytes)?)),
@@ -102,12 +102,12 @@ impl Record {
             Key::Mac(_) => Self::Mac(decode(bytes)?),
             Key::Host(id) => {
                 let r: HostRecord = decode(bytes)?;
-                same(r.id.to_string(), id.to_string())?;
+                same(&r.id, id)?;
                 Self::Host(Arc::new(r))
             }
             Key::Image(id) => {
                 let r: ImageRecord = decode(bytes)?;
-                same(r.id.to_string(), id.to_string())?;
+                same(&r.id, id)?;
                 Self::Image(Arc::new(r))
             }
             Key::Request(_) => Self::Request(Arc::new(decode(bytes)?)),

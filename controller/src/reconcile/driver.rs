@@ -30,6 +30,9 @@ const PERIOD: Duration = Duration::from_millis(100);
 /// How long to let the writer, or a full etcd, alone.
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 
+/// So many batches of VMs are handed to the writer at once. What users ask for meanwhile waits for these, each a transaction.
+const AT_ONCE: usize = 16;
+
 /// Runs passes until the term ends.
 pub async fn run(leader: Arc<Leader>) {
     let span = info_span!(parent: None, "reconcile", term = %leader.term);
@@ -193,12 +196,16 @@ impl Driver<'_> {
             let situation = Arc::new(Situation { openings: state.view().openings(), silent });
             (plan::plan(state, &self.attempts, &situation, now), situation)
         });
-        for vms in batches {
+        // Some at once, in their order: while one is being stored the next one waits already.
+        for some in batches.chunks(AT_ONCE) {
             if !self.leader.validity.holds(self.leader.clock.now()) {
                 return Ok(());
             }
-            self.submit(Command::Place { vms: vms.clone() }).await?;
-            self.leader.mirror.read(|state| self.attempts.note(&vms, &situation, state, now));
+            let placed = some.iter().map(|vms| self.submit(Command::Place { vms: vms.clone() }));
+            let placed = futures_util::future::join_all(placed).await;
+            placed.into_iter().collect::<Result<Vec<_>, Stop>>()?;
+            let tried = some.concat();
+            self.leader.mirror.read(|state| self.attempts.note(&tried, &situation, state, now));
         }
         self.drain().await
     }
@@ -212,7 +219,7 @@ impl Driver<'_> {
             }
             let cx = Context {
                 now: self.leader.clock.wall(),
-                silent: Arc::new(self.leader.health().silent(now)),
+                silent: self.leader.health().silent(now),
                 cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
                 disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
             };

@@ -37,7 +37,7 @@ pub struct Situation {
     /// [`ClusterView::openings`](crate::scheduler::ClusterView::openings).
     pub openings: u64,
     /// Hosts on which nothing is placed because they are silent.
-    pub silent: BTreeSet<HostId>,
+    pub silent: Arc<BTreeSet<HostId>>,
 }
 
 /// VMs that were tried and that no host could take. Lives as long as the term.

@@ -170,7 +170,7 @@ impl World {
     }
 
     fn situation(&self) -> Arc<Situation> {
-        Arc::new(Situation { openings: self.state.view().openings(), silent: self.silent.clone() })
+        Arc::new(Situation { openings: self.state.view().openings(), silent: self.silent.clone().into() })
     }
 
     fn plan(&self) -> Vec<Vec<VmId>> {

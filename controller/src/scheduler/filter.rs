@@ -57,8 +57,6 @@ pub enum Rejection {
     OtherPool(String),
     /// It has this pool over the network, and only the host that has the files can remove disks.
     NotItsFiles(String),
-    /// It has this pool over the network, and VMs with disks there cannot migrate.
-    NoMigrationFromPool(String),
     /// It has this pool over the network, and then all disks of a VM must lie there.
     MixedPools(String),
     /// The VM's disks are on another host and only there.
@@ -111,11 +109,6 @@ impl Rejection {
             Self::PoolProblem(pool) => format!("{has} a problem with pool `{pool}`"),
             Self::OtherPool(pool) => format!("{has} another pool `{pool}` than the one with its disks"),
             Self::NotItsFiles(pool) => format!("{does} not have the files of pool `{pool}`"),
-            Self::NoMigrationFromPool(pool) => {
-                format!(
-                    "{has} pool `{pool}` over the network, and VMs with disks there cannot migrate; stop it and start it elsewhere"
-                )
-            }
             Self::MixedPools(pool) => {
                 format!("{has} pool `{pool}` over the network, and then all disks of a VM must lie in it")
             }

@@ -179,8 +179,7 @@ impl Kind {
                 Arrival::Removal if pool.access == Access::Network => {
                     return Err(Rejection::NotItsFiles(name.clone()));
                 }
-                Arrival::Migration { .. } if networked => return Err(Rejection::NoMigrationFromPool(name.clone())),
-                Arrival::Start if networked && request.pools.len() > 1 => {
+                Arrival::Start | Arrival::Migration { .. } if networked && request.pools.len() > 1 => {
                     return Err(Rejection::MixedPools(name.clone()));
                 }
                 Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}

@@ -19,6 +19,7 @@
 //! * The view that was kept up to date change by change equals the one that is built anew, and so does its index (`index.rs`).
 //! * The index gives the answer that the scan over all hosts gives.
 
+mod disks;
 mod explain;
 mod filter;
 mod index;
@@ -39,7 +40,8 @@ use crate::model::{host::AcceleratorKind, vm::CpuModel};
 pub use explain::{Explanation, Group, Unplaceable};
 pub use filter::Rejection;
 
-pub use view::{ClusterView, HostView, Needs, Place, Resources};
+pub use disks::Place;
+pub use view::{ClusterView, HostView, Needs, Resources};
 
 /// A VM that wants a host.
 #[derive(Clone, Debug, PartialEq, Eq)]

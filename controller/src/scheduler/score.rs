@@ -48,6 +48,9 @@ struct Share {
 
 impl Ord for Share {
     fn cmp(&self, other: &Self) -> Ordering {
+        if self.whole == other.whole {
+            return self.part.cmp(&other.part);
+        }
         let (ours, theirs) =
             (u128::from(self.part) * u128::from(other.whole), u128::from(other.part) * u128::from(self.whole));
         ours.cmp(&theirs)

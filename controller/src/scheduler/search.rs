@@ -4,7 +4,7 @@ use uncloud_proto::ids::HostId;
 
 use super::{
     ClusterView, Home, Limits, Request, filter,
-    index::{Bucket, Class},
+    index::{Bucket, Class, First},
     kind::Signature,
     score::{Others, Score, score},
 };
@@ -70,16 +70,20 @@ impl Search<'_> {
         let (view, request) = (self.view, self.request);
         let bounds = || {
             let slots = view.index().slots().filter(|slot| slot.signature.has_all(asked));
-            slots.filter_map(|slot| Some((Score::of_rank(slot.first?.size, slot.first?.rank, request), slot.class()?)))
+            slots.filter_map(|slot| {
+                let first = slot.first?;
+                Some((Score::of_rank(first.size, first.rank, request), first, slot.class()?))
+            })
         };
         // No host has a better score than the best of those that come first in their classes. Mostly it can take the VM.
-        let Some((least, first)) = bounds().min_by_key(|(bound, _)| *bound) else { return };
-        for (bound, class) in std::iter::once((least, first)).chain(bounds()) {
+        let Some(likely) = bounds().min_by_key(|(bound, ..)| *bound) else { return };
+        let (least, ..) = likely;
+        for (bound, first, class) in std::iter::once(likely).chain(bounds()) {
             if self.best.is_some_and(|best| best <= least) {
                 return;
             }
             if self.best.is_none_or(|best| bound < best) && class.kind.admits(request) {
-                self.ask_class(class);
+                self.ask_class(class, first);
             }
         }
     }
@@ -94,8 +98,14 @@ impl Search<'_> {
             if !class.kind.admits(self.request) {
                 continue;
             }
+            let another = |search: &Self, host| host != best.host && !search.named.contains(&host);
+            // Mostly the first of a class will do.
+            self.second = slot.first.map(|f| f.rank.host).filter(|&h| another(self, h) && self.can_take(h));
+            if self.second.is_some() {
+                return;
+            }
             let ranks = self.buckets(class).iter().flat_map(|b| &b.hosts).map(|rank| rank.host);
-            self.second = ranks.filter(|&h| h != best.host && !self.named.contains(&h)).find(|&h| self.can_take(h));
+            self.second = ranks.filter(|&h| another(self, h)).find(|&h| self.can_take(h));
         }
     }
 
@@ -108,7 +118,12 @@ impl Search<'_> {
         }
     }
 
-    fn ask_class(&mut self, class: &Class) {
+    /// `first` is the best host of the class, whether it can take the VM or not.
+    fn ask_class(&mut self, class: &Class, first: First) {
+        if !self.named.contains(&first.rank.host) && self.can_take(first.rank.host) {
+            self.found(Score::of_rank(first.size, first.rank, self.request));
+            return;
+        }
         let buckets = self.buckets(class);
         // The best first host comes first, so that the others are only looked at if it cannot take the VM.
         let Some(first) = buckets.iter().min_by_key(|b| b.first) else { return };
@@ -138,12 +153,11 @@ impl Search<'_> {
 
     /// Of a host whose kind admits the VM.
     fn can_take(&self, host: HostId) -> bool {
-        !self.limits.silent.contains(&host)
-            && self.view.host(host).is_some_and(|found| {
-                filter::check_this_host(host, found, self.request, self.limits)
-                    .and_then(|()| filter::check_now(self.view, host, found, self.request, self.limits))
-                    .is_ok()
-            })
+        self.view.host(host).is_some_and(|found| {
+            filter::check_this_host(host, found, self.request, self.limits)
+                .and_then(|()| filter::check_now(self.view, host, found, self.request, self.limits))
+                .is_ok()
+        })
     }
 
     fn found(&mut self, score: Score) {

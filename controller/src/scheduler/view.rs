@@ -6,13 +6,16 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use uncloud_proto::ids::{HostId, VmId};
-use uuid::Uuid;
 
 use super::{
+    disks::{Disks, Place},
     index::{ClassId, Index, Position, Rank},
     kind::Kind,
 };
-use crate::model::{HostMode, HostRecord, Liveness, host::Pool};
+use crate::{
+    model::{HostMode, HostRecord, Liveness, host::Pool},
+    pieces::Pieces,
+};
 
 /// CPU and memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,36 +35,11 @@ pub struct Needs {
     pub group: Option<String>,
 }
 
-/// A place for disks. A directory that several hosts share is one place.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    /// The shared pool with this id in its marker.
-    Shared(Uuid),
-    /// The pool of this name on this host: one that only it has, or one whose id the VM's record does not say yet.
-    OnHost(HostId, String),
-}
-
-/// The virtual sizes of all disks, whether their VMs run or not.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Disks {
-    promises: BTreeMap<Place, DiskPromises>,
-    of_vms: BTreeMap<VmId, BTreeMap<Place, u64>>,
-}
-
-/// What is promised in one place.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct DiskPromises {
-    vms: BTreeMap<VmId, u64>,
-    /// The sum over `vms`, in bytes.
-    total: u64,
-}
-
 /// The hosts, and what is promised on each. Cheap to clone: hosts are shared until they change.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterView {
-    hosts: BTreeMap<HostId, Arc<Entry>>,
-    /// Shared until a VM's disks come, go or grow: that is rare, and there may be a hundred thousand.
-    disks: Arc<Disks>,
+    hosts: Pieces<HostId, Arc<Entry>>,
+    disks: Disks,
     /// The hosts that take VMs, by kind and score. It follows from `hosts`.
     index: Index,
     openings: u64,
@@ -170,7 +148,7 @@ impl ClusterView {
     /// A VM is promised nothing on this host any more. Nothing happens if it was not.
     pub fn release(&mut self, host: HostId, vm: VmId) {
         let mut released = false;
-        if self.hosts.contains_key(&host) {
+        if self.hosts.get(&host).is_some() {
             self.change(host, |entry| released = entry.promises.release(vm));
         }
         self.openings += u64::from(released);
@@ -178,41 +156,13 @@ impl ClusterView {
 
     /// A VM's disks have these sizes in these places, and in no others. Sizes are in bytes.
     pub fn set_disks(&mut self, vm: VmId, disks: BTreeMap<Place, u64>) {
-        if self.disks.of_vms.get(&vm).map_or(disks.is_empty(), |now| *now == disks) {
-            return;
-        }
-        let all = Arc::make_mut(&mut self.disks);
-        let mut shrinks = false;
-        for (place, bytes) in all.of_vms.remove(&vm).unwrap_or_default() {
-            shrinks |= disks.get(&place).is_none_or(|&now| now < bytes);
-            let Some(promises) = all.promises.get_mut(&place) else { continue };
-            promises.vms.remove(&vm);
-            promises.total = promises.total.saturating_sub(bytes);
-            if promises.vms.is_empty() {
-                all.promises.remove(&place);
-            }
-        }
-        for (place, &bytes) in &disks {
-            let promises = all.promises.entry(place.clone()).or_default();
-            promises.total = promises.total.saturating_add(bytes);
-            promises.vms.insert(vm, bytes);
-        }
-        if !disks.is_empty() {
-            all.of_vms.insert(vm, disks);
-        }
-        self.openings += u64::from(shrinks);
+        self.openings += u64::from(self.disks.set(vm, disks));
     }
 
     /// How large the disks of all VMs but `vm` may become in a pool of this host, in bytes.
     #[must_use]
     pub fn disks_of_others(&self, host: HostId, pool: &Pool, vm: VmId) -> u64 {
-        let here = Place::OnHost(host, pool.name.clone());
-        let shared = pool.shared_id.map(Place::Shared);
-        let in_place = |place: &Place| {
-            let promises = self.disks.promises.get(place);
-            promises.map_or(0, |p| p.total.saturating_sub(p.vms.get(&vm).copied().unwrap_or(0)))
-        };
-        in_place(&here).saturating_add(shared.as_ref().map_or(0, in_place))
+        self.disks.of_others(host, pool, vm)
     }
 
     /// Grows whenever a VM that no host could take might find one: a host came or changed, or a promise was given back.
@@ -239,7 +189,7 @@ impl ClusterView {
     }
 
     fn change(&mut self, host: HostId, change: impl FnOnce(&mut Entry)) {
-        let entry = Arc::make_mut(self.hosts.entry(host).or_default());
+        let entry = Arc::make_mut(self.hosts.piece_mut(&host).entry(host).or_default());
         let from = entry.position(host);
         change(entry);
         let to = entry.position(host);

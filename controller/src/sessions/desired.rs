@@ -157,6 +157,7 @@ pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         void_disks: None,
         paused: record.paused,
         network_pools: Vec::new(),
+        next_incarnation: 0,
         snapshots: record.snapshots.iter().filter_map(snapshot_order).collect(),
         revert: record
             .revert

@@ -11,6 +11,8 @@
 //!
 //! * **N4** A host is told RUN for a VM with disks in a network pool only after the one host that exports the pool has said, in a
 //!   session of this term, that these disks are served to this incarnation and to none that is older.
+//! * **N5** The target of a migration is told to open them when they are served to its incarnation, too. It is told RUN as any other
+//!   host (N4): when the source has them no more, which is taken away from it only after the hand-over is stored.
 //!
 //! What was acknowledged is not stored and not taken back while the term lasts: that older incarnations have no access any more
 //! stays true, whatever becomes of the storage host, because it never serves an older incarnation again (N2). A new leader asks anew.
@@ -36,7 +38,30 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Grant {
     by: HostId,
+    /// None that is older has access.
     incarnation: Incarnation,
+    /// The one on the target of its migration has access, too.
+    next: Option<Incarnation>,
+}
+
+/// An access that a host must have.
+#[derive(Clone, Copy, Debug)]
+enum Access {
+    /// Nothing older than this has it any more.
+    Sole(Incarnation),
+    /// Beside the one that it migrates from.
+    Beside(Incarnation),
+}
+
+/// What a storage host says of a VM.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// To whom its disks are served.
+    pub incarnation: Incarnation,
+    /// To the one on the target of its migration, too.
+    pub next: Option<Incarnation>,
+    /// Why they are not. Empty: they are.
+    pub problem: String,
 }
 
 /// What storage hosts have acknowledged in this term. Cheap to clone.
@@ -53,8 +78,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Grants {
-    /// A storage host has said how far a VM's disks are served. `problem` is empty if they are.
-    pub fn take(&self, state: &State, by: HostId, vm: VmId, incarnation: Incarnation, problem: String) {
+    /// A storage host has said how far a VM's disks are served.
+    pub fn take(&self, state: &State, by: HostId, vm: VmId, said: Said) {
+        let Said { incarnation, next, problem } = said;
         if state.vm(vm).is_none() {
             return;
         }
@@ -63,7 +89,7 @@ impl Grants {
             return;
         }
         lock(&self.problems).remove(&vm);
-        let grant = Grant { by, incarnation };
+        let grant = Grant { by, incarnation, next };
         if lock(&self.granted).insert(vm, grant) != Some(grant) {
             self.changed.send_modify(|n| *n = n.wrapping_add(1));
         }
@@ -81,24 +107,34 @@ impl Grants {
         self.changed.subscribe()
     }
 
-    fn has(&self, vm: VmId, grant: Grant) -> bool {
-        lock(&self.granted).get(&vm) == Some(&grant)
+    fn has(&self, vm: VmId, by: HostId, access: Access) -> bool {
+        lock(&self.granted).get(&vm).is_some_and(|grant| {
+            let there = match access {
+                Access::Sole(incarnation) => grant.incarnation == incarnation,
+                Access::Beside(incarnation) => grant.next == Some(incarnation),
+            };
+            there && grant.by == by
+        })
     }
 }
 
-/// N4: what a VM that should run on `host` waits for, in words. `None`: nothing.
+/// N4, N5: what a VM that should run on `host`, or migrates to it, waits for, in words. `None`: nothing.
 #[must_use]
 pub fn waits(state: &State, grants: &Grants, host: HostId, vm: &VmRecord) -> Option<String> {
     // A stop needs no access, also one that a drain asks for.
-    if vm.desired != Desired::Running || vm.is_moving_out() || vm.placement.host != Some(host) {
+    if vm.desired != Desired::Running || vm.is_moving_out() {
         return None;
     }
+    let access = match &vm.migration {
+        _ if vm.placement.host == Some(host) => Access::Sole(vm.placement.incarnation),
+        Some(migration) if migration.target == host => Access::Beside(migration.incarnation),
+        Some(_) | None => return None,
+    };
     for (name, id) in exports::network_pools(state, vm, host) {
         let Some(exporter) = id.and_then(|id| exports::exporter(state, &name, id)) else {
             return Some(format!("it waits for exactly one host that exports pool `{name}`"));
         };
-        let grant = Grant { by: exporter.host, incarnation: vm.placement.incarnation };
-        if !grants.has(vm.id, grant) || !vm.disks_exist {
+        if !grants.has(vm.id, exporter.host, access) || !vm.disks_exist {
             let host = state.host(exporter.host).map_or_else(|| exporter.host.to_string(), |h| h.record.name.clone());
             let why = lock(&grants.problems).get(&vm.id).map(|p| format!(", which says: {p}")).unwrap_or_default();
             return Some(format!("it waits for storage host `{host}` to give it access to its disks{why}"));
@@ -182,6 +218,7 @@ pub fn order(state: &State, host: HostId, vm: VmId) -> Option<v1::DesiredVm> {
     wanted_of(state, host, entry).then(|| v1::DesiredVm {
         disposition: v1::Disposition::Run.into(),
         migrate_to: None,
+        next_incarnation: entry.record.migration.as_ref().map_or(0, |m| m.incarnation.0),
         ..desired::as_recorded(state, entry)
     })
 }

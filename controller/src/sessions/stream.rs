@@ -36,7 +36,7 @@ use super::{
     parse::{self, Greeting, Reported},
     registry::{Claim, Fetched, LiveFacts, Order, Reply},
     rules::{self, OnHeartbeat, Rules},
-    serving::{self, Grants},
+    serving::{self, Grants, Said},
 };
 use crate::{
     health::Grant,
@@ -449,7 +449,9 @@ impl<'a> Session<'a> {
                     self.commands.push(Command::NoteServed { host: self.host, vm, incarnation });
                 }
             }
-            self.leader.mirror.read(|state| self.grants.take(state, self.host, vm, incarnation, problem));
+            let next = Some(Incarnation(served.next_incarnation)).filter(|&next| next != Incarnation::NONE);
+            let said = Said { incarnation, next, problem };
+            self.leader.mirror.read(|state| self.grants.take(state, self.host, vm, said));
         }
         self.leader.mirror.read(|state| self.grants.prune(state));
     }

@@ -13,7 +13,7 @@ use uncloud_proto::ids::{HostId, ImageId, Revision, VmId};
 use super::{
     HostEntry, ImageEntry, REQUESTS_FORGOTTEN_MS, State, VmEntry,
     command::{Change, Mutation},
-    placement,
+    full_name, placement,
 };
 use crate::{
     model::{
@@ -53,7 +53,7 @@ impl State {
         }
     }
 
-    fn absorb_mutation(&mut self, mutation: &Mutation, revision: Revision) {
+    pub(super) fn absorb_mutation(&mut self, mutation: &Mutation, revision: Revision) {
         if !self.unreadable.is_empty() {
             self.unreadable.remove(&mutation.key.to_string());
         }
@@ -68,21 +68,16 @@ impl State {
             (Key::VmStatus(id), Some(Record::VmStatus(status))) => self.put_status(*id, Some(status), revision),
             (Key::VmStatus(id), None) => self.put_status(*id, None, revision),
             (Key::VmName { owner, name }, Some(Record::VmName(vm))) => {
-                self.vm_names.entry(owner.clone()).or_default().insert(name.clone(), *vm);
+                self.vm_names.insert(full_name(owner, name), *vm);
             }
             (Key::VmName { owner, name }, None) => {
-                if let Some(names) = self.vm_names.get_mut(owner) {
-                    names.remove(name);
-                    if names.is_empty() {
-                        self.vm_names.remove(owner);
-                    }
-                }
+                self.vm_names.remove(full_name(owner, name).as_str());
             }
             (Key::Mac(mac), Some(Record::Mac(vm))) => {
                 self.macs.insert(mac.clone(), *vm);
             }
             (Key::Mac(mac), None) => {
-                self.macs.remove(mac);
+                self.macs.remove(mac.as_str());
             }
             (Key::Host(id), Some(Record::Host(record))) => self.put_host(*id, Some(record), revision),
             (Key::Host(id), None) => self.put_host(*id, None, revision),
@@ -128,6 +123,7 @@ impl State {
                 self.insert_vm(VmEntry { record, record_revision: revision, status, status_revision });
             }
             None => {
+                self.view.set_disks(id, BTreeMap::new());
                 if let Some(status) = status {
                     self.stray_statuses.insert(id, status);
                 }
@@ -136,6 +132,17 @@ impl State {
     }
 
     fn put_status(&mut self, id: VmId, status: Option<&Arc<VmStatusRecord>>, revision: Revision) {
+        // Mostly it is only a word about what a VM does.
+        if let (Some(entry), Some(status)) = (self.vms.get_mut(&id), status) {
+            let held = entry.holds_room();
+            let before = std::mem::replace(&mut entry.status, Some(Arc::clone(status)));
+            if entry.holds_room() == held {
+                entry.status_revision = revision;
+                return;
+            }
+            // Taken out as it was.
+            entry.status = before;
+        }
         match (self.take_vm(id), status) {
             (Some(mut entry), Some(status)) => {
                 entry.status = Some(Arc::clone(status));
@@ -156,11 +163,10 @@ impl State {
         }
     }
 
-    /// Takes a VM out, with everything that the indexes say of it.
+    /// Takes a VM out, with everything that the indexes say of it but its disks: mostly it comes back with the same.
     fn take_vm(&mut self, id: VmId) -> Option<VmEntry> {
         let entry = self.vms.remove(&id)?;
         self.pending.remove(&id);
-        self.view.set_disks(id, BTreeMap::new());
         if let Some(host) = entry.record.placement.host {
             let vms = self.tenants_mut(host);
             vms.remove(&id);
@@ -189,6 +195,12 @@ impl State {
     }
 
     fn insert_vm(&mut self, entry: VmEntry) {
+        self.index_vm(&entry);
+        self.vms.insert(entry.record.id, entry);
+    }
+
+    /// Says of a VM what the indexes are to say.
+    pub(super) fn index_vm(&mut self, entry: &VmEntry) {
         let id = entry.record.id;
         self.view.set_disks(id, placement::disk_places(&entry.record));
         match entry.record.placement.host {
@@ -214,7 +226,6 @@ impl State {
             self.view.assign(target, id, needs(&entry.record));
             self.recount(target);
         }
-        self.vms.insert(id, entry);
     }
 
     fn tenants_mut(&mut self, host: HostId) -> &mut BTreeSet<VmId> {

@@ -41,12 +41,6 @@ pub(super) fn resize(draft: &mut Draft<'_>, vm: VmId, name: &str, size_bytes: u6
             record.name
         )));
     }
-    if let Some(pool) = exports::network_pool(draft.state, &record) {
-        return Err(Refusal::Precondition(format!(
-            "disk `{name}` of VM `{}` lies in pool `{pool}`, which hosts reach over the network; disks there cannot grow yet",
-            record.name
-        )));
-    }
     record.spec.disks[index].size_bytes = size_bytes;
     check_room(draft, &record, index, "size_bytes")?;
     draft.vm_event(
@@ -70,7 +64,10 @@ pub(super) fn index_of(record: &VmRecord, name: &str) -> Result<usize, Refusal> 
 pub(super) fn check_room(draft: &mut Draft<'_>, record: &VmRecord, index: usize, field: &str) -> Result<(), Refusal> {
     let pool = record.spec.disks[index].pool.clone();
     // Where nothing is made yet, the scheduler looks when it is.
-    let Some(host) = record.disk_home.as_ref().map(|h| h.host).or(record.placement.host) else { return Ok(()) };
+    let Some(user) = record.disk_home.as_ref().map(|h| h.host).or(record.placement.host) else { return Ok(()) };
+    // A network pool has its room where its files are.
+    let id = exports::network_pools(draft.state, record, user).get(&pool).copied().flatten();
+    let host = id.and_then(|id| exports::exporter(draft.state, &pool, id)).map_or(user, |exporter| exporter.host);
     let bytes =
         record.spec.disks.iter().filter(|d| d.pool == pool).fold(0_u64, |sum, d| sum.saturating_add(d.size_bytes));
     let limits = draft.limits();

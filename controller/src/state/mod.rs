@@ -26,6 +26,7 @@ pub mod exports;
 mod host_index;
 mod hosts;
 mod images;
+mod load;
 mod migration;
 mod placement;
 mod reports;
@@ -50,6 +51,7 @@ use uncloud_proto::{
 
 use crate::{
     model::{ClusterRecord, Desired, HostRecord, ImageRecord, Key, RequestRecord, VmRecord, VmStatusRecord},
+    pieces::Pieces,
     scheduler::{ClusterView, Resources},
 };
 
@@ -60,6 +62,7 @@ pub use concerned::{Concerned, concerned};
 pub use decide::{MAX_PLACEMENTS, MAX_REPORTS};
 pub use drain::Prospect;
 pub use effective::EffectiveStatus;
+pub use load::Stored;
 pub use migration::MIGRATIONS_PER_HOST;
 pub use placement::{home, lease_lapsed, placing_order, request};
 pub use simulate::{Fate, Outcome};
@@ -80,12 +83,13 @@ pub struct State {
     events: u32,
     /// VMs whose records have been changed by what was decided since `revision`. Their own revisions do not show it yet.
     touched: BTreeSet<VmId>,
-    vms: BTreeMap<VmId, VmEntry>,
+    vms: Pieces<VmId, VmEntry>,
     /// Statuses whose VM is not there: keys may come in any order, and one of the two may be unreadable.
     stray_statuses: BTreeMap<VmId, (Arc<VmStatusRecord>, Revision)>,
-    vm_names: BTreeMap<String, BTreeMap<String, VmId>>,
-    macs: BTreeMap<String, VmId>,
-    hosts: BTreeMap<HostId, HostEntry>,
+    /// By [`full_name`].
+    vm_names: Pieces<String, VmId>,
+    macs: Pieces<String, VmId>,
+    hosts: Pieces<HostId, HostEntry>,
     host_names: BTreeMap<String, BTreeSet<HostId>>,
     host_index: HostIndex,
     /// VMs whose placement names a host that is not there.
@@ -102,6 +106,12 @@ pub struct State {
     clones: BTreeMap<VmId, BTreeSet<VmId>>,
     unreadable: BTreeMap<String, String>,
     view: ClusterView,
+}
+
+/// What a VM is called: names are unique among the VMs of an owner.
+fn full_name(owner: &str, name: &str) -> String {
+    // No owner has a slash in it (`keys.rs`).
+    format!("{owner}/{name}")
 }
 
 /// A VM and what is known of it.

@@ -5,7 +5,7 @@ use std::{fmt::Display, ops::Bound, str::FromStr};
 use uncloud_proto::ids::{HostId, ImageId, VmId};
 use uuid::Uuid;
 
-use super::{State, command::Refusal};
+use super::{State, command::Refusal, full_name};
 
 /// The shortest prefix of a UUID that is taken for one. A shorter one is a likely name and rarely unique.
 const MIN_PREFIX: usize = 4;
@@ -22,7 +22,7 @@ impl State {
         if let Ok(id) = VmId::from_str(text) {
             return if self.vms.contains_key(&id) { Ok(id) } else { Err(Refusal::NoVm(text.to_owned())) };
         }
-        if let Some(&id) = self.vm_names.get(owner).and_then(|names| names.get(text)) {
+        if let Some(&id) = self.vm_names.get(full_name(owner, text).as_str()) {
             // The name stays claimed while the record itself cannot be read.
             return if self.vms.contains_key(&id) { Ok(id) } else { Err(Refusal::NoVm(text.to_owned())) };
         }

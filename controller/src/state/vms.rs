@@ -9,7 +9,7 @@ use super::{
     clone::{self, Use},
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
-    images, migration,
+    full_name, images, migration,
     placement::{
         self, assign_deletion, deletion_request, find_host, give_host, home, lease_lapsed, park, placed_message,
         schedule,
@@ -42,13 +42,14 @@ pub(super) fn check_free(draft: &Draft<'_>, new: &NewVm) -> Result<(), Refusal> 
         return Err(Refusal::Precondition(format!("there is already a VM with the id {id}")));
     }
     let name_key = Key::VmName { owner: new.owner.clone(), name: new.name.clone() };
-    let taken = draft.state.vm_names.get(&new.owner).is_some_and(|names| names.contains_key(&new.name));
+    let taken = draft.state.vm_names.contains_key(full_name(&new.owner, &new.name).as_str());
     if taken || draft.state.is_unreadable(&name_key) {
         return Err(Refusal::VmNameTaken { owner: new.owner.clone(), name: new.name.clone() });
     }
     let mut macs = BTreeSet::new();
     for nic in &new.spec.nics {
-        let taken = draft.state.macs.contains_key(&nic.mac) || draft.state.is_unreadable(&Key::Mac(nic.mac.clone()));
+        let taken =
+            draft.state.macs.contains_key(nic.mac.as_str()) || draft.state.is_unreadable(&Key::Mac(nic.mac.clone()));
         if taken || !macs.insert(&nic.mac) {
             return Err(Refusal::MacTaken(nic.mac.clone()));
         }
@@ -406,11 +407,11 @@ pub(super) fn remove(draft: &mut Draft<'_>, entry: &VmEntry, why: String) -> Res
         draft.delete(Key::VmStatus(record.id))?;
     }
     // A claim that is somebody else's, or that cannot be read, is left alone.
-    if draft.state.vm_names.get(&record.owner).and_then(|names| names.get(&record.name)) == Some(&record.id) {
+    if draft.state.vm_names.get(full_name(&record.owner, &record.name).as_str()) == Some(&record.id) {
         draft.delete(Key::VmName { owner: record.owner.clone(), name: record.name.clone() })?;
     }
     for nic in &record.spec.nics {
-        if draft.state.macs.get(&nic.mac) == Some(&record.id) {
+        if draft.state.macs.get(nic.mac.as_str()) == Some(&record.id) {
             draft.delete(Key::Mac(nic.mac.clone()))?;
         }
     }

@@ -9,10 +9,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use uncloud_controller::{
     leadership::Validity,
     model::{Extra, Key, LeaderRecord, Record},
-    state::{
-        State,
-        command::{Change, Mutation},
-    },
+    state::{State, Stored},
 };
 use uncloud_proto::{
     clock::Tick,
@@ -306,17 +303,14 @@ impl Controller {
     }
 
     fn begin(&mut self, core: &mut Core, elected: Elected, entries: Vec<(Key, Record, Revision)>, revision: Revision) {
-        let mut state = State::default();
-        for (key, record, revision) in entries {
-            // As `absorb_stored` does: what is stored are bytes.
-            match Record::from_json(&key, &record.to_json()) {
-                Ok(record) => {
-                    state.absorb(&Change { mutations: vec![Mutation { key, value: Some(record) }] }, revision);
-                }
-                Err(error) => core.check.violation(format!("a record cannot be read: {error}")),
-            }
+        // What is stored are bytes.
+        let stored = entries
+            .into_iter()
+            .map(|(key, record, revision)| Stored::read(key.to_string().as_bytes(), &record.to_json(), revision));
+        let state = State::of(stored, revision);
+        for (key, error) in state.unreadable() {
+            core.check.violation(format!("a record cannot be read: {key}: {error}"));
         }
-        state.absorb(&Change::default(), revision);
         let Elected { serial, term, lease, validity } = elected;
         let lead = Lead::begin(core, &self.clock, (self.index, self.epoch), (serial, term, lease), validity, state);
         self.lead = Some(Box::new(lead));

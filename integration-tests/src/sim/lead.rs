@@ -6,7 +6,6 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::Arc,
     time::Duration,
 };
 
@@ -290,7 +289,7 @@ impl Lead {
     }
 
     fn fill(&mut self, core: &Core, clock: &NodeClock) -> Batch {
-        let silent = Arc::new(self.health.silent(clock.tick(core.now)));
+        let silent = self.health.silent(clock.tick(core.now));
         let cx = Context {
             now: core.wall_of(self.process.0),
             silent,

@@ -163,7 +163,7 @@ impl Lead {
             && *left > 0
             && self.validity.holds(now)
         {
-            let silent = Arc::new(self.health.silent(now));
+            let silent = self.health.silent(now);
             let (cpu_overcommit_percent, disk_overcommit_percent) = (400, 200);
             let cx =
                 Context { now: core.wall_of(self.process.0), silent, cpu_overcommit_percent, disk_overcommit_percent };

@@ -15,7 +15,7 @@ mod wire;
 use std::{collections::HashMap, io, time::Duration};
 
 use futures_util::StreamExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncWriteExt, ReadHalf, WriteHalf},
     net::UnixStream,
@@ -28,7 +28,7 @@ use tokio_util::{
 };
 
 pub use wire::Event;
-use wire::Message;
+use wire::{Message, Turn};
 
 /// How long a QEMU that runs may take to greet and to agree on capabilities. It takes a millisecond; a socket that
 /// somebody else uses never greets.
@@ -105,6 +105,7 @@ impl Events {
 struct Request {
     command: String,
     arguments: Option<Value>,
+    turn: Turn,
     answer: oneshot::Sender<Result<Value, Error>>,
 }
 
@@ -147,12 +148,28 @@ impl Client {
     ///
     /// See [`Error`]: except after [`Error::Refused`] the command may or may not have been carried out.
     pub async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, Error> {
-        self.execute_within(command, arguments, COMMAND_LIMIT).await
+        self.execute_within(command, arguments, Turn::InOrder, COMMAND_LIMIT).await
     }
 
-    async fn execute_within(&self, command: &str, arguments: Option<Value>, limit: Duration) -> Result<Value, Error> {
+    /// The same for one of the few commands that QEMU carries out although its main thread waits for something (out-of-band), before
+    /// those that wait for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::execute`].
+    pub async fn execute_at_once(&self, command: &str, arguments: Option<Value>) -> Result<Value, Error> {
+        self.execute_within(command, arguments, Turn::AtOnce, COMMAND_LIMIT).await
+    }
+
+    async fn execute_within(
+        &self,
+        command: &str,
+        arguments: Option<Value>,
+        turn: Turn,
+        limit: Duration,
+    ) -> Result<Value, Error> {
         let (answer, answered) = oneshot::channel();
-        let request = Request { command: command.to_owned(), arguments, answer };
+        let request = Request { command: command.to_owned(), arguments, turn, answer };
         self.requests.try_send(request).map_err(|e| match e {
             mpsc::error::TrySendError::Full(_) => Error::Overloaded,
             mpsc::error::TrySendError::Closed(_) => Error::Closed,
@@ -203,7 +220,8 @@ impl Wire {
             Message::Greeting => {}
             other => return Err(Error::Protocol(format!("{other:?} instead of a greeting"))),
         }
-        self.send(wire::command("qmp_capabilities", None, 0)).await?;
+        let at_once = json!({ "enable": ["oob"] });
+        self.send(wire::command("qmp_capabilities", Some(at_once), Turn::InOrder, 0)).await?;
         loop {
             match self.receive().await? {
                 Message::Reply { id: 0, result: Ok(_) } => return Ok(()),
@@ -234,8 +252,8 @@ impl Wire {
                     Message::Greeting => return Err(Error::Protocol("a second greeting".into())),
                 },
                 request = requests.recv(), if may_ask => {
-                    let Some(Request { command, arguments, answer }) = request else { return Ok(()) };
-                    let line = wire::command(&command, arguments, next_id);
+                    let Some(Request { command, arguments, turn, answer }) = request else { return Ok(()) };
+                    let line = wire::command(&command, arguments, turn, next_id);
                     pending.insert(next_id, (command, answer));
                     next_id += 1;
                     // Cannot hang for long: at most a few small commands lie in the socket, and whoever waits for
@@ -317,7 +335,7 @@ mod tests {
     #[tokio::test]
     async fn a_command_without_an_answer_closes_the_connection() {
         let (client, mut events, mut qemu) = connected().await;
-        let late = client.execute_within("stop", None, SHORT).await;
+        let late = client.execute_within("stop", None, Turn::InOrder, SHORT).await;
         assert!(matches!(late, Err(Error::Timeout { .. })));
         assert_eq!(timeout(COMMAND_LIMIT, events.next()).await, Ok(None));
         assert!(matches!(client.execute("cont", None).await, Err(Error::Closed)));

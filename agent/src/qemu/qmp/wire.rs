@@ -52,9 +52,22 @@ pub(super) fn parse(line: &str) -> Result<Message, String> {
     Ok(Message::Reply { id, result })
 }
 
+/// When QEMU carries a command out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// After those before it, by the thread that does everything else.
+    InOrder,
+    /// At once, by another thread (out-of-band, a few commands only).
+    AtOnce,
+}
+
 /// A command as a line.
-pub(super) fn command(name: &str, arguments: Option<Value>, id: u64) -> String {
-    let mut line = json!({ "execute": name, "id": id });
+pub(super) fn command(name: &str, arguments: Option<Value>, turn: Turn, id: u64) -> String {
+    let key = match turn {
+        Turn::InOrder => "execute",
+        Turn::AtOnce => "exec-oob",
+    };
+    let mut line = json!({ key: name, "id": id });
     if let Some(arguments) = arguments {
         line["arguments"] = arguments;
     }
@@ -83,8 +96,12 @@ mod tests {
 
     #[test]
     fn commands_are_lines() {
-        assert_eq!(command("quit", None, 1), r#"{"execute":"quit","id":1}"#);
-        assert_eq!(command("a", Some(json!({"b": "\n"})), 2), r#"{"arguments":{"b":"\n"},"execute":"a","id":2}"#);
+        assert_eq!(command("quit", None, Turn::InOrder, 1), r#"{"execute":"quit","id":1}"#);
+        assert_eq!(command("yank", None, Turn::AtOnce, 1), r#"{"exec-oob":"yank","id":1}"#);
+        assert_eq!(
+            command("a", Some(json!({"b": "\n"})), Turn::InOrder, 2),
+            r#"{"arguments":{"b":"\n"},"execute":"a","id":2}"#
+        );
     }
 
     proptest! {

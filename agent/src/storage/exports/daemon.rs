@@ -31,11 +31,14 @@ use tracing::{info, warn};
 
 use super::{
     super::{place, pools::User},
-    plan::{Disk, Have, Name},
+    plan::{Disk, Have, Name, Sizes},
 };
 use crate::{
     keeper::sys,
-    qemu::qmp::{self, Client},
+    qemu::{
+        disks,
+        qmp::{self, Client},
+    },
 };
 
 /// The daemon is ready after some 50 ms.
@@ -153,6 +156,25 @@ impl Daemon {
         let text = |entry: &Value, key: &str| entry[key].as_str().map(str::to_owned);
         let entries = found.as_array().into_iter().flatten();
         Ok(entries.filter_map(|e| Some((text(e, "id")?, text(e, "node-name")?))).collect())
+    }
+
+    /// How large the disks are that it has open.
+    ///
+    /// # Errors
+    ///
+    /// It does not say.
+    pub async fn sizes(&mut self) -> Result<Sizes, Error> {
+        Ok(disks::nodes(&self.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?))
+    }
+
+    /// Makes a disk larger that is open and that nothing exports.
+    ///
+    /// # Errors
+    ///
+    /// It did not.
+    pub async fn grow(&mut self, disk: &Disk) -> Result<(), Error> {
+        let arguments = json!({ "node-name": disk.node, "size": disk.size_bytes });
+        self.execute("block_resize", Some(arguments)).await.map(drop)
     }
 
     /// Takes exports away: their clients are cut off at once. Returns what is exported then, when the last request of theirs has

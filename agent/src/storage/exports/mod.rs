@@ -1,4 +1,5 @@
-//! Serves the disks of a pool over the network: for each VM to the one incarnation that the leader has named.
+//! Serves the disks of a pool over the network: for each VM to the one incarnation that the leader has named, and to the next one
+//! while it migrates.
 //!
 //! ```text
 //!  ServeDisks ──▶ want ──┐                    ┌── disks are made (storage), beside everything else
@@ -48,6 +49,8 @@ use crate::vm::{desired::Desired, runner::chain};
 const PERIOD: Duration = Duration::from_secs(5);
 /// What failed is tried again after this.
 const AGAIN: Duration = Duration::from_secs(3);
+/// What did not grow is tried again after this: each time whoever uses the disk is cut off for a moment.
+const GROW_AGAIN: Duration = Duration::from_secs(60);
 /// So many VMs' disks are made at once; each may wait for an image.
 const MAKES_AT_ONCE: usize = 16;
 /// How long a withdrawal may take until the deletion that waits for it is tried again later.
@@ -58,6 +61,8 @@ const WITHDRAW_LIMIT: Duration = Duration::from_secs(10);
 pub struct Served {
     /// To which incarnation.
     pub incarnation: Incarnation,
+    /// To the one on the target of its migration, too.
+    pub next: Option<Incarnation>,
     /// Why they are not. Empty: they are, and to no other.
     pub problem: String,
 }
@@ -110,10 +115,26 @@ impl Default for Exports {
     }
 }
 
+/// To whom disks are to be served.
+#[derive(Clone, Copy, Debug)]
+struct Order {
+    incarnation: Incarnation,
+    next: Option<Incarnation>,
+}
+
+impl Order {
+    const fn of(desired: &Desired) -> Self {
+        Self { incarnation: desired.incarnation, next: desired.next }
+    }
+}
+
 /// The disks of a VM, as far as they have been made.
 #[derive(Debug)]
 struct Made {
+    /// What they were made for.
     desired: Box<Desired>,
+    /// The newest order for which they count.
+    now: Order,
     disks: Result<Vec<Disk>, String>,
     at: Instant,
 }
@@ -178,11 +199,12 @@ impl Exports {
         let mut made: BTreeMap<VmId, Made> = BTreeMap::new();
         let mut making = Making::default();
         let mut trouble = String::new();
+        let mut stuck = BTreeMap::new();
         loop {
             let wants = self.wants().clone();
             made.retain(|vm, _| wants.contains_key(vm));
-            self.make(&wants, &made, &mut making, &storage);
-            match self.pass(&mut daemon, &wants, &made).await {
+            self.make(&wants, &mut made, &mut making, &storage);
+            match self.pass(&mut daemon, &wants, &made, &mut stuck).await {
                 Ok(()) if trouble.is_empty() => {}
                 Ok(()) => {
                     info!("disks are served again");
@@ -222,14 +244,17 @@ impl Exports {
     fn make(
         &self,
         wants: &BTreeMap<VmId, Want>,
-        made: &BTreeMap<VmId, Made>,
+        made: &mut BTreeMap<VmId, Made>,
         making: &mut Making,
         storage: &Arc<Storage>,
     ) {
         for (&vm, want) in wants {
             let Want::Serve(desired) = want else { continue };
-            let due = match made.get(&vm) {
-                Some(made) if same_disks(&made.desired, desired) => made.disks.is_err() && made.at.elapsed() >= AGAIN,
+            let due = match made.get_mut(&vm) {
+                Some(made) if made.are_of(desired) => {
+                    made.now = Order::of(desired);
+                    made.disks.is_err() && made.at.elapsed() >= AGAIN
+                }
                 Some(_) | None => true,
             };
             if !due || making.vms.len() >= MAKES_AT_ONCE || !making.vms.insert(vm) {
@@ -241,7 +266,7 @@ impl Exports {
                 if let Err(problem) = &disks {
                     warn!(%vm, "its disks cannot be served: {problem}");
                 }
-                (vm, Made { desired, disks, at: Instant::now() })
+                (vm, Made { now: Order::of(&desired), desired, disks, at: Instant::now() })
             });
         }
     }
@@ -252,6 +277,7 @@ impl Exports {
         daemon: &mut Daemon,
         wants: &BTreeMap<VmId, Want>,
         made: &BTreeMap<VmId, Made>,
+        stuck: &mut Stuck,
     ) -> Result<(), daemon::Error> {
         let goals: BTreeMap<VmId, Goal> = wants.iter().map(|(&vm, want)| (vm, goal(want, made.get(&vm)))).collect();
         let mut have = daemon.have().await?;
@@ -263,12 +289,23 @@ impl Exports {
             have = daemon.revoke(&revoked).await?;
         }
         let mut problems: BTreeMap<VmId, String> = BTreeMap::new();
-        for (name, disk) in plan::additions(&have, &goals) {
-            match daemon.add(&name, &disk).await {
-                Ok(()) => info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "served"),
-                Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(name.vm, chain(&error))),
-                Err(error) => return Err(error),
+        // N5: those of a migration's target when those of its source are there. What is open only now may be too small, and is made anew.
+        for _ in 0..3 {
+            if grow(daemon, &have, &goals, stuck, &mut problems).await? {
+                have = daemon.have().await?;
             }
+            let additions = plan::additions(&have, &goals);
+            if additions.is_empty() {
+                break;
+            }
+            for (name, disk) in additions {
+                match daemon.add(&name, &disk).await {
+                    Ok(()) => info!(vm = %name.vm, incarnation = %name.incarnation, disk = name.disk, "served"),
+                    Err(error @ daemon::Error::Qmp(_)) => drop(problems.insert(name.vm, chain(&error))),
+                    Err(error) => return Err(error),
+                }
+            }
+            have = daemon.have().await?;
         }
         for (&vm, want) in wants {
             let Want::Nothing { nodes, .. } = want else { continue };
@@ -295,7 +332,8 @@ impl Exports {
             match want {
                 Want::Serve(desired) => {
                     let problem = state.err().unwrap_or_default();
-                    served.insert(vm, Served { incarnation: desired.incarnation, problem });
+                    let Order { incarnation, next } = Order::of(desired);
+                    served.insert(vm, Served { incarnation, next, problem });
                 }
                 Want::Nothing { incarnation, .. } if state.is_ok() => drop(withdrawn.insert(vm, *incarnation)),
                 Want::Nothing { .. } => {}
@@ -311,13 +349,49 @@ impl Exports {
     }
 }
 
+/// Disks that did not grow, by their nodes: why, and when that was.
+type Stuck = BTreeMap<String, (String, Instant)>;
+
+/// Makes disks larger that are too small. Whoever uses one is cut off for that moment, and connects again. Returns whether exports have
+/// been taken away for that; they are to be made anew.
+async fn grow(
+    daemon: &mut Daemon,
+    have: &Have,
+    goals: &BTreeMap<VmId, Goal>,
+    stuck: &mut Stuck,
+    problems: &mut BTreeMap<VmId, String>,
+) -> Result<bool, daemon::Error> {
+    stuck.retain(|_, (_, since)| since.elapsed() < GROW_AGAIN);
+    let mut taken = false;
+    for (name, disk) in plan::outgrown(have, &daemon.sizes().await?, goals) {
+        if let Some((why, _)) = stuck.get(&disk.node) {
+            problems.insert(name.vm, why.clone());
+            continue;
+        }
+        taken = true;
+        daemon.revoke(std::slice::from_ref(&name)).await?;
+        match daemon.grow(&disk).await {
+            Ok(()) => info!(vm = %name.vm, disk = name.disk, size = disk.size_bytes, "the disk has grown"),
+            Err(error @ daemon::Error::Qmp(_)) => {
+                let why = format!("disk {} does not grow: {}", name.disk, chain(&error));
+                warn!(vm = %name.vm, "{why}");
+                problems.insert(name.vm, why.clone());
+                stuck.insert(disk.node, (why, Instant::now()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(taken)
+}
+
 /// What the daemon should have of one VM.
 fn goal(want: &Want, made: Option<&Made>) -> Goal {
     match want {
         Want::Nothing { .. } => Goal::Nothing,
         Want::Serve(desired) => {
-            let disks = made.filter(|m| same_disks(&m.desired, desired)).and_then(|m| m.disks.as_ref().ok());
-            Goal::Serve { incarnation: desired.incarnation, disks: disks.cloned().unwrap_or_default() }
+            let disks = made.filter(|m| m.are_of(desired)).and_then(|m| m.disks.as_ref().ok());
+            let Order { incarnation, next } = Order::of(desired);
+            Goal::Serve { incarnation, next, disks: disks.cloned().unwrap_or_default() }
         }
     }
 }
@@ -337,7 +411,7 @@ fn said(
         return Ok(());
     }
     match (want, made) {
-        (Want::Serve(desired), Some(Made { desired: of, disks: Err(problem), .. })) if same_disks(of, desired) => {
+        (Want::Serve(desired), Some(made @ Made { disks: Err(problem), .. })) if made.are_of(desired) => {
             Err(problem.clone())
         }
         (Want::Serve(_), _) => Err("its disks are being made ready".to_owned()),
@@ -345,8 +419,11 @@ fn said(
     }
 }
 
-/// Whether the same disks are to be served to the same incarnation, whatever else has changed.
-fn same_disks(a: &Desired, b: &Desired) -> bool {
-    let disks = |d: &Desired| d.spec.as_ref().map(|s| s.disks.clone()).unwrap_or_default();
-    (a.incarnation, a.disk_generation) == (b.incarnation, b.disk_generation) && disks(a) == disks(b)
+impl Made {
+    /// Whether these disks are to be served now, to the same incarnation or to the one that it has migrated to.
+    fn are_of(&self, desired: &Desired) -> bool {
+        let disks = |d: &Desired| d.spec.as_ref().map(|s| s.disks.clone()).unwrap_or_default();
+        let goes_on = self.now.incarnation == desired.incarnation || self.now.next == Some(desired.incarnation);
+        goes_on && self.desired.disk_generation == desired.disk_generation && disks(&self.desired) == disks(desired)
+    }
 }

@@ -6,9 +6,12 @@
 //! # Safety argument (docs/fencing.md)
 //!
 //! * **N1** An export for an incarnation is made only when no export of the same VM for another incarnation is there, by what
-//!   the daemon itself has said *after* they were taken away ([`additions`]).
-//! * **N2** An incarnation that is older than one that is exported, or than the newest that was asked for, is never exported
+//!   the daemon itself has said *after* they were taken away ([`additions`]); but for N5.
+//! * **N2** An incarnation that is older than one that is exported, or than the newest that was asked for, gets no export
 //!   ([`revocations`], [`additions`], and `want` in the parent module).
+//! * **N5** While a VM migrates, the incarnation that it gets on the target has exports beside the source's, made when those are
+//!   all there. When the target is no longer named, its exports go while the source has its own, and stay if the source has none:
+//!   then the order is one from before the hand-over.
 //! * **N3** A VM counts as served to an incarnation only while exactly its exports for that one are there ([`served`]).
 
 use std::{
@@ -63,15 +66,19 @@ pub struct Disk {
     pub node: String,
     /// Its qcow2 file.
     pub path: PathBuf,
+    /// How large it should be at least, in bytes. 0: that is not said.
+    pub size_bytes: u64,
 }
 
 /// What should be there of one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Goal {
-    /// Exports for this incarnation, and for no other.
+    /// Exports for this incarnation, and for no other but the next.
     Serve {
         /// The incarnation.
         incarnation: Incarnation,
+        /// The one on the target of its migration, which has exports, too (N5).
+        next: Option<Incarnation>,
         /// The disks. Empty while they are not made yet.
         disks: Vec<Disk>,
     },
@@ -89,8 +96,12 @@ fn of(have: &Have, vm: VmId) -> impl Iterator<Item = (Name, &String)> {
     have.range(begin..end).filter_map(|(id, node)| Some((id.parse().ok()?, node)))
 }
 
-/// N2: something newer than this is there, so the goal is old.
+/// N2: something newer than this has taken its place, so the goal is old.
 fn outdated(have: &Have, vm: VmId, incarnation: Incarnation) -> bool {
+    newer(have, vm, incarnation) && of(have, vm).all(|(name, _)| name.incarnation != incarnation)
+}
+
+fn newer(have: &Have, vm: VmId, incarnation: Incarnation) -> bool {
     of(have, vm).any(|(name, _)| name.incarnation > incarnation)
 }
 
@@ -102,35 +113,71 @@ pub fn revocations(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<Name> {
         match goal {
             Goal::Nothing => gone.extend(of(have, vm).map(|(name, _)| name)),
             Goal::Serve { incarnation, .. } if outdated(have, vm, *incarnation) => {}
-            Goal::Serve { incarnation, .. } => {
-                gone.extend(of(have, vm).map(|(name, _)| name).filter(|name| name.incarnation != *incarnation));
+            Goal::Serve { incarnation, next, .. } => {
+                let stays = |i: Incarnation| i == *incarnation || Some(i) == *next;
+                gone.extend(of(have, vm).map(|(name, _)| name).filter(|name| !stays(name.incarnation)));
             }
         }
     }
     gone
 }
 
-/// The exports that can be made now, by what the daemon has now.
+/// The exports that can be made now, by what the daemon has now. When they are made there may be more (N5).
 #[must_use]
 pub fn additions(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)> {
     let mut made = Vec::new();
     for (&vm, goal) in goals {
         match goal {
             Goal::Nothing => {}
-            Goal::Serve { incarnation, disks } => {
-                // N1, and N2 with it: neither an older nor a newer one may be there.
-                if of(have, vm).any(|(name, _)| name.incarnation != *incarnation) {
+            Goal::Serve { incarnation, next, disks } => {
+                // N1
+                if of(have, vm).any(|(name, _)| name.incarnation != *incarnation && Some(name.incarnation) != *next) {
                     continue;
                 }
-                let there: BTreeSet<String> = of(have, vm).map(|(name, _)| name.disk).collect();
-                let missing = disks.iter().filter(|d| !there.contains(&d.name));
-                made.extend(
-                    missing.map(|disk| (Name { vm, incarnation: *incarnation, disk: disk.name.clone() }, disk.clone())),
-                );
+                let mine = missing(have, vm, *incarnation, disks);
+                if !mine.is_empty() {
+                    // N2
+                    if !newer(have, vm, *incarnation) {
+                        made.extend(mine);
+                    }
+                } else if let Some(next) = next {
+                    // N5
+                    made.extend(missing(have, vm, *next, disks));
+                }
             }
         }
     }
     made
+}
+
+/// Virtual sizes of the block nodes that the daemon has open, in bytes.
+pub type Sizes = BTreeMap<String, u64>;
+
+/// Disks that are open and smaller than they should be, and the exports that must go before they can grow, because an export's size
+/// is fixed. Not while the VM migrates: the target has read the size, and an export of its source is not made anew beside it (N2).
+#[must_use]
+pub fn outgrown(have: &Have, sizes: &Sizes, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)> {
+    let mut found = Vec::new();
+    for (&vm, goal) in goals {
+        match goal {
+            Goal::Nothing | Goal::Serve { next: Some(_), .. } => {}
+            Goal::Serve { incarnation, next: None, disks } => {
+                if of(have, vm).any(|(name, _)| name.incarnation != *incarnation) {
+                    continue;
+                }
+                let small = disks.iter().filter(|d| sizes.get(&d.node).is_some_and(|&size| size < d.size_bytes));
+                let incarnation = *incarnation;
+                found.extend(small.map(|d| (Name { vm, incarnation, disk: d.name.clone() }, d.clone())));
+            }
+        }
+    }
+    found
+}
+
+/// The exports of this incarnation that are not there.
+fn missing(have: &Have, vm: VmId, incarnation: Incarnation, disks: &[Disk]) -> Vec<(Name, Disk)> {
+    let names = disks.iter().map(|disk| (Name { vm, incarnation, disk: disk.name.clone() }, disk.clone()));
+    names.filter(|(name, _)| !have.contains_key(&name.to_string())).collect()
 }
 
 /// Whether a VM's goal is reached (N3).
@@ -138,10 +185,11 @@ pub fn additions(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)>
 pub fn reached(have: &Have, vm: VmId, goal: &Goal) -> bool {
     match goal {
         Goal::Nothing => of(have, vm).next().is_none(),
-        Goal::Serve { incarnation, disks } => {
+        Goal::Serve { incarnation, next, disks } => {
             let there: BTreeSet<(Incarnation, String, &str)> =
                 of(have, vm).map(|(name, node)| (name.incarnation, name.disk, node.as_str())).collect();
-            let wanted: BTreeSet<_> = disks.iter().map(|d| (*incarnation, d.name.clone(), d.node.as_str())).collect();
+            let of_one = |i: Incarnation| disks.iter().map(move |d| (i, d.name.clone(), d.node.as_str()));
+            let wanted: BTreeSet<_> = [*incarnation].into_iter().chain(*next).flat_map(of_one).collect();
             !disks.is_empty() && there == wanted
         }
     }
@@ -163,7 +211,8 @@ mod tests {
     }
 
     fn disk(vm_n: u128, name: &str) -> Disk {
-        Disk { name: name.to_owned(), node: format!("node-{vm_n}-{name}"), path: format!("/p/{vm_n}/{name}").into() }
+        let (node, path) = (format!("node-{vm_n}-{name}"), format!("/p/{vm_n}/{name}").into());
+        Disk { name: name.to_owned(), node, path, size_bytes: 1024 }
     }
 
     fn have(exports: &[(u128, u64, &str)]) -> Have {
@@ -172,7 +221,17 @@ mod tests {
 
     fn serve(vm_n: u128, incarnation: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
         let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
-        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), disks })].into()
+        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), next: None, disks })].into()
+    }
+
+    fn migrate(vm_n: u128, incarnation: u64, to: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
+        let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
+        let (incarnation, next) = (Incarnation(incarnation), Some(Incarnation(to)));
+        [(vm(vm_n), Goal::Serve { incarnation, next, disks })].into()
+    }
+
+    fn made(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<Name> {
+        additions(have, goals).into_iter().map(|(name, _)| name).collect()
     }
 
     #[test]
@@ -216,6 +275,46 @@ mod tests {
     }
 
     #[test]
+    fn n5_the_target_of_a_migration_is_served_beside_its_source_and_never_alone_before_the_handover() {
+        let disks = ["root", "data"];
+        let (before, during, after) = (serve(1, 1, &disks), migrate(1, 1, 2, &disks), serve(1, 2, &disks));
+        let source = have(&[(1, 1, "root"), (1, 1, "data")]);
+        let both = have(&[(1, 1, "root"), (1, 1, "data"), (1, 2, "root"), (1, 2, "data")]);
+        let target = have(&[(1, 2, "root"), (1, 2, "data")]);
+        assert!(reached(&source, vm(1), &before[&vm(1)]) && !reached(&source, vm(1), &during[&vm(1)]));
+        assert!(revocations(&source, &during).is_empty());
+        assert_eq!(made(&source, &during), [name(1, 2, "root"), name(1, 2, "data")]);
+        assert!(reached(&both, vm(1), &during[&vm(1)]) && made(&both, &during).is_empty());
+        // A new daemon: first what runs.
+        assert_eq!(made(&Have::new(), &during), [name(1, 1, "root"), name(1, 1, "data")]);
+        assert_eq!(made(&have(&[(1, 1, "root")]), &during), [name(1, 1, "data")]);
+        // Handed over: the source's go first.
+        assert_eq!(revocations(&both, &after).iter().map(|n| n.incarnation.0).collect::<BTreeSet<_>>(), [1].into());
+        assert!(!reached(&both, vm(1), &after[&vm(1)]) && reached(&target, vm(1), &after[&vm(1)]));
+        // Given up: the target's go, and the next target has another number.
+        assert_eq!(revocations(&both, &before).iter().map(|n| n.incarnation.0).collect::<BTreeSet<_>>(), [2].into());
+        assert!(!reached(&both, vm(1), &before[&vm(1)]));
+        assert!(made(&both, &migrate(1, 1, 3, &disks)).is_empty());
+        // N2: orders of before the hand-over.
+        for old in [&before, &during] {
+            assert!(revocations(&target, old).is_empty() && made(&target, old).is_empty());
+            assert!(!reached(&target, vm(1), &old[&vm(1)]));
+        }
+    }
+
+    #[test]
+    fn a_disk_grows_when_it_is_open_and_too_small_and_its_vm_does_not_migrate() {
+        let there = have(&[(1, 1, "root"), (1, 1, "data")]);
+        let sizes: Sizes = [(disk(1, "root").node, 1023), (disk(1, "data").node, 1025)].into();
+        let goals = serve(1, 1, &["root", "data", "not-open"]);
+        assert_eq!(outgrown(&there, &sizes, &goals), [(name(1, 1, "root"), disk(1, "root"))]);
+        let grown: Sizes = [(disk(1, "root").node, 1024)].into();
+        assert_eq!(outgrown(&there, &grown, &goals), []);
+        assert_eq!(outgrown(&there, &sizes, &migrate(1, 1, 2, &["root"])), [], "it migrates");
+        assert_eq!(outgrown(&there, &sizes, &serve(1, 2, &["root"])), [], "another incarnation has it");
+    }
+
+    #[test]
     fn n3_the_wrong_disk_under_the_right_name_does_not_count() {
         let goals = serve(1, 2, &["root"]);
         let wrong: Have = [(name(1, 2, "root").to_string(), "node-of-an-older-generation".to_owned())].into();
@@ -232,28 +331,40 @@ mod tests {
     }
 
     proptest! {
-        /// N1 and N2 over any sequence of goals, with a daemon that takes exports away late: there are never two incarnations
-        /// of one VM, and none takes the place of a newer one.
+        /// N1, N2 and N5 over any sequence of goals, with a daemon that takes exports away late: there are never two incarnations
+        /// of one VM but the two of a migration, no export is made beside a newer one, and none of the target's before all of the source's.
         #[test]
-        fn n1_n2_never_two_incarnations_and_never_an_older_one(
-            steps in prop::collection::vec((1_u128..3, 1_u64..6, any::<bool>(), any::<bool>()), 1..40)
+        fn n1_n2_n5_only_a_migration_has_two_incarnations_and_none_is_made_beside_a_newer_one(
+            steps in prop::collection::vec((1_u128..3, 1_u64..6, 0_u64..3, any::<bool>(), any::<bool>()), 1..40)
         ) {
             let mut there = Have::new();
-            for (n, incarnation, nothing, late) in steps {
-                let goals = if nothing { [(vm(n), Goal::Nothing)].into() } else { serve(n, incarnation, &["a", "b"]) };
+            for (n, incarnation, next, nothing, late) in steps {
+                let (mine, to) = (Incarnation(incarnation), Incarnation(incarnation + next));
+                let goals = match (nothing, next) {
+                    (true, _) => [(vm(n), Goal::Nothing)].into(),
+                    (false, 0) => serve(n, incarnation, &["a", "b"]),
+                    (false, _) => migrate(n, incarnation, to.0, &["a", "b"]),
+                };
                 let gone = revocations(&there, &goals);
-                let kept = usize::from(late);
-                for name in gone.iter().skip(kept) {
+                let alone = of(&there, vm(n)).all(|(name, _)| name.incarnation != mine);
+                prop_assert!(nothing || !alone || gone.iter().all(|name| name.incarnation < mine));
+                for name in gone.iter().skip(usize::from(late)) {
                     there.remove(&name.to_string());
                 }
-                prop_assert!(nothing || gone.iter().all(|name| name.incarnation < Incarnation(incarnation)));
-                for (name, disk) in additions(&there, &goals) {
-                    prop_assert!(of(&there, name.vm).all(|(n, _)| n.incarnation == name.incarnation));
-                    there.insert(name.to_string(), disk.node);
+                for _ in 0..2 {
+                    let have = there.clone();
+                    for (name, disk) in additions(&have, &goals) {
+                        prop_assert!(of(&have, name.vm).all(|(n, _)| n.incarnation == mine || n.incarnation == to));
+                        prop_assert!(of(&have, name.vm).all(|(n, _)| n.incarnation <= name.incarnation));
+                        let source = of(&have, name.vm).filter(|(n, _)| n.incarnation == mine).count();
+                        prop_assert!(name.incarnation == mine || source == 2);
+                        there.insert(name.to_string(), disk.node);
+                    }
                 }
-                for id in [vm(1), vm(2)] {
-                    let seen: BTreeSet<_> = of(&there, id).map(|(n, _)| n.incarnation).collect();
-                    prop_assert!(seen.len() <= 1);
+                if goals.iter().any(|(&vm, goal)| reached(&there, vm, goal)) {
+                    let seen: BTreeSet<_> = of(&there, vm(n)).map(|(name, _)| name.incarnation).collect();
+                    let wanted: BTreeSet<_> = if nothing { [].into() } else { [mine, to].into() };
+                    prop_assert_eq!(seen, wanted);
                 }
             }
         }

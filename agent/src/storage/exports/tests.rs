@@ -32,6 +32,22 @@ fn n2_an_older_order_is_not_obeyed() {
     assert_eq!(goal(&exports.wants()[&vm()], None), Goal::Nothing);
 }
 
+/// N5: the disks that its source had are those that the target goes on with, and nothing is made anew meanwhile.
+#[test]
+fn what_was_made_counts_for_the_incarnation_that_it_migrates_to_and_for_no_other() {
+    let order = |incarnation, next: Option<u64>| {
+        let desired = Desired { next: next.map(Incarnation), ..fake::desired(incarnation) };
+        (Order::of(&desired), desired)
+    };
+    let ((now, desired), disks) = (order(1, None), Ok(Vec::new()));
+    let mut made = Made { desired: Box::new(desired), now, disks, at: Instant::now() };
+    assert!(made.are_of(&order(1, Some(2)).1) && !made.are_of(&order(2, None).1), "nobody has said that it migrates");
+    made.now = order(1, Some(2)).0;
+    assert!(made.are_of(&order(2, None).1) && made.are_of(&order(1, None).1) && !made.are_of(&order(3, None).1));
+    let other = Desired { disk_generation: 9, ..order(2, None).1 };
+    assert!(!made.are_of(&other));
+}
+
 /// The daemon of one test, which ends with it.
 struct Real {
     dir: tempfile::TempDir,
@@ -59,7 +75,7 @@ impl Real {
     }
 
     fn disk(&self) -> Disk {
-        Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk") }
+        Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk"), size_bytes: 1 << 20 }
     }
 
     fn pid(&self) -> Option<u32> {
@@ -114,6 +130,22 @@ async fn the_daemon_serves_what_it_was_told_outlives_its_agent_and_forgets_all_w
     agent.add(&name(2), &real.disk()).await.unwrap();
     assert!(real.reads(&name(2)) && !real.reads(&name(1)));
 
+    // N5: while it migrates, another incarnation has the same disk beside it.
+    agent.add(&name(3), &real.disk()).await.unwrap();
+    assert!(real.reads(&name(2)) && real.reads(&name(3)));
+    let have = agent.revoke(&[name(3)]).await.unwrap();
+    assert_eq!(have.keys().collect::<Vec<_>>(), [&name(2).to_string()]);
+    assert!(real.reads(&name(2)) && !real.reads(&name(3)));
+
+    // It grows when nothing exports it.
+    let larger = Disk { size_bytes: 2 << 20, ..real.disk() };
+    assert_eq!(agent.sizes().await.unwrap()["d1"], 1 << 20);
+    assert!(matches!(agent.grow(&larger).await.unwrap_err(), Error::Qmp(_)), "an export has one size");
+    agent.revoke(&[name(2)]).await.unwrap();
+    agent.grow(&larger).await.unwrap();
+    agent.add(&name(2), &larger).await.unwrap();
+    assert!(agent.sizes().await.unwrap()["d1"] == 2 << 20 && real.reads(&name(2)));
+
     // With another address it would serve nobody who knows the old one.
     let other = Options {
         program: "qemu-storage-daemon".into(),
@@ -146,4 +178,33 @@ async fn a_daemon_that_cannot_serve_says_why() {
     assert!(matches!(problem, Error::Ended { .. }) && words.contains("in use"), "{words}");
     drop(taken);
     assert!(real.agent().have().await.unwrap().is_empty());
+}
+
+/// One that cannot grow is served as it is, and whoever uses it is not cut off again and again.
+#[tokio::test]
+async fn a_disk_grows_before_it_is_said_to_be_served_and_one_that_cannot_is_served_and_says_why() {
+    let (real, exports, desired) = (Real::new(), Exports::default(), fake::desired(1));
+    let (mut daemon, mut stuck) = (real.agent(), Stuck::new());
+    exports.want(vm(), desired.clone());
+    let wants = exports.wants().clone();
+    let made = |size_bytes| {
+        let disks = Ok(vec![Disk { size_bytes, ..real.disk() }]);
+        let now = Order::of(&desired);
+        BTreeMap::from([(vm(), Made { desired: Box::new(desired.clone()), now, disks, at: Instant::now() })])
+    };
+    let problem = || exports.served().borrow()[&vm()].problem.clone();
+    for size in [1 << 20, 2 << 20] {
+        exports.pass(&mut daemon, &wants, &made(size), &mut stuck).await.unwrap();
+        assert_eq!((problem(), daemon.sizes().await.unwrap()["d1"]), (String::new(), size));
+        assert!(real.reads(&name(1)) && stuck.is_empty());
+    }
+    let too_large = made(1 << 62);
+    for _ in 0..2 {
+        exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+        assert!(problem().contains("disk root does not grow"), "{}", problem());
+        assert!(real.reads(&name(1)));
+    }
+    let since = stuck["d1"].1;
+    exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+    assert_eq!(stuck["d1"].1, since, "it is not tried each time");
 }

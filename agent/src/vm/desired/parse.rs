@@ -112,6 +112,11 @@ impl Desired {
                 (Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming, _) => None,
             },
             network_pools: m.network_pools.iter().map(parse_network_pool).collect::<Result<_, _>>()?,
+            next: match Incarnation(m.next_incarnation) {
+                Incarnation::NONE => None,
+                next if next > incarnation => Some(next),
+                _ => return Err(unusable("next_incarnation", "is not larger than the incarnation")),
+            },
         })
     }
 }

@@ -68,6 +68,10 @@ fn what_could_climb_or_inject_is_refused_and_the_field_is_named() {
     assert_eq!(field_of(&v1::DesiredVm { disposition: 77, ..good() }), "disposition");
     assert_eq!(field_of(&v1::DesiredVm { name: "a\u{7}".into(), ..good() }), "name");
     assert_eq!(field_of(&v1::DesiredVm { spec: None, ..good() }), "spec");
+    let next = |next_incarnation| v1::DesiredVm { next_incarnation, ..good() };
+    let read = |m: &v1::DesiredVm| Desired::from_proto(Incarnation(m.incarnation), m).unwrap().next;
+    assert_eq!((read(&next(0)), read(&next(9))), (None, Some(Incarnation(9))));
+    assert_eq!(field_of(&next(good().incarnation)), "next_incarnation");
 }
 
 #[test]

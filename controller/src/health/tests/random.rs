@@ -104,6 +104,11 @@ impl World {
     fn look(&mut self) -> Result<(), TestCaseError> {
         let now = self.leader_clock.read(self.now);
         self.leader.heartbeat(B, now);
+        let silent = self.leader.silent(now);
+        for host in [A, B] {
+            let hearing = self.leader.state(host, now);
+            prop_assert_eq!(silent.contains(&host), matches!(hearing, Hearing::Silent { .. }), "at {}", self.now);
+        }
         for verdict in self.leader.tick(now) {
             prop_assert_eq!(verdict.host, A);
             // The claim: on its own clock the host is past the deadline, and has been for the kill allowance as the

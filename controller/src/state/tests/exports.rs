@@ -14,11 +14,11 @@ use crate::{
     },
     sessions::{
         desired::{self, Plan},
-        serving::{self, Grants},
+        serving::{self, Grants, Said},
     },
     state::{
         Prospect,
-        command::{Command, DrainStep, Lapsed, ObservedState, PowerChange, Refusal},
+        command::{Command, DrainStep, HostFacts, Lapsed, ObservedState, PowerChange, Refusal, VmObservation},
         exports,
     },
 };
@@ -72,7 +72,11 @@ fn told(world: &World, grants: &Grants, vm: VmId) -> Option<v1::DesiredVm> {
 fn serve(world: &mut World, grants: &Grants, vm: VmId, incarnation: u64) {
     let incarnation = Incarnation(incarnation);
     world.ok(Command::NoteServed { host: host_id(3), vm, incarnation });
-    grants.take(&world.state, host_id(3), vm, incarnation, String::new());
+    said(world, grants, host_id(3), vm, incarnation, None);
+}
+
+fn said(world: &World, grants: &Grants, by: HostId, vm: VmId, incarnation: Incarnation, next: Option<Incarnation>) {
+    grants.take(&world.state, by, vm, Said { incarnation, next, problem: String::new() });
 }
 
 #[test]
@@ -89,7 +93,7 @@ fn n4_a_host_is_told_to_run_only_what_the_storage_host_serves_to_this_incarnatio
     assert!(serving::wanted(&world.state, host).is_empty());
 
     // P5: that the disks are made is stored before anybody is told to run from them.
-    grants.take(&world.state, host_id(3), vm, Incarnation(1), String::new());
+    said(&world, &grants, host_id(3), vm, Incarnation(1), None);
     assert_eq!(told(&world, &grants, vm), None);
     serve(&mut world, &grants, vm, 1);
     let message = told(&world, &grants, vm).unwrap();
@@ -128,7 +132,7 @@ fn n4_only_the_one_host_that_exports_the_pool_can_grant() {
     let vm = world.create(1, with_disk("net"));
     serve(&mut world, &grants, vm, 1);
     assert!(told(&world, &grants, vm).is_some());
-    grants.take(&world.state, other(world.host_of(vm).unwrap()), vm, Incarnation(1), String::new());
+    said(&world, &grants, other(world.host_of(vm).unwrap()), vm, Incarnation(1), None);
     assert_eq!(told(&world, &grants, vm), None, "said by a host that has nothing to say");
     serve(&mut world, &grants, vm, 1);
     // Two hosts export it: what one takes away, the other may still give.
@@ -195,31 +199,19 @@ fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
     let vm = world.create(1, with_disk("net"));
     serve(&mut world, &grants, vm, 1);
     world.report(vm, ObservedState::Running);
-    let migrate = Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 };
-    assert!(world.refused(migrate).to_string().contains("over the network"));
-
     let why = |refusal| match refusal {
         Refusal::Precondition(why) => why,
         other => panic!("{other}"),
     };
-    let resize = |vm| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes: 1 << 40 };
     let snapshot = "before".to_owned();
     for command in [
         Command::CreateSnapshot { vm, id: Uuid::from_u128(5), name: snapshot.clone() },
         Command::DeleteSnapshot { vm, name: snapshot.clone() },
         Command::RevertToSnapshot { vm, name: snapshot },
-        resize(vm),
     ] {
         let why = why(world.refused(command));
         assert!(why.contains("pool `net`, which hosts reach over the network"), "{why}");
     }
-    // Nothing is known to be made: it may have been begun, and a storage host does not make it larger.
-    let vm = world.create(3, with_disk("net"));
-    assert!(!world.record(vm).disks_exist);
-    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
-    world.set(vm, PowerChange::Stop);
-    assert!(why(world.refused(resize(vm))).contains("cannot grow"));
-
     let mut mixed = with_disk("net");
     mixed.disks.push(crate::model::vm::Disk { name: "disk1".into(), ..disk("local") });
     let vm = world.create(2, mixed);
@@ -227,7 +219,89 @@ fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
     assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
 }
 
-/// A VM that has a disk in a network pool cannot migrate; stopped, it may start where the pool is.
+/// The storage host is told of the new size, whether the VM runs, has been made or not; the room is that of the storage host.
+#[test]
+fn a_disk_in_a_network_pool_grows_where_its_files_are() {
+    let (mut world, grants) = (world(), Grants::default());
+    let resize = |vm, size_bytes| Command::ResizeDisk { vm, disk: "disk0".into(), size_bytes };
+    let vm = world.create(1, with_disk("net"));
+    let size = |world: &World| serving::order(&world.state, host_id(3), vm).unwrap().spec.unwrap().disks[0].size_bytes;
+    world.ok(resize(vm, 2 << 30));
+    assert_eq!(size(&world), 2 << 30);
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    world.ok(resize(vm, 3 << 30));
+    assert_eq!(size(&world), 3 << 30);
+    assert_eq!(told(&world, &grants, vm).unwrap().spec.unwrap().disks[0].size_bytes, 3 << 30, "so its QEMU looks");
+    let too_much = world.refused(resize(vm, 1 << 60)).to_string();
+    assert!(too_much.contains("more than pool `net` has left"), "{too_much}");
+    world.ok(Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 });
+    assert!(world.refused(resize(vm, 4 << 30)).to_string().contains("is being migrated"));
+}
+
+/// N5: both ends of a migration have the disks until it is handed over, and then the target goes on when the source has them no more.
+#[test]
+fn n5_the_target_opens_the_disks_beside_the_source_and_goes_on_when_the_source_has_them_no_more() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, with_disk("net"));
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let source = world.host_of(vm).unwrap();
+    let target = other(source);
+    let served_to = |world: &World| {
+        let order = serving::order(&world.state, host_id(3), vm).unwrap();
+        (order.incarnation, order.next_incarnation)
+    };
+    let arrives = |world: &World, grants: &Grants| {
+        let wanted = *plan(world, grants, target).vms.get(&vm)?;
+        let message = desired::message(&world.state, target, vm, wanted)?;
+        serving::complete(&world.state, grants, target, vm, message)
+    };
+    let begin = Command::MigrateVm { vm, to: None, secret: "0".repeat(64), bytes_per_second: 0 };
+    world.ok(begin.clone());
+    assert_eq!(served_to(&world), (1, 2));
+    assert_eq!(arrives(&world, &grants), None, "it could open nothing");
+    assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Run, "the source has what it needs");
+    said(&world, &grants, host_id(3), vm, Incarnation(1), Some(Incarnation(2)));
+    let message = arrives(&world, &grants).unwrap();
+    assert_eq!((message.disposition(), message.incarnation), (v1::Disposition::Incoming, 2));
+    assert_eq!(message.network_pools[0].address, "10.0.0.3:10809");
+
+    // Called off: the next one has another number.
+    world.ok(Command::CancelMigration { vm });
+    assert_eq!(served_to(&world), (1, 0));
+    assert_eq!(told(&world, &grants, vm).unwrap().migrate_to, None, "the source is told at once");
+    world.ok(begin);
+    assert_eq!(served_to(&world), (1, 3));
+    assert_eq!(arrives(&world, &grants), None, "said of the migration of before");
+    said(&world, &grants, host_id(3), vm, Incarnation(1), Some(Incarnation(3)));
+    assert!(arrives(&world, &grants).is_some());
+
+    // Handed over.
+    let report = |state, incarnation, address: &str| VmObservation {
+        incarnation: Incarnation(incarnation),
+        migration: Some(seen(3, address)),
+        ..world.observation(vm, state)
+    };
+    let reports = [
+        (target, report(ObservedState::Incoming, 3, "127.0.0.1:4444")),
+        (target, report(ObservedState::Received, 3, "127.0.0.1:4444")),
+        (source, report(ObservedState::HandedOver, 1, "")),
+    ];
+    for (host, report) in reports {
+        world.ok(Command::Report { host, reports: vec![report] });
+    }
+    assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(target), 3));
+    assert_eq!(served_to(&world), (3, 0));
+    assert_eq!(told(&world, &grants, vm), None, "the source may still have them");
+    assert!(serving::waits(&world.state, &grants, target, world.record(vm)).unwrap().contains("host-3"));
+    assert_eq!(told(&world, &Grants::default(), vm), None, "nor by a new leader");
+    serve(&mut world, &grants, vm, 3);
+    let message = told(&world, &grants, vm).unwrap();
+    assert_eq!((message.disposition(), message.incarnation), (v1::Disposition::Run, 3));
+}
+
+/// Where VMs cannot migrate to, one with disks in a network pool may be stopped and started.
 #[test]
 fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stays() {
     let (mut world, grants) = (world(), Grants::default());
@@ -235,11 +309,17 @@ fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stay
     serve(&mut world, &grants, vm, 1);
     world.report(vm, ObservedState::Running);
     let host = world.host_of(vm).unwrap();
+    assert_eq!(world.state.prospect(vm, &world.cx()), Prospect::CanMigrate);
+    for n in [1, 2] {
+        let mut facts = HostFacts { migration_address: String::new(), ..facts(n) };
+        facts.pools.push(net(PoolAccess::Network));
+        world.ok(Command::RegisterHost { host: Box::new(facts) });
+    }
     let drain = |how| Command::DrainHost { host, how, reason: String::new() };
     let step = Command::DrainVm { vm, from: host, step: DrainStep::Stop };
     world.ok(drain(DrainHow::LiveOnly));
     let Prospect::CanStop(why) = world.state.prospect(vm, &world.cx()) else { panic!() };
-    assert!(why.contains("pool `net` over the network"), "{why}");
+    assert!(why.contains("migration address"), "{why}");
     assert!(world.refused(step.clone()).to_string().contains("may not be stopped"));
 
     world.ok(drain(DrainHow::StopAndMove));

@@ -26,7 +26,7 @@ use crate::{
     scheduler::Resources,
     sessions::desired::{self, Wanted},
     state::{
-        Concerned, MAX_PLACEMENTS, State, VmEntry,
+        Concerned, MAX_PLACEMENTS, State, Stored, VmEntry,
         command::{
             Answer, Change, Command, Context, HostFacts, Lapsed, MigrationObservation, Mutation, NewVm, ObservedState,
             PowerChange, Refusal, VmObservation,
@@ -260,6 +260,17 @@ impl World {
         hosts.map(|host| (host, desired::plan(&self.state, host, &BTreeMap::new()))).collect()
     }
 
+    /// As a controller reads it that has just begun, from bytes.
+    fn built_at_once(&self) -> State {
+        let readable = self
+            .stored
+            .iter()
+            .map(|(key, (record, revision))| Stored::read(key.to_string().as_bytes(), &record.to_json(), *revision));
+        let unreadable = self.state.unreadable().iter();
+        let unreadable = unreadable.map(|(key, error)| Stored::Unreadable { key: key.clone(), error: error.clone() });
+        State::of(unreadable.chain(readable), self.state.revision())
+    }
+
     /// The state is what its records say.
     pub(super) fn check(&self) {
         let mut rebuilt = State::default();
@@ -272,6 +283,7 @@ impl World {
         }
         rebuilt.advance(self.state.revision());
         assert_same(&self.state, &rebuilt);
+        assert_same(&self.state, &self.built_at_once());
         assert!(self.state.host_index_is_right());
 
         // R1

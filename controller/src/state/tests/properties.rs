@@ -428,7 +428,7 @@ proptest! {
             let before = World {
                 state: world.state.clone(),
                 now: world.now,
-                silent: world.silent.clone(),
+                silent: world.silent.clone().into(),
                 stored: BTreeMap::new(),
                 last: world.last.clone(),
                 events: Vec::new(),

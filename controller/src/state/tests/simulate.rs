@@ -1,7 +1,5 @@
 //! What-if against what happens.
 
-use std::collections::BTreeSet;
-
 use uncloud_proto::ids::{HostId, VmId};
 
 use super::fixtures::*;
@@ -105,7 +103,7 @@ fn it_is_what_a_real_failover_does() {
         for host in hosts {
             world.ok(Command::DeclareLapsed { host, lapsed, limit: 0 });
         }
-        let situation = Situation { openings: world.state.view().openings(), silent: BTreeSet::new() };
+        let situation = Situation { openings: world.state.view().openings(), silent: Default::default() };
         let now = uncloud_proto::clock::Tick::from_boot(std::time::Duration::from_secs(1));
         for vms in plan(&world.state, &Attempts::default(), &situation, now) {
             world.ok(Command::Place { vms });

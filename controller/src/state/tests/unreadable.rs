@@ -59,7 +59,7 @@ fn clone(world: &World) -> World {
     World {
         state: world.state.clone(),
         now: world.now,
-        silent: world.silent.clone(),
+        silent: world.silent.clone().into(),
         stored: world.stored.clone(),
         last: world.last.clone(),
         events: world.events.clone(),
