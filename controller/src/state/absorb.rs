@@ -135,7 +135,7 @@ impl State {
         // Mostly it is only a word about what a VM does.
         if let (Some(entry), Some(status)) = (self.vms.get_mut(&id), status) {
             let held = entry.holds_room();
-            let before = std::mem::replace(&mut entry.status, Some(Arc::clone(status)));
+            let before = entry.status.replace(Arc::clone(status));
             if entry.holds_room() == held {
                 entry.status_revision = revision;
                 return;
