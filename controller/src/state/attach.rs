@@ -74,6 +74,10 @@ fn ready(draft: &Draft<'_>, vm: VmId) -> Result<(VmEntry, Machine), Refusal> {
         None if record.disks_exist => {
             return refuse(format!("has no host now: {}; try again when it has", record.placement.why));
         }
+        // Each of its disks is made a copy of the one that its source has; of a new one there is none.
+        None if record.clone_of.is_some() => {
+            return refuse("has disks that are still to be copied; try again when it runs".into());
+        }
         None => Machine::IsNot,
         Some(_) if !record.disks_exist => {
             return refuse("has disks that are not made yet; try again when it runs".into());

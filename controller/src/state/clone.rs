@@ -49,8 +49,14 @@ impl Use<'_> {
         }
     }
 
-    fn refusal(self, name: &str, clone: &str) -> String {
-        let wait = format!("wait until that is done, or delete VM `{clone}`");
+    fn refusal(self, name: &str, clone: &VmRecord) -> String {
+        let desired = clone.desired;
+        let clone = &clone.name;
+        let wait = match desired {
+            // Its host copies them before it starts.
+            Desired::Stopped => format!("start VM `{clone}`, which is stopped, so that it is done, or delete it"),
+            Desired::Running | Desired::Deleted => format!("wait until that is done, or delete VM `{clone}`"),
+        };
         match self {
             Self::Start => {
                 format!("VM `{name}` cannot be started while its disks are being copied to VM `{clone}`; {wait}")
@@ -78,7 +84,7 @@ pub(super) fn check_unused(draft: &Draft<'_>, record: &VmRecord, wanted: Use<'_>
         let Some(clone) = draft.state.vms.get(clone).map(|entry| &entry.record) else { continue };
         let copies = clone.clone_of.as_ref().is_some_and(|c| wanted.harms(c.snapshot));
         if copies && clone.desired != Desired::Deleted {
-            return Err(Refusal::Precondition(wanted.refusal(&record.name, &clone.name)));
+            return Err(Refusal::Precondition(wanted.refusal(&record.name, clone)));
         }
     }
     Ok(())

@@ -36,7 +36,7 @@ use super::{
     core::Core,
     host::Host,
     net::{AGENT, WELCOME_TIMEOUT},
-    queue::{Down, Up, What, Whom},
+    queue::{DiskWork, Down, Up, What, Whom},
     runner::Runner,
 };
 
@@ -195,6 +195,10 @@ impl Host {
                     None => {}
                 }
             }
+            What::Disks(vm, epoch, work, DiskWork::Copied(desired, copies)) => {
+                self.copied(core, &agent, vm, (epoch, work), &desired, copies);
+            }
+            What::Disks(vm, _, _, DiskWork::Drop(paths)) => self.drop_files(core, vm, &paths),
             What::Done(vm, work, event, uid) => self.work_done(core, &mut agent, vm, work, *event, uid),
             What::Instance(vm, uid, event) => {
                 if let Some(runner) = agent.runners.get_mut(&vm).filter(|r| r.instance == Some(uid)) {

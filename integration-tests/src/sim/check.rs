@@ -3,7 +3,11 @@
 //! It knows the truth: what etcd has stored, what executes at this moment of true time, what the user has asked for and been
 //! answered. It sees nothing of what the parts believe.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::Arc,
+};
 
 use uncloud_controller::{
     model::{Desired, Key, Record, VmRecord, vm::OnDiskLoss},
@@ -14,8 +18,9 @@ use uuid::Uuid;
 
 use super::{
     clock::Ns,
-    contents::{Contents, Place},
+    contents::{self, Contents, Key as DiskKey, Place},
     core::Core,
+    storage::Open,
 };
 
 /// What is true about a VM.
@@ -40,7 +45,9 @@ struct Truth {
     /// What it should be, as the API has acknowledged.
     expected: Option<Desired>,
     /// Where its data is: pool or host, and generation.
-    data: Option<Vec<(Uuid, u32)>>,
+    data: Option<BTreeSet<Place>>,
+    /// The disks that each of those that execute has open.
+    open: BTreeMap<u64, Vec<Open>>,
 }
 
 /// The judge.
@@ -84,21 +91,42 @@ impl Check {
         self.vms.get(&vm)?.record.clone()
     }
 
-    /// A guest begins to execute, finds this on its disk, and writes.
-    pub(crate) fn began(&mut self, vm: VmId, place: Place, found_and_wrote: (u64, u64)) {
+    /// A guest begins to execute with a disk, or gets one, finds this on it, and writes.
+    pub(crate) fn began(&mut self, vm: VmId, disk: (&DiskKey, Place), found_and_wrote: (u64, u64)) {
         let record = self.record(vm);
-        self.note(|c| c.contents.began(vm, place, found_and_wrote, record.as_deref()));
+        self.note(|c| c.contents.began(vm, disk, found_and_wrote, record.as_deref()));
+    }
+
+    /// What executes has these disks from now on.
+    pub(crate) fn opened(&mut self, vm: VmId, uid: u64, disks: &[Open]) {
+        let truth = self.vm(vm);
+        if truth.executing.contains_key(&uid) {
+            truth.open.insert(uid, disks.to_vec());
+        }
+    }
+
+    /// Whether something that executes has a file of this pool or host open.
+    pub(crate) fn is_open(&mut self, vm: VmId, (pool, path): (Uuid, &Path)) -> bool {
+        let mut open = self.vm(vm).open.values().flatten();
+        open.any(|o| o.place.0 == pool && o.path == path)
     }
 
     /// Disks are put back.
-    pub(crate) fn put_back(&mut self, vm: VmId, place: Place, number: u64, id: Uuid, count: u64) {
+    pub(crate) fn put_back(&mut self, vm: VmId, disk: (&DiskKey, Place), number: u64, id: Uuid, count: u64) {
         if !self.vm(vm).executing.is_empty() {
             self.violation(format!("R1: the disks of {vm} are put back while it executes"));
         }
-        self.note(|c| c.contents.put_back(vm, place, number, id, count));
+        self.note(|c| c.contents.put_back(vm, disk, number, id, count));
     }
 
     // --- what the user does ---
+
+    /// The user asks for a copy of a VM.
+    pub(crate) fn asked_clone(&mut self, vm: VmId, name: &str) {
+        let truth = self.vm(vm);
+        name.clone_into(&mut truth.name);
+        truth.expected = Some(Desired::Running);
+    }
 
     /// The user asks for a VM.
     pub(crate) fn asked_create(&mut self, new: &NewVm) {
@@ -194,15 +222,23 @@ impl Check {
         uid: u64,
         (index, host): (usize, HostId),
         incarnation: Incarnation,
-        disks: Vec<(Uuid, u32)>,
+        disks: &[Open],
         now: Ns,
     ) {
         let truth = self.vm(vm);
         let others: Vec<_> =
             truth.executing.values().map(|(h, _, i, _)| format!("host {h}, incarnation {i}")).collect();
         let stored = truth.placed.get(&incarnation).copied();
-        let lost = truth.data.as_ref().filter(|data| **data != disks).cloned();
+        let has = |data: &BTreeSet<Place>| disks.iter().all(|open| data.contains(&open.place));
+        let lost = truth.data.as_ref().filter(|data| !has(data)).cloned();
+        let keys = disks.iter().map(|d| d.key.clone()).collect();
+        let misfit = truth.record.as_ref().filter(|r| r.disks_exist).and_then(|r| contents::misfit(r, &keys));
         truth.executing.insert(uid, (index, host, incarnation, now));
+        truth.open.insert(uid, disks.to_vec());
+        self.contents.executes(vm, incarnation);
+        if let Some(misfit) = misfit {
+            self.violation(misfit);
+        }
         if !others.is_empty() {
             self.violation(format!(
                 "P1: {vm} executes on host {index}, incarnation {incarnation}, and also on {}",
@@ -221,6 +257,7 @@ impl Check {
 
     /// A guest no longer executes.
     pub(crate) fn stopped(&mut self, vm: VmId, uid: u64) {
+        self.vm(vm).open.remove(&uid);
         self.vm(vm).executing.remove(&uid);
         if self.quiet {
             self.violation(format!("P3: {vm} stopped though nothing was wrong"));
@@ -229,6 +266,7 @@ impl Check {
 
     /// A guest stands still because it is sent to another host.
     pub(crate) fn stands_still(&mut self, vm: VmId, uid: u64) {
+        self.vm(vm).open.remove(&uid);
         self.vm(vm).executing.remove(&uid);
     }
 
@@ -300,6 +338,7 @@ impl Check {
                 if let Some(host) = after.placement.host {
                     truth.placed.insert(after.placement.incarnation, host);
                 }
+                self.contents.created(after);
                 let name = after.name.clone();
                 if self.names.insert(name, vm).is_some_and(|other| other != vm) {
                     wrong.push("P2: a VM of this name was created twice");
@@ -315,7 +354,8 @@ impl Check {
             }
             (Some(before), Some(after)) => {
                 truth.changed(before, after, &mut wrong);
-                self.note(|c| c.contents.changed(before, after));
+                let open = truth.open.values().next().map(|open| open.iter().map(|o| o.key.clone()).collect());
+                self.note(|c| c.contents.changed(before, after, open.as_ref()));
             }
             (None, None) => {}
         }

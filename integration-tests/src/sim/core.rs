@@ -1,6 +1,6 @@
 //! What every part of the simulated world shares: true time, chance, the queue, the network, the trace, the checker.
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
 
 use uncloud_controller::health::Timings;
 use uncloud_proto::clock::WallTime;
@@ -12,7 +12,7 @@ use super::{
     queue::{Event, Queue, What, Whom},
     report::Stats,
     rng::Rng,
-    storage::Disks,
+    storage::Files,
     trace::Trace,
 };
 
@@ -102,8 +102,10 @@ pub(crate) struct Core {
     pub(crate) check: Check,
     /// What the run is made of.
     pub(crate) config: Config,
-    /// Disks in shared pools: for each pool's id, those of the VMs and disk generations in it.
-    pub(crate) shared_disks: BTreeMap<uuid::Uuid, Disks>,
+    /// Files in shared pools, by the pool's id.
+    pub(crate) shared_files: BTreeMap<uuid::Uuid, Files>,
+    /// Which work copies to which file, of which pool or host.
+    pub(crate) copying: BTreeMap<(uuid::Uuid, PathBuf), u64>,
     /// The faults are over.
     pub(crate) healed: bool,
     uid: u64,
@@ -124,7 +126,8 @@ impl Core {
             stats: Stats::default(),
             check: Check::default(),
             config,
-            shared_disks: BTreeMap::new(),
+            shared_files: BTreeMap::new(),
+            copying: BTreeMap::new(),
             healed: false,
             uid: 0,
         }

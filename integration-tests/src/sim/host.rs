@@ -12,6 +12,7 @@ use std::{
 use uncloud_agent::{
     lease::{LeaseClass, LeaseWord},
     records::Record,
+    storage::pools::Pool,
     vm::{hypervisor::Exit, mailbox::Generations, migration::Guest, state::Event as VmEvent},
 };
 use uncloud_proto::{
@@ -27,7 +28,7 @@ use super::{
     migrate::Moving,
     net::AGENT,
     queue::{DiskWork, Event, Start, What, Whom},
-    storage::Disks,
+    storage::{self, Files, Open},
 };
 
 /// A keeper and its QEMU.
@@ -53,6 +54,8 @@ pub(crate) struct Qemu {
     pub(crate) backlog: Vec<Event>,
     /// What it has to do with migrations.
     pub(crate) moving: Moving,
+    /// The disks that it has.
+    pub(crate) disks: Vec<Open>,
 }
 
 /// A host.
@@ -87,7 +90,10 @@ pub(crate) struct Host {
     pub(super) exits: BTreeMap<VmId, Exit>,
     /// What has a process.
     pub(crate) qemus: BTreeMap<VmId, Qemu>,
-    pub(super) disks: Disks,
+    /// The files in its own pool.
+    pub(super) files: Files,
+    /// The pools that its agent is configured with.
+    pub(super) pools: BTreeMap<String, Pool>,
     /// The agent's process.
     pub(crate) agent: Option<Box<Agent>>,
     /// Which of its lives.
@@ -124,7 +130,8 @@ impl Host {
             keepers: BTreeMap::new(),
             exits: BTreeMap::new(),
             qemus: BTreeMap::new(),
-            disks: Disks::new(),
+            files: Files::new(),
+            pools: storage::pools(),
             agent: None,
             agent_epoch: 0,
             agent_paused: 0,
@@ -244,13 +251,7 @@ impl Host {
     /// What happens in the kernel, to keepers and to QEMUs.
     pub(crate) fn on_kernel(&mut self, core: &mut Core, what: What) {
         match what {
-            What::Disks(vm, epoch, work, DiskWork::Make(desired)) => {
-                let event = match self.make_disks(core, vm, &desired) {
-                    Ok(()) => VmEvent::Prepared,
-                    Err(problem) => VmEvent::PrepareFailed(problem),
-                };
-                self.done(core, vm, (epoch, work), event, None);
-            }
+            What::Disks(vm, epoch, work, DiskWork::Make(desired)) => self.prepare(core, vm, (epoch, work), &desired),
             What::Disks(vm, epoch, work, DiskWork::Delete(desired)) => {
                 let event = self.delete_disks(core, vm, &desired);
                 self.done(core, vm, (epoch, work), event, None);

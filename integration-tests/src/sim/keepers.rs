@@ -89,6 +89,7 @@ impl Host {
             paused: 0,
             was_paused: false,
             backlog: Vec::new(),
+            disks: start.disks.clone(),
             moving: Moving::new(match start.role {
                 Role::Executes => Guest::Executes,
                 Role::Incoming => Guest::Awaited,
@@ -201,15 +202,12 @@ impl Host {
 
     /// The guest begins to execute here.
     pub(super) fn begins(&mut self, core: &mut Core, vm: VmId) {
-        let Some(Qemu { uid, start, .. }) = self.qemus.get(&vm) else { return };
+        let Some(Qemu { uid, start, disks, .. }) = self.qemus.get(&vm) else { return };
         let (uid, start) = (*uid, start.clone());
-        let disks = start.pools.iter().map(|pool| match pool.as_str() {
-            "shared" => (self.shared_pool, start.disk_generation),
-            _ => (self.id.uuid(), start.disk_generation),
-        });
-        let (disks, now) = (disks.collect(), core.now);
-        core.check.started(vm, uid, (self.index, self.id), start.incarnation, disks, now);
-        self.finds(core, vm, &start.pools, start.disk_generation);
+        let (disks, now) = (disks.clone(), core.now);
+        core.check.started(vm, uid, (self.index, self.id), start.incarnation, &disks, now);
+        disks.iter().for_each(|open| self.finds(core, vm, open));
+        self.writes_later(core, vm, uid);
     }
 
     fn later_ready(&self, core: &mut Core, start: Start, vm: VmId, uid: u64) {
@@ -282,6 +280,10 @@ impl Host {
         if act != GuestAct::Crash && self.qemus.get(&vm).is_some_and(|q| q.moving.guest != Guest::Executes) {
             return;
         }
+        if act == GuestAct::Write {
+            self.writes(core, vm);
+            return self.writes_later(core, vm, uid);
+        }
         if act != GuestAct::Obey && core.healed {
             return;
         }
@@ -294,6 +296,7 @@ impl Host {
             GuestAct::PowerOff | GuestAct::Obey => VmEvent::GuestShutdown,
             GuestAct::Panic => VmEvent::GuestPanicked,
             GuestAct::Crash => return self.end(core, vm, uid, Death::Exited(1), 1, 5),
+            GuestAct::Write => return,
         };
         core.after(MS, Whom::Agent(self.index), self.agent_epoch, What::Instance(vm, uid, Box::new(event)));
     }

@@ -16,6 +16,7 @@ use uncloud_proto::ids::VmId;
 
 use super::{
     clock::{MS, Ns},
+    contents::Key,
     core::Core,
     host::{Host, Qemu},
     queue::{What, Whom},
@@ -70,8 +71,8 @@ pub(crate) enum Wire {
     Copied(usize, bool),
     /// The source has sent everything but the last.
     Ready(u64),
-    /// The target gets the last, from this host's VM with this uid and attempt.
-    Last(u16, usize, u64, u64),
+    /// The target gets the last, from this host's VM with this uid and attempt, and what is on its disks.
+    Last(u16, usize, u64, u64, Vec<(Key, u64)>),
     /// The source hears whether the target has everything.
     Acknowledged(u64, bool),
 }
@@ -161,7 +162,9 @@ impl Host {
                     Mirror::Copying | Mirror::Failed(_) => return,
                 }
                 moving.transfer = Transfer::Last;
-                let wire = What::Wire(vm, 0, Wire::Last(port, self.index, uid, moving.attempt));
+                let attempt = moving.attempt;
+                let last = Wire::Last(port, self.index, uid, attempt, self.on_disks(core, vm));
+                let wire = What::Wire(vm, 0, last);
                 if core.healed || !core.rng.permille(50) {
                     let delay = core.between(1, 40);
                     core.after(delay, Whom::Kernel(host), u64::MAX, wire);
@@ -217,10 +220,13 @@ impl Host {
                 }
                 self.moved(core, vm);
             }
-            Wire::Last(to, host, source, attempt) => {
+            Wire::Last(to, host, source, attempt, disks) => {
                 let found = self.qemus.get(&vm).is_some_and(|q| {
                     port(q.uid) == to && q.moving.listens && q.moving.guest == Guest::Awaited && q.executing && !q.dying
                 });
+                if found {
+                    self.take_disks(core, vm, &disks);
+                }
                 if found && let Some(qemu) = self.qemus.get_mut(&vm) {
                     qemu.moving.guest = Guest::Still;
                     qemu.moving.transfer = Transfer::Completed;
@@ -252,6 +258,23 @@ impl Host {
                     self.goes_on(core, vm);
                 }
                 self.moved(core, vm);
+            }
+        }
+    }
+
+    /// What is on the disks of a VM.
+    fn on_disks(&mut self, core: &mut Core, vm: VmId) -> Vec<(Key, u64)> {
+        let disks = self.qemus.get(&vm).map(|q| q.disks.clone()).unwrap_or_default();
+        disks.into_iter().filter_map(|open| Some((open.key, self.file(core, &open.path)?.count))).collect()
+    }
+
+    /// The target of a VM that takes its disks along has what the source had.
+    fn take_disks(&mut self, core: &mut Core, vm: VmId, sent: &[(Key, u64)]) {
+        let Some(qemu) = self.qemus.get(&vm).filter(|q| q.moving.takes_disks) else { return };
+        for open in qemu.disks.clone() {
+            let count = sent.iter().find(|(key, _)| *key == open.key).map(|(_, count)| *count);
+            if let (Some(count), Some(file)) = (count, self.file(core, &open.path)) {
+                file.count = count;
             }
         }
     }

@@ -39,6 +39,7 @@ mod storage;
 mod tend;
 mod trace;
 mod user;
+mod wishes;
 mod world;
 
 pub use core::Mode;

@@ -1,7 +1,7 @@
 //! What is still to happen, in the order of true time. Of two things at one moment, the one that was put in first comes
 //! first.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use uncloud_agent::{lease::LeaseClass, records::Role, vm::state::Event as VmEvent};
 use uncloud_controller::leadership::WriteError;
@@ -16,6 +16,7 @@ use super::{
     etcd::{Request, Response},
     faults::Healing,
     migrate::Wire,
+    storage::{Copying, Open},
     user::{Answered, Call},
 };
 
@@ -152,6 +153,10 @@ pub(crate) enum What {
 pub(crate) enum DiskWork {
     /// Makes those that are missing.
     Make(Box<uncloud_agent::vm::desired::Desired>),
+    /// These have been copied, and get their names.
+    Copied(Box<uncloud_agent::vm::desired::Desired>, Vec<Copying>),
+    /// Deletes files of disks that are to go.
+    Drop(Vec<PathBuf>),
     /// Deletes all.
     Delete(Box<uncloud_agent::vm::desired::Desired>),
     /// Takes and removes snapshots, and puts them back.
@@ -175,10 +180,8 @@ pub(crate) struct Start {
     pub(crate) generation: u16,
     /// The class.
     pub(crate) class: LeaseClass,
-    /// The disks: pools and generation.
-    pub(crate) pools: Vec<String>,
-    /// Their generation.
-    pub(crate) disk_generation: u32,
+    /// The disks that the machine has.
+    pub(crate) disks: Vec<Open>,
     /// It waits for a guest from another host.
     pub(crate) role: Role,
 }
@@ -207,6 +210,8 @@ pub(crate) enum GuestAct {
     Panic,
     /// QEMU dies.
     Crash,
+    /// It writes to its disks, and goes on.
+    Write,
 }
 
 /// What a command of a user, or of anybody, came to.

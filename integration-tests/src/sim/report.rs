@@ -27,6 +27,14 @@ pub struct Stats {
     pub drain_stops: u64,
     /// Disks that were put back to a snapshot.
     pub put_back: u64,
+    /// VMs that were cloned.
+    pub clones: u64,
+    /// Disks that were made as copies of others.
+    pub copies: u64,
+    /// Disks that machines were given while they ran.
+    pub attached: u64,
+    /// Disks of VMs that stay that were deleted.
+    pub dropped: u64,
     /// Migrations that ended with the VM on its target.
     pub migrations_done: u64,
     /// Leaders.
@@ -69,6 +77,10 @@ impl Stats {
         self.drain_migrations += other.drain_migrations;
         self.drain_stops += other.drain_stops;
         self.put_back += other.put_back;
+        self.clones += other.clones;
+        self.copies += other.copies;
+        self.attached += other.attached;
+        self.dropped += other.dropped;
         self.migrations_done += other.migrations_done;
         self.elections += other.elections;
         self.commits += other.commits;
@@ -88,7 +100,7 @@ impl fmt::Display for Stats {
         writeln!(f, "  {:>10}  fault events in all", self.fault_events())?;
         writeln!(f, "simulated hours:   {}.{:02}", hours / 1000, hours % 1000 / 10)?;
         writeln!(f, "events:            {}", self.events)?;
-        writeln!(f, "VMs created:       {}", self.created)?;
+        writeln!(f, "VMs created:       {}, cloned: {}", self.created, self.clones)?;
         writeln!(f, "failovers:         {}", self.failovers)?;
         writeln!(
             f,
@@ -96,7 +108,11 @@ impl fmt::Display for Stats {
             self.migrations_begun, self.migrations_done, self.paused
         )?;
         writeln!(f, "drains:            {} migrations, {} stops", self.drain_migrations, self.drain_stops)?;
-        writeln!(f, "disks put back:    {}", self.put_back)?;
+        writeln!(
+            f,
+            "disks:             {} put back, {} copied, {} attached to what runs, {} deleted",
+            self.put_back, self.copies, self.attached, self.dropped
+        )?;
         writeln!(f, "killed by a lease: {}", self.fenced)?;
         writeln!(f, "verdicts on hosts: {}, the brake engaged {} times", self.verdicts, self.brakes)?;
         writeln!(f, "leaders elected:   {}", self.elections)?;

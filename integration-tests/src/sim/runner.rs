@@ -21,7 +21,6 @@ use super::{
     core::Core,
     host::Host,
     queue::{Death, DiskWork, GuestAct, Start, What, Whom},
-    storage::pools,
 };
 
 /// One VM's task.
@@ -226,8 +225,7 @@ impl Host {
                     incarnation: desired.incarnation,
                     generation: lease_generation,
                     class: desired.class(),
-                    pools: pools(&desired),
-                    disk_generation: desired.disk_generation,
+                    disks: self.open_disks(core, vm, &desired),
                     role: runner.state.record().launched.map_or(Role::Executes, |l| l.role),
                 };
                 // The agent forks, or it does not: a dead one starts nothing.

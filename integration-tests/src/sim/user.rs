@@ -1,6 +1,5 @@
-//! The user: creates, stops, starts, restarts, pauses, changes, migrates and deletes VMs, takes snapshots and goes back to
-//! them, cordons and drains hosts, and repeats
-//! creates whose outcome is unknown with the same request id.
+//! The user: creates, stops, starts, restarts, pauses, changes, migrates and deletes VMs, cordons and drains hosts, and repeats
+//! creates whose outcome is unknown with the same request id. What it wants of disks is in `wishes.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,7 +7,9 @@ use uncloud_controller::{
     leadership::WriteError,
     model::{
         Desired, DrainHow, HostMode,
-        vm::{Disk, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec},
+        vm::{
+            Disk, DiskHotplug, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec,
+        },
     },
     state::command::{Answer, Command, FailoverChange, NewVm, PowerChange, Refusal, RequestId, VmUpdate},
 };
@@ -93,10 +94,16 @@ pub(crate) struct User {
     cordoned: BTreeSet<HostId>,
     paused: BTreeSet<VmId>,
     /// Snapshots that the API has acknowledged.
-    snapshots: Vec<(VmId, String)>,
+    pub(super) snapshots: Vec<(VmId, String)>,
+    /// Disks that it has attached and not deleted.
+    pub(super) attached: Vec<(VmId, String)>,
+    /// VMs that have had disks from the beginning.
+    pub(super) with_disks: BTreeSet<VmId>,
+    /// VMs that it has stopped.
+    pub(super) stopped: BTreeSet<VmId>,
     /// Deletes that the API has not taken yet.
     to_delete: BTreeSet<VmId>,
-    names: u64,
+    pub(super) names: u64,
 }
 
 impl User {
@@ -132,9 +139,6 @@ impl User {
         // Now and then the user has other things to do.
         let delay = if core.rng.permille(30) { core.between(5000, 30_000) } else { core.between(300, 2500) };
         core.after(delay, Whom::User, 0, What::UserNext);
-        if let Some(vm) = self.to_delete.pop_first() {
-            return self.delete(core, vm);
-        }
         if self.idle {
             // Looks, and mends what an unknown call has left behind.
             for &host in cordoned {
@@ -148,6 +152,12 @@ impl User {
             if failover == Failovers::Off {
                 self.failover(core, FailoverChange::On);
             }
+        }
+        // One whose disks are still being copied can be deleted only when a host may make the copy.
+        if let Some(vm) = self.to_delete.pop_first() {
+            return self.delete(core, vm);
+        }
+        if self.idle {
             return;
         }
         let vms: Vec<VmId> = self.vms.iter().copied().collect();
@@ -205,25 +215,13 @@ impl User {
                 }
                 self.pause(core, vm, change);
             }
-            30..=43 => self.disks(core, vm),
+            30..=43 => {
+                let command = self.wish_for_disks(core, vm);
+                core.log(format_args!("user: {command:?}"));
+                self.call(core, Doing::Disks, command, 0);
+            }
             _ => {}
         }
-    }
-
-    /// Snapshots; mostly of what has one.
-    fn disks(&mut self, core: &mut Core, vm: VmId) {
-        self.snapshots.retain(|(vm, _)| self.vms.contains(vm));
-        let some = (!self.snapshots.is_empty()).then(|| self.snapshots[core.rng.index(self.snapshots.len())].clone());
-        let command = match (core.rng.below(8), some) {
-            (0..=3, Some((vm, name))) => {
-                core.check.asked_restart(vm, core.now);
-                Command::RevertToSnapshot { vm, name }
-            }
-            (4, Some((vm, name))) => Command::DeleteSnapshot { vm, name },
-            _ => Command::CreateSnapshot { vm, id: core.rng.uuid(), name: core.rng.pick(&["a", "b", "c"]).to_owned() },
-        };
-        core.log(format_args!("user: {command:?}"));
-        self.call(core, Doing::Disks, command, 0);
     }
 
     fn pause(&mut self, core: &mut Core, vm: VmId, desired: PowerChange) {
@@ -325,24 +323,35 @@ impl User {
                 core.log(format_args!("user: {} is {}", record.name, record.id));
                 core.check.acked_create(&create.request.id, record.id, &record.name);
                 self.vms.insert(record.id);
+                if !record.spec.disks.is_empty() {
+                    self.with_disks.insert(record.id);
+                }
             }
             (Doing::Create(create), Err(WriteError::Refused(Refusal::MacTaken(_)))) => self.try_create(core, create),
             (Doing::Create(create), Err(WriteError::Refused(refusal))) => {
                 core.check.refused_create(&create.new.name, create.tries, &refusal);
             }
-            (Doing::Power(vm, change), Ok(_)) => core.check.acked_power(vm, change.desired()),
+            (Doing::Power(vm, change), Ok(_)) => {
+                match change.desired() {
+                    Desired::Stopped => self.stopped.insert(vm),
+                    Desired::Running | Desired::Deleted => self.stopped.remove(&vm),
+                };
+                core.check.acked_power(vm, change.desired());
+            }
             (Doing::Delete(vm), Ok(_)) => core.check.acked_delete(vm),
+            // A copy of it waits for somebody who starts that VM, or deletes it.
+            (Doing::Delete(vm), Err(WriteError::Refused(Refusal::Precondition(why))))
+                if self.idle && why.contains("being copied") =>
+            {
+                core.log(format_args!("user: {vm} is not deleted: {why}"));
+            }
             // "try again when a host is up"
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::Precondition(_)))) => {
                 self.to_delete.insert(vm);
             }
             (Doing::Delete(vm), Err(WriteError::Refused(Refusal::NoVm(_)))) => core.check.acked_delete(vm),
             (Doing::Disks, Err(WriteError::Refused(refusal))) => core.log(format_args!("user: refused: {refusal}")),
-            (Doing::Disks, Ok(_)) => match command {
-                Command::CreateSnapshot { vm, name, .. } => self.snapshots.push((vm, name)),
-                Command::DeleteSnapshot { vm, name } => self.snapshots.retain(|s| *s != (vm, name.clone())),
-                _ => {}
-            },
+            (Doing::Disks, Ok(committed)) => self.disks_answered(core, command, committed.answer),
             (Doing::Power(vm, _), Err(_)) => core.check.unknown_power(vm),
             (
                 Doing::Restart(_) | Doing::Update | Doing::Migrate | Doing::Mode | Doing::Failover | Doing::Delete(_),
@@ -399,7 +408,7 @@ fn spec(core: &mut Core) -> VmSpec {
         firmware: Default::default(),
         cpu: Default::default(),
         cloud_init: None,
-        disk_hotplug: Default::default(),
+        disk_hotplug: rng.pick(&[DiskHotplug::Enabled, DiskHotplug::Enabled, DiskHotplug::Disabled]),
         extra: serde_json::Map::new(),
     }
 }

@@ -380,6 +380,27 @@ mod tests {
         assert!(state.on(Event::Wake, at(30)).contains(&take));
     }
 
+    /// Found by the simulation: what was due long ago, and is not wanted any more, hid what was due later.
+    #[test]
+    fn a_deletion_that_failed_is_tried_again_though_something_else_had_failed_before() {
+        let snapshots = vec![SnapshotOrder { id: Uuid::from_u128(5), wanted: There::There }];
+        let orders = Orders { snapshots, ..Orders::default() };
+        let stop = Desired { disposition: Disposition::Stop, orders, ..with_disk(512) };
+        let mut state = VmState::new(VmId::from_uuid(Uuid::from_u128(7)));
+        state.on(word(stop.clone()), at(20));
+        state.on(Event::TendFailed("no space left on device".into()), at(20));
+        let delete = Desired { disposition: Disposition::Delete, ..stop };
+        assert!(state.on(word(delete), at(40)).contains(&Effect::DeleteDisks));
+        let failed = || Event::DeleteFailed("no space left on device".into());
+        assert!(state.on(failed(), at(40)).contains(&Effect::DeleteDisks), "the first time at once");
+        for now in [41, 80, 400] {
+            state.on(failed(), at(now));
+            let due = state.deadline(at(now).now).expect("it is tried again");
+            let due = Moment { now: due, ..at(now) };
+            assert!(state.on(Event::Wake, due).contains(&Effect::DeleteDisks));
+        }
+    }
+
     /// The target has read the disk: it must not change below it.
     #[test]
     fn a_disk_grows_only_when_the_migration_is_over() {

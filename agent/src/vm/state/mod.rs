@@ -273,7 +273,9 @@ impl VmState {
     /// When [`Event::Wake`] is needed, seen from `now`: the moment of the newest event.
     #[must_use]
     pub fn deadline(&self, now: Tick) -> Option<Tick> {
-        let at = match &self.execution {
+        // What was due and has not been done waits for something else: the lease, or the leader's word. It hides nothing that is due later.
+        let ahead = |at: &Tick| *at > now;
+        match &self.execution {
             Some(x) => {
                 let push = match x.push {
                     Push::None => None,
@@ -282,13 +284,14 @@ impl VmState {
                 let open = x.role == Role::Incoming || self.record.moving.is_some() || self.pause_is_open();
                 let look = open.then_some(x.look_at);
                 let all = [push, look, x.end_by, x.disks.deadline(), x.stall.deadline()];
-                return all.into_iter().flatten().filter(|at| *at > now).min();
+                all.into_iter().flatten().filter(ahead).min()
             }
             None if self.work != Work::None => None,
-            None => [self.retry.as_ref().map(|r| r.at), self.idle.deadline()].into_iter().flatten().min(),
-        };
-        // What was due and has not been done waits for something else: the lease, or the leader's word.
-        at.filter(|at| *at > now)
+            None => {
+                let all = [self.retry.as_ref().map(|r| r.at), self.idle.deadline()];
+                all.into_iter().flatten().filter(ahead).min()
+            }
+        }
     }
 
     /// Applies `event`. Returns what to do about it, in order.

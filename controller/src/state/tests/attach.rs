@@ -240,3 +240,19 @@ fn a_clone_has_the_disks_that_the_machine_has() {
     assert_eq!(names, ["disk0", "more"]);
     assert!(world.refused(detach(vm, "more", DetachHow::Delete)).to_string().contains("being copied"));
 }
+
+/// Its host would look for a disk to copy that nobody has.
+#[test]
+fn a_clone_that_waits_for_a_host_is_given_no_disk_before_its_own_are_copied() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, with_disk("local"));
+    world.set(vm, PowerChange::Stop);
+    world.has_done(vm, ObservedState::Stopped, &[]);
+    let host = world.host_of(vm).unwrap();
+    let clone = NewClone { id: vm_id(2), name: "vm-2".into(), macs: Vec::new() };
+    world.ok(Command::CloneVm { request: None, source: vm, snapshot: None, clone: Box::new(clone) });
+    world.ok(Command::DeclareLapsed { host, lapsed: Lapsed::Both, limit: 10 });
+    world.ok(Command::Place { vms: vec![vm_id(2)] });
+    assert_eq!(world.host_of(vm_id(2)), None);
+    assert!(world.refused(attach(vm_id(2), new("data"))).to_string().contains("still to be copied"));
+}

@@ -99,6 +99,18 @@ fn what_a_copy_needs_stays_until_it_is_made_or_given_up() {
 }
 
 /// CL1
+/// Nobody copies for it until it is started, so waiting does not help.
+#[test]
+fn whoever_needs_the_source_of_a_stopped_clone_is_told_to_start_that() {
+    let mut world = World::with_hosts(1);
+    let source = world.source("shared");
+    world.ok(clone(source, 2, Some("s")));
+    assert!(world.why(delete_snapshot(source)).contains("wait until that is done"));
+    world.ok(set(vm_id(2), PowerChange::ForceStop));
+    assert!(world.why(delete_snapshot(source)).contains("start VM `vm-2`"));
+    assert!(world.why(Command::DeleteVm { vm: source }).contains("start VM `vm-2`"));
+}
+
 #[test]
 fn disks_are_copied_as_they_are_only_of_what_is_stopped_and_stays_so() {
     let mut world = World::with_hosts(2);
