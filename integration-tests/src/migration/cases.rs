@@ -25,7 +25,7 @@ use crate::{
     wait_for,
 };
 
-/// A guest that never gets there at [`RATE`]: it writes to this faster than it can be sent.
+/// A guest that does not get there at [`RATE`] when it may stand still for a millisecond only ([`Sides::hold`]).
 const LOAD: Load = Load { beat_ms: 100, dirty_kib: 16 << 10, kib_per_second: 64 << 10 };
 /// What is sent at most in a second.
 const RATE: u64 = 24 << 20;
@@ -166,8 +166,11 @@ impl Trials {
         let last = cluster.checker.wait_beats(&id, 3, WELL_LIMIT).await?;
         let (boot, began) = (last.said.boot, last.at);
         let rate = if case == UNDISTURBED { 0 } else { RATE };
-        let incarnation = begin(&cluster.api, &id, &target, rate).await?;
         let sides = Sides { vm: id.clone(), source: source.clone(), target };
+        if case != UNDISTURBED {
+            sides.hold(cluster).await?;
+        }
+        let incarnation = begin(&cluster.api, &id, &sides.target, rate).await?;
 
         let stopped = sides.wait(cluster, case.moment).await?;
         let repairs = sides.strike(cluster, case.fault).await?;

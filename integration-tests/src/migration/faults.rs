@@ -220,6 +220,12 @@ impl Sides {
         Ok(Some(leader))
     }
 
+    /// Sees to it that the source is not done before [`Sides::hurry`]: QEMU slows a guest that it cannot send fast enough, but not to a stand.
+    pub(super) async fn hold(&self, cluster: &mut Cluster) -> anyhow::Result<()> {
+        let never = json!({ "downtime-limit": 1 });
+        ask(self.monitor(cluster, &self.source)?, "migrate-set-parameters", never).await.map(drop)
+    }
+
     /// Lifts the limit of the source, under which it would never be done.
     pub(super) async fn hurry(&self, cluster: &mut Cluster) -> anyhow::Result<()> {
         let socket = self.monitor(cluster, &self.source)?;
