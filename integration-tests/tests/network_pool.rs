@@ -22,7 +22,7 @@ use serde_json::json;
 use uncloud_proto::v1::{MigrationResult, Vm, VmPhase};
 
 const POOL: &str = "net";
-/// A guest whose migration never gets there at [`RATE`]: it writes to this faster than it can be sent.
+/// A guest whose migration does not get there at [`RATE`] when it may stand still for a millisecond only.
 const LOAD: Load = Load { beat_ms: 100, dirty_kib: 16 << 10, kib_per_second: 64 << 10 };
 /// Bytes that are sent at most in a second.
 const RATE: u64 = 24 << 20;
@@ -94,6 +94,9 @@ impl Stage {
 
     /// A guest that migrates and does not get there; memory is on its way. Returns the incarnation that it has there.
     async fn sending(&mut self, vm: &Vm) -> anyhow::Result<u64> {
+        // QEMU slows a guest that it cannot send fast enough, but not to a stand.
+        let never = json!({ "downtime-limit": 1 });
+        self.monitor(vm, host_of(vm))?.execute("migrate-set-parameters", never)?;
         let incarnation = begin(&self.cluster.api, &vm.id, other(vm), RATE).await?;
         let sent = |vm: &Vm| vm.status.as_ref()?.migration.as_ref().map(|m| m.transferred_bytes);
         self.cluster.api.wait_vm(&vm.id, "is being sent", secs(60), |vm| sent(vm).is_some_and(|n| n > 1 << 20)).await?;
