@@ -17,10 +17,10 @@ use super::{Arguments, sys};
 pub(super) struct Files {
     /// Held locked by the keeper and QEMU.
     pub(super) lock: File,
-    /// Who they are.
-    pub(super) keeper: File,
-    /// How QEMU ended.
-    pub(super) exit: File,
+    /// Who they are, until that has been written. While QEMU runs, nothing is open here whose end could wait for a file system.
+    keeper: Option<File>,
+    /// How QEMU ended. Nothing is written to it before that.
+    exit: File,
     /// What QEMU said.
     pub(super) log: File,
 }
@@ -62,7 +62,7 @@ impl Files {
         };
         Ok(Self {
             lock,
-            keeper: open(files::KEEPER, false)?,
+            keeper: Some(open(files::KEEPER, false)?),
             exit: open(files::EXIT, false)?,
             log: open(files::LOG, true)?,
         })
@@ -70,15 +70,18 @@ impl Files {
 
     /// Forgets what an earlier keeper wrote. Only with the lock.
     pub(super) fn clear(&self) -> io::Result<()> {
-        self.keeper.set_len(0)?;
+        self.keeper.as_ref().map_or(Ok(()), |f| f.set_len(0))?;
         self.exit.set_len(0)?;
         self.log.set_len(0)?;
         sys::reserve_page(&self.exit);
         Ok(())
     }
 
-    pub(super) fn write_keeper(&self, arguments: &Arguments, record: &KeeperRecord<'_>) -> io::Result<()> {
-        self.keeper.write_all_at(keeper_json(arguments, record).as_bytes(), 0)
+    /// Writes down who they are, once, by a child: QEMU runs, and no write may keep this process from dying in time.
+    pub(super) fn write_keeper(&mut self, arguments: &Arguments, record: &KeeperRecord<'_>) -> io::Result<()> {
+        let Some(file) = self.keeper.take() else { return Err(io::Error::other("written already")) };
+        let text = keeper_json(arguments, record);
+        sys::in_child(move || file.write_all_at(text.as_bytes(), 0))
     }
 
     pub(super) fn write_exit(&self, arguments: &Arguments, outcome: Outcome, at_ms: u64) -> io::Result<()> {

@@ -65,7 +65,7 @@ fn context(what: &'static str) -> impl Fn(io::Error) -> io::Error {
 
 fn keep(arguments: &Arguments) -> io::Result<u8> {
     let lock = arguments.lock_fd.map(sys::inherited).transpose().map_err(context("the lock that was passed on"))?;
-    let files = Files::open(&arguments.vm_dir, lock).map_err(context("the VM's directory"))?;
+    let mut files = Files::open(&arguments.vm_dir, lock).map_err(context("the VM's directory"))?;
     // K4. Held already if the parent passed it on; until here nothing has been changed.
     match files.lock.try_lock() {
         Ok(()) => {}
@@ -76,7 +76,7 @@ fn keep(arguments: &Arguments) -> io::Result<u8> {
     sys::make_stderr(&files.log)?;
 
     let clock = Clock::system();
-    match start(arguments, &files, &clock) {
+    match start(arguments, &mut files, &clock) {
         Ok(running) => {
             let ended = running.watch()?;
             let outcome = match ended {
@@ -172,7 +172,7 @@ struct Running<'a> {
     signal: ChildSignal,
 }
 
-fn start<'a>(arguments: &Arguments, files: &Files, clock: &'a Clock) -> Result<Running<'a>, NotStarted> {
+fn start<'a>(arguments: &Arguments, files: &mut Files, clock: &'a Clock) -> Result<Running<'a>, NotStarted> {
     let refused = |what: &'static str| move |e| NotStarted::Refused(context(what)(e));
     let boot = boot_id().map_err(refused("this boot's id"))?.to_string();
     let fuse = match arguments.class {
@@ -196,7 +196,7 @@ fn start<'a>(arguments: &Arguments, files: &Files, clock: &'a Clock) -> Result<R
     Ok(Running { pid, fuse, signal })
 }
 
-fn record(arguments: &Arguments, files: &Files, boot_id: &str, child: i32) -> io::Result<()> {
+fn record(arguments: &Arguments, files: &mut Files, boot_id: &str, child: i32) -> io::Result<()> {
     let keeper_pid = std::process::id();
     let qemu_pid = u32::try_from(child).map_err(io::Error::other)?;
     let record = KeeperRecord {

@@ -317,6 +317,39 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     }
 }
 
+/// Lets a child do `work` and waits for it. A process that waits for a child dies of SIGKILL at once; one that waits for a
+/// file system (a write to a journal that is busy) dies when that has answered, and its own child after it.
+///
+/// Files that `work` owns are closed here before it begins, so that their last close, at which some file systems write,
+/// is the child's too. Only for a process with one thread.
+pub(crate) fn in_child(work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let (begun, begin) = pipe()?;
+    // SAFETY: the child is a copy of a process with one thread, and ends in `_exit`.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        drop(begin);
+        let mut byte = 0u8;
+        // SAFETY: reads at most one byte into a live local. It ends when the parent has closed its end.
+        unsafe { libc::read(begun.as_raw_fd(), ptr::from_mut(&mut byte).cast(), 1) };
+        let errno = work().err().map_or(0, |e| e.raw_os_error().unwrap_or(libc::EIO));
+        // SAFETY: does not return. An errno is below 256.
+        unsafe { libc::_exit(errno) }
+    }
+    check(child)?;
+    drop(work);
+    drop(begin);
+    let mut status = 0;
+    // SAFETY: `status` is a live local.
+    while check(unsafe { libc::waitpid(child, &mut status, 0) }).is_err_and(|e| e.kind() == io::ErrorKind::Interrupted)
+    {
+    }
+    match libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status)) {
+        Some(0) => Ok(()),
+        Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+        None => Err(io::Error::other("the process that writes was killed")),
+    }
+}
+
 /// How a child ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ended {

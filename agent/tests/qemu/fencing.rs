@@ -1,6 +1,6 @@
 //! P1 on one host: nothing outlives its lease, nothing starts without one, and nothing runs twice.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, ffi::OsString, fs, time::Duration};
 
 use rustix::process::Signal;
 use uncloud_agent::{
@@ -61,6 +61,30 @@ async fn a_stopped_keeper_dies_although_the_lease_goes_on() {
     host.renew(Duration::from_secs(60));
     let died = death_of(&[keeper, host.qemu_pid()]).await;
     assert!(died >= word.deadline && off_by(died, word.deadline) < SLACK, "{died:?} {word:?}");
+}
+
+/// K5. A process dies when it has closed its files, and its child's death signal comes after that. What a file system writes at the last close of a
+/// file can wait for a disk.
+#[tokio::test]
+async fn a_keeper_has_no_file_open_whose_end_could_wait_for_a_disk() {
+    let mut host = Host::new();
+    host.short_lease(Duration::from_secs(60));
+    let _instance = host.start().await;
+    let keeper = host.keeper_pid();
+    let mut written = BTreeSet::new();
+    for open in fs::read_dir(format!("/proc/{keeper}/fd")).unwrap() {
+        let open = open.unwrap();
+        let info = fs::read_to_string(format!("/proc/{keeper}/fdinfo/{}", open.file_name().display())).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        let writes = u32::from_str_radix(flags.trim(), 8).unwrap() & 0o3 != 0;
+        if writes && fs::metadata(open.path()).unwrap().is_file() {
+            written.insert(fs::read_link(open.path()).unwrap().file_name().unwrap().to_owned());
+        }
+    }
+    // The lock and how it ended have nothing to be written; QEMU has the log open, too, so its last close is QEMU's.
+    assert_eq!(written, ["exit.json", "lock", "qemu.log"].map(OsString::from).into());
+    let same = fs::read_link(format!("/proc/{}/fd/2", host.qemu_pid())).unwrap();
+    assert_eq!(same.file_name().unwrap(), "qemu.log");
 }
 
 #[tokio::test]
