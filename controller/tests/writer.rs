@@ -12,9 +12,12 @@ use std::{
 use support::*;
 use tokio::time;
 use uncloud_controller::{
-    leadership::{Compacted, WriteError},
+    leadership::{Compacted, Follower, WriteError},
     model::{EventType, Key, Record},
-    state::command::{Answer, Command, ObservedState, PowerChange, Refusal, VmObservation},
+    state::{
+        State,
+        command::{Answer, Command, ObservedState, PowerChange, Refusal, VmObservation, VmUpdate},
+    },
 };
 use uncloud_proto::ids::{Incarnation, Revision};
 
@@ -74,6 +77,39 @@ async fn of_creates_at_the_same_time_the_more_urgent_and_the_larger_find_room_fi
         })
         .collect();
     assert_eq!(placed, [21, 22]);
+}
+
+/// So many at once that the next transaction is decided while one is under way: who has read something is refused if it was changed
+/// after that, whether or not this is stored when the refusal is decided, and nobody else is.
+#[tokio::test]
+async fn what_is_decided_before_the_last_transaction_is_stored_knows_what_was_read() {
+    let etcd = Etcd::start().await;
+    let reign = Reign::begin(&etcd.store().await).await;
+    let writer = &reign.leader.writer;
+    let update = |n: u128, urgency: u32, read: Revision| {
+        let update = VmUpdate { read: Some(read), priority: Some(urgency), ..VmUpdate::default() };
+        writer.submit(Command::UpdateVm { vm: vm_id(n), update: Box::new(update) })
+    };
+    let clients = (1..=400).map(|n| async move {
+        let created = writer.submit(create(n, None)).await.unwrap().revision;
+        let (first, second) = tokio::join!(update(n, 1, created), update(n, 2, created));
+        let first = first.unwrap().revision;
+        assert!(first > created);
+        assert!(matches!(second, Err(WriteError::Refused(Refusal::Outdated(_)))), "{second:?}");
+        let third = update(n, 3, created).await;
+        assert!(matches!(third, Err(WriteError::Refused(Refusal::Outdated(_)))), "{third:?}");
+        update(n, 4, first).await.unwrap().revision
+    });
+    let last = futures_util::future::join_all(clients).await;
+    // What the leader has in memory is what somebody reads who reads it anew.
+    let stored = reign.leader.mirror.read(State::clone);
+    let anew = Follower::load(&etcd.store().await).await.unwrap().read(State::clone);
+    for (n, revision) in (1..=400).zip(last) {
+        let (ours, theirs) = (stored.vm(vm_id(n)).unwrap(), anew.vm(vm_id(n)).unwrap());
+        assert_eq!(ours.record.spec.priority, 4);
+        assert_eq!((ours.record_revision, &ours.record), (revision, &theirs.record));
+        assert_eq!(theirs.record_revision, revision);
+    }
 }
 
 #[tokio::test]

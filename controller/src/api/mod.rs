@@ -20,6 +20,7 @@ mod host_watch;
 mod image_service;
 mod image_watch;
 mod server;
+mod shared_watch;
 #[cfg(test)]
 mod tests;
 mod upload;

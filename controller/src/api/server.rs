@@ -29,7 +29,7 @@ use uncloud_proto::{
 
 use super::{
     agent_service::Agents, cluster_service::Cluster, context::Context, forward::ForwardLayer, host_service::Hosts,
-    image_service::Images, vm_service::Vms,
+    image_service::Images, shared_watch::SharedWatches, vm_service::Vms,
 };
 use crate::{
     leadership::{LeaderSlot, WarmCopy},
@@ -124,9 +124,11 @@ where
     let routes = Routes::new(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
-        .add_service(
+        .add_service(SharedWatches::new(
             VmServiceServer::new(Vms { context: context.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES),
-        )
+            context.clone(),
+            MAX_REQUEST_BYTES,
+        ))
         .add_service(
             HostServiceServer::new(Hosts { context: context.clone() }).max_decoding_message_size(MAX_REQUEST_BYTES),
         )

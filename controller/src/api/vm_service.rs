@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 
+use futures_util::StreamExt as _;
 use prost::Message as _;
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status, Streaming};
@@ -16,7 +17,8 @@ use super::{
     context::{Context, Freshness, timely},
     convert,
     validate::{self, VmRef},
-    vm_watch, watch,
+    vm_watch::{self, Shown},
+    watch::Stream,
 };
 use crate::{
     leadership::{Committed, Leader, WriteError},
@@ -237,6 +239,13 @@ fn summary(state: &State, entry: &VmEntry, capacity: &str) -> String {
 
 type BoxStream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
+/// Opens a watch.
+pub(super) async fn watch(context: &Context, request: Request<v1::WatchVmsRequest>) -> Result<Stream<Shown>, Status> {
+    let freshness = Freshness::of(request.metadata())?;
+    let request = validate::watch_vms(request.into_inner())?;
+    timely(vm_watch::open(context, freshness, request)).await
+}
+
 #[tonic::async_trait]
 impl VmService for Vms {
     async fn create_vm(&self, request: Request<v1::CreateVmRequest>) -> Result<Response<v1::CreateVmResponse>, Status> {
@@ -422,12 +431,15 @@ impl VmService for Vms {
         Ok(Response::new(v1::CloneVmResponse { vm: Some(vm) }))
     }
 
-    type WatchVmsStream = watch::Stream<v1::WatchVmsResponse>;
+    type WatchVmsStream = BoxStream<v1::WatchVmsResponse>;
 
+    /// Who calls from another process is served by `shared_watch.rs`.
     async fn watch_vms(&self, request: Request<v1::WatchVmsRequest>) -> Result<Response<Self::WatchVmsStream>, Status> {
-        let freshness = Freshness::of(request.metadata())?;
-        let request = validate::watch_vms(request.into_inner())?;
-        Ok(Response::new(timely(vm_watch::open(&self.context, freshness, request)).await?))
+        let decode = |shown: Shown| {
+            let bytes = shown.parts().concat();
+            v1::WatchVmsResponse::decode(bytes.as_slice()).map_err(|error| Status::internal(error.to_string()))
+        };
+        Ok(Response::new(watch(&self.context, request).await?.map(move |shown| decode(shown?)).boxed()))
     }
 
     async fn explain_vm(

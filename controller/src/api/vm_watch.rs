@@ -1,7 +1,12 @@
 //! `WatchVms`: the VMs that there are, a bookmark, and every change.
+//!
+//! What a change shows is encoded once, by the first watch that shows it ([`Feed::shown`](crate::leadership::Feed::shown)); each watch puts only its revision before
+//! it. A watch knows nothing about the VMs itself.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
+use bytes::Bytes;
+use prost::Message as _;
 use tonic::Status;
 use uncloud_proto::{
     ids::{Revision, VmId},
@@ -15,10 +20,31 @@ use super::{
     watch::{self, End, Sink},
 };
 use crate::{
-    leadership::{FeedItem, FeedStream, Mirror},
-    model::{EventType, Key, Record, Subject, VmRecord},
-    state::VmEntry,
+    leadership::{FeedItem, FeedStream, Mirror, ShownVm},
+    model::{EventType, Key, Record, Subject},
 };
+
+/// A message as it is sent.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    /// The revision that is complete with it; 0: none is.
+    revision: Revision,
+    /// All else of it, encoded.
+    event: Bytes,
+}
+
+impl Shown {
+    /// Field by field one after the other, which is what a message is.
+    pub(crate) fn parts(&self) -> [Bytes; 2] {
+        let revision = v1::WatchVmsResponse { revision: self.revision.0, event: None };
+        [revision.encode_to_vec().into(), self.event.clone()]
+    }
+}
+
+/// Encodes all of a message but its revision.
+fn encode(event: Event) -> Bytes {
+    v1::WatchVmsResponse { revision: 0, event: Some(event) }.encode_to_vec().into()
+}
 
 /// Which VMs a watch shows.
 struct Filter {
@@ -37,9 +63,10 @@ pub(crate) async fn open(
     context: &Context,
     freshness: Freshness,
     request: WatchVms,
-) -> Result<watch::Stream<v1::WatchVmsResponse>, Status> {
+) -> Result<watch::Stream<Shown>, Status> {
     let readable = context.readable(freshness).await?;
-    let (filter, now, known) = context.read_in(&readable, |state| {
+    let initial = request.from.is_none();
+    let (filter, now, ids) = context.read_in(&readable, |state| {
         let vm = match &request.vm {
             None => None,
             // A watch that resumes may be about a VM that is gone by now.
@@ -47,44 +74,41 @@ pub(crate) async fn open(
             Some(vm) => Some(state.resolve_vm(&vm.vm, &vm.owner)?),
         };
         let filter = Filter { owner: request.owner, vm };
-        let known: BTreeMap<VmId, Arc<VmRecord>> = match filter.vm {
-            Some(id) => state.vm(id).map(|e| (id, e.record.clone())).into_iter().collect(),
-            None => state
-                .vms()
-                .filter(|(id, e)| filter.matches(**id, &e.record.owner))
-                .map(|(id, e)| (*id, e.record.clone()))
-                .collect(),
+        let ids: Vec<VmId> = match filter.vm {
+            _ if !initial => Vec::new(),
+            Some(id) => vec![id],
+            None => state.vms().filter(|(id, e)| filter.matches(**id, &e.record.owner)).map(|(id, _)| *id).collect(),
         };
-        Ok((filter, state.revision(), known))
+        Ok((filter, state.revision(), ids))
     })?;
     let from = request.from.unwrap_or(now);
     let mirror = readable.mirror().clone();
     let feed = mirror.feed().subscribe(from).await.map_err(error::cannot_resume)?;
-    let initial = request.from.is_none();
     let retired = mirror.retired().clone();
     let over = async move {
         retired.cancelled().await;
         error::copy_retired()
     };
     Ok(watch::spawn(over, move |sink| async move {
-        let mut watch = Watch { mirror, filter, known, complete: from, sink };
-        watch.run(feed, initial).await
+        let mut watch = Watch { mirror, filter, complete: from, sink };
+        watch.run(feed, initial.then_some(ids)).await
     }))
 }
 
 struct Watch {
     mirror: Mirror,
     filter: Filter,
-    /// What the client may be shown as deleted: the records that VMs had. They are shared with the state.
-    known: BTreeMap<VmId, Arc<VmRecord>>,
     /// Everything up to here has been sent.
     complete: Revision,
-    sink: Sink<v1::WatchVmsResponse>,
+    sink: Sink<Shown>,
 }
 
 impl Watch {
-    async fn run(&mut self, mut feed: FeedStream, initial: bool) -> End {
-        if initial && let Err(end) = self.initial().await {
+    /// `initial`: the VMs that are shown first.
+    async fn run(&mut self, mut feed: FeedStream, initial: Option<Vec<VmId>>) -> End {
+        if let Some(ids) = initial
+            && let Err(end) = self.initial(ids).await
+        {
             return end;
         }
         loop {
@@ -98,59 +122,53 @@ impl Watch {
         }
     }
 
-    async fn initial(&mut self) -> Result<(), End> {
-        let ids: Vec<VmId> = self.known.keys().copied().collect();
+    async fn initial(&mut self, ids: Vec<VmId>) -> Result<(), End> {
         for id in ids {
             // As it is now. If it is gone by now, a change will say so.
-            if let Some(vm) = self.look(id) {
+            let vm = self.mirror.read(|state| state.vm(id).map(|entry| convert::vm(state, entry)));
+            if let Some(vm) = vm {
                 // Nothing is complete before the bookmark.
-                self.sink.send(v1::WatchVmsResponse { revision: 0, event: Some(Event::Vm(vm)) }).await?;
+                self.sink.send(Shown { revision: Revision(0), event: encode(Event::Vm(vm)) }).await?;
             }
         }
-        let bookmark = Event::Bookmark(v1::Bookmark {});
-        let message = v1::WatchVmsResponse { revision: self.complete.0, event: Some(bookmark) };
-        Ok(self.sink.send(message).await?)
-    }
-
-    fn look(&self, id: VmId) -> Option<v1::Vm> {
-        self.mirror.read(|state| state.vm(id).map(|entry| convert::vm(state, entry)))
+        let event = encode(Event::Bookmark(v1::Bookmark {}));
+        Ok(self.sink.send(Shown { revision: self.complete, event }).await?)
     }
 
     async fn change(&mut self, item: &FeedItem) -> Result<(), End> {
-        let mut events: Vec<Event> =
-            touched(item).into_iter().filter_map(|(id, fate)| self.event(item, id, fate)).collect();
-        let last = events.pop();
-        for event in events {
-            self.sink.send(v1::WatchVmsResponse { revision: self.complete.0, event: Some(event) }).await?;
-        }
-        self.complete = item.revision;
-        if let Some(event) = last {
+        let shown = self.mirror.feed().shown(item, || shown(&self.mirror, item));
+        let mut events = shown.iter().filter(|s| self.filter.matches(s.vm, &s.owner)).map(|s| s.event.clone());
+        let mut next = events.next();
+        let before = std::mem::replace(&mut self.complete, item.revision);
+        while let Some(event) = next {
+            next = events.next();
             // Only with its last message is a revision complete.
-            self.sink.send(v1::WatchVmsResponse { revision: item.revision.0, event: Some(event) }).await?;
+            let revision = if next.is_some() { before } else { item.revision };
+            self.sink.send(Shown { revision, event }).await?;
         }
         Ok(())
     }
+}
 
-    fn event(&mut self, item: &FeedItem, id: VmId, fate: Fate) -> Option<Event> {
-        match fate {
-            Fate::Changed => {
-                let entry: VmEntry = self.mirror.read(|state| state.vm(id).cloned())?;
-                if !self.filter.matches(id, &entry.record.owner) {
-                    return None;
-                }
-                self.known.insert(id, entry.record.clone());
-                Some(Event::Vm(self.mirror.read(|state| convert::vm(state, &entry))))
-            }
-            Fate::Deleted => {
-                let (name, owner) = match self.known.remove(&id) {
-                    Some(record) => (record.name.clone(), record.owner.clone()),
-                    None => last_name(item, id),
-                };
-                let deleted = v1::DeletedVm { id: id.to_string(), name, owner };
-                self.filter.matches(id, &deleted.owner).then_some(Event::Deleted(deleted))
-            }
+/// What a change shows to whoever may see all of it.
+fn shown(mirror: &Mirror, item: &FeedItem) -> Vec<ShownVm> {
+    let show = |(vm, fate)| match fate {
+        Fate::Changed => mirror.read(|state| {
+            // As it is now: of what has been deleted since, a later change tells.
+            let entry = state.vm(vm)?;
+            let event = encode(Event::Vm(convert::vm(state, entry)));
+            Some(ShownVm { vm, owner: entry.record.owner.clone(), event })
+        }),
+        Fate::Deleted => {
+            let (name, owner) = match item.deleted.get(&vm) {
+                Some(record) => (record.name.clone(), record.owner.clone()),
+                None => last_name(item, vm),
+            };
+            let deleted = v1::DeletedVm { id: vm.to_string(), name, owner: owner.clone() };
+            Some(ShownVm { vm, owner, event: encode(Event::Deleted(deleted)) })
         }
-    }
+    };
+    touched(item).into_iter().filter_map(show).collect()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -205,6 +223,8 @@ fn last_name(item: &FeedItem, id: VmId) -> (String, String) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use uncloud_proto::clock::WallTime;
     use uuid::Uuid;
 
@@ -219,7 +239,7 @@ mod tests {
     }
 
     fn item(mutations: Vec<Mutation>) -> FeedItem {
-        FeedItem { revision: Revision(9), change: Change { mutations } }
+        FeedItem::new(Revision(9), Change { mutations })
     }
 
     fn gone(key: Key) -> Mutation {

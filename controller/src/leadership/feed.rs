@@ -3,18 +3,23 @@
 //! A bounded history is kept in memory; what came before is asked of etcd (`store/history.rs`).
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use bytes::Bytes;
 use tokio::sync::broadcast;
-use uncloud_proto::ids::Revision;
+use uncloud_proto::ids::{Revision, VmId};
 
 use crate::{
-    state::command::Change,
+    model::{Key, VmRecord},
+    state::{
+        State,
+        command::{Change, Mutation},
+    },
     store::{self, Store},
 };
 
@@ -22,14 +27,50 @@ use crate::{
 const HISTORY: usize = 4096;
 /// How many changes a subscriber may be behind before it is cut off.
 const BACKLOG: usize = 1024;
+/// Of how many changes it is kept what watches show: those that follow are seldom further apart. A change has a transaction's records
+/// at the most, so this is some MiB.
+const SHOWN: usize = 16;
 
 /// One committed change.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug)]
 pub struct FeedItem {
     /// The revision at which it was committed.
     pub revision: Revision,
     /// What was changed.
     pub change: Change,
+    /// What the VMs were that it deleted. Of changes that were read from etcd's history it is not known.
+    pub deleted: BTreeMap<VmId, Arc<VmRecord>>,
+    /// See [`Feed::shown`].
+    shown: Mutex<Weak<Vec<ShownVm>>>,
+}
+
+impl FeedItem {
+    /// A change of which it is not known what it deleted.
+    #[must_use]
+    pub fn new(revision: Revision, change: Change) -> Self {
+        Self { revision, change, deleted: BTreeMap::new(), shown: Mutex::default() }
+    }
+
+    /// A change to `state`, which does not have it yet.
+    #[must_use]
+    pub fn before(state: &State, revision: Revision, change: Change) -> Self {
+        let deleted = change.mutations.iter().filter_map(|m| match m {
+            Mutation { key: Key::Vm(id), value: None } => Some((*id, state.vm(*id)?.record.clone())),
+            Mutation { .. } => None,
+        });
+        Self { deleted: deleted.collect(), ..Self::new(revision, change) }
+    }
+}
+
+/// What watches show of one VM after a change: the same for all of them, and encoded once.
+#[derive(Debug)]
+pub struct ShownVm {
+    /// The VM.
+    pub vm: VmId,
+    /// Whose it is.
+    pub owner: String,
+    /// The message, without its revision.
+    pub event: Bytes,
 }
 
 /// The history before the revision that was asked for is gone: list again.
@@ -68,6 +109,8 @@ pub struct Feed {
 struct Shared {
     history: Mutex<History>,
     sender: broadcast::Sender<Arc<FeedItem>>,
+    /// What was shown last.
+    shown: LastShown,
     /// Subscribers that were too slow.
     cut_off: Arc<AtomicU64>,
 }
@@ -80,12 +123,35 @@ struct History {
     items: VecDeque<Arc<FeedItem>>,
 }
 
+/// What was shown of the last changes, oldest first.
+#[derive(Debug, Default)]
+struct LastShown(Mutex<VecDeque<Arc<Vec<ShownVm>>>>);
+
+impl LastShown {
+    fn of(&self, item: &FeedItem, make: impl FnOnce() -> Vec<ShownVm>) -> Arc<Vec<ShownVm>> {
+        let mut slot = item.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(shown) = slot.upgrade() {
+            return shown;
+        }
+        let made = Arc::new(make());
+        *slot = Arc::downgrade(&made);
+        drop(slot);
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() == SHOWN {
+            kept.pop_front();
+        }
+        kept.push_back(made.clone());
+        made
+    }
+}
+
 impl Feed {
     /// A feed whose first change comes after `loaded`, the revision at which the state was read.
     pub(super) fn new(store: Store, loaded: Revision) -> Self {
         let history = Mutex::new(History { complete_after: loaded, newest: loaded, items: VecDeque::new() });
         let sender = broadcast::Sender::new(BACKLOG);
-        Self { shared: Arc::new(Shared { history, sender, cut_off: Arc::default() }), store }
+        let shared = Shared { history, sender, shown: LastShown::default(), cut_off: Arc::default() };
+        Self { shared: Arc::new(shared), store }
     }
 
     /// How many subscribers there are.
@@ -98,6 +164,11 @@ impl Feed {
     #[must_use]
     pub fn cut_off(&self) -> u64 {
         self.shared.cut_off.load(Ordering::Relaxed)
+    }
+
+    /// What watches show of a change. `make` is called by the first who asks; whoever comes soon after that shares it.
+    pub fn shown(&self, item: &FeedItem, make: impl FnOnce() -> Vec<ShownVm>) -> Arc<Vec<ShownVm>> {
+        self.shared.shown.of(item, make)
     }
 
     /// Nothing of ours was changed at this revision.
@@ -147,7 +218,7 @@ impl Feed {
         // More has come meanwhile, and perhaps too much.
         let InMemory::All(mut stream) = self.in_memory(complete_after) else { return Err(Compacted::Gone(from)) };
         for logged in older.into_iter().rev().filter(|l| !l.change.mutations.is_empty()) {
-            stream.backlog.push_front(Arc::new(FeedItem { revision: logged.revision, change: logged.change }));
+            stream.backlog.push_front(Arc::new(FeedItem::new(logged.revision, logged.change)));
         }
         Ok(stream)
     }
@@ -221,5 +292,25 @@ impl FeedStream {
                 return Ok(item);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_change_shows_is_made_once_and_not_kept_for_ever() {
+        let last = LastShown::default();
+        let items: Vec<FeedItem> =
+            (0..=SHOWN as i64).map(|n| FeedItem::new(Revision(n), Change { mutations: Vec::new() })).collect();
+        let first = last.of(&items[0], Vec::new);
+        assert!(Arc::ptr_eq(&first, &last.of(&items[0], || unreachable!("it was made before"))));
+        drop(first);
+        assert!(items[0].shown.lock().unwrap().upgrade().is_some(), "the next watch will want it soon");
+        for item in &items[1..] {
+            last.of(item, Vec::new);
+        }
+        assert!(items[0].shown.lock().unwrap().upgrade().is_none(), "so many came after it");
     }
 }

@@ -78,13 +78,14 @@ impl Mirror {
 
     /// Takes a committed change in. A reader that comes after this sees it.
     pub(super) fn absorb(&self, change: Change, revision: Revision) {
-        let concerned = {
+        let (item, concerned) = {
             let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
             let concerned = concerned(&state, &change);
-            state.absorb(&change, revision);
-            concerned
+            let item = FeedItem::before(&state, revision, change);
+            state.absorb(&item.change, revision);
+            (item, concerned)
         };
-        self.feed.publish(FeedItem { revision, change });
+        self.feed.publish(item);
         self.changed.send_replace(revision);
         self.sleepers.wake(concerned);
     }
@@ -92,17 +93,19 @@ impl Mirror {
     /// Takes in what etcd told.
     pub(super) fn follow(&self, logged: Logged) {
         let Logged { revision, change, unreadable, leader: _ } = logged;
-        {
+        let item = {
             let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
-            state.absorb(&change, revision);
+            let item = FeedItem::before(&state, revision, change);
+            state.absorb(&item.change, revision);
             for (key, error) in unreadable {
                 state.absorb_unreadable(key, error, revision);
             }
-        }
-        if change.mutations.is_empty() {
+            item
+        };
+        if item.change.mutations.is_empty() {
             self.feed.pass(revision);
         } else {
-            self.feed.publish(FeedItem { revision, change });
+            self.feed.publish(item);
         }
         // Who does not lead has no sessions to wake.
         self.changed.send_replace(revision);

@@ -30,7 +30,7 @@ mod writer;
 
 pub use campaign::{Campaign, Candidate, Elected, Keeping};
 pub use copy::{CopyWatch, Stale, WarmCopy};
-pub use feed::{Compacted, Feed, FeedItem, FeedStream, Lagged};
+pub use feed::{Compacted, Feed, FeedItem, FeedStream, Lagged, ShownVm};
 pub use follow::{Follower, NotCaughtUp};
 pub use images::{ImageBoard, Live, Upload};
 pub use leader::{Leader, LeaderSlot, NotLeader, Settings};

@@ -2,18 +2,22 @@
 //!
 //! One transaction is under way at a time. What arrives meanwhile goes into the next one, so throughput grows with load
 //! and a command alone costs one transaction. Each command is decided against a working state that already has the
-//! changes of those before it; nobody is answered, not even refused, before what the answer rests on is durable.
+//! changes of those before it; nobody is answered, not even refused, before what the answer rests on is durable. While etcd
+//! works on one transaction the next is decided, if what waits will fill it.
 //!
 //! When a transaction fails or its outcome is not known, the term ends (T3): the working state is thrown away, and whoever
-//! waited is told that the outcome is not known.
+//! waited for it is told that the outcome is not known. What was decided on top of it was not sent, and changed nothing.
 
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, VecDeque},
+    pin::pin,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
+use futures_util::poll;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -31,7 +35,7 @@ use crate::{
         State,
         command::{Answer, Change, Command, Context, Mutation, Refusal},
     },
-    store::{CommitError, MAX_OPERATIONS, RetentionLeases, Store},
+    store::{CommitError, MAX_OPERATIONS, RetentionLeases, Store, Write},
 };
 
 /// How many commands may wait. Beyond that callers are told to come back.
@@ -43,6 +47,10 @@ const MAX_BYTES: usize = 1024 * 1024;
 /// How many bytes the records of one command may have. etcd would refuse more than 1.5 MiB in a way that does not say that
 /// nothing was written, and the term would end.
 const MAX_COMMAND_BYTES: usize = 1_450_000;
+/// So many commands probably fill a transaction: a create is a record, its name and an event.
+const ENOUGH: usize = MAX_OPERATIONS / 3;
+/// How many bytes a key has, about.
+const KEY_BYTES: usize = 64;
 /// How often history is compacted, and how old what remains is at least.
 const COMPACT_EVERY: Duration = Duration::from_secs(300);
 
@@ -141,6 +149,23 @@ impl Writer {
             mpsc::error::TrySendError::Full(_) => WriteError::Overloaded,
             mpsc::error::TrySendError::Closed(_) => WriteError::NotLeader,
         })?;
+        Self::answered(answer).await
+    }
+
+    /// The same, and waits until there is room, in the order in which callers came. For those of whom there are not many more than
+    /// places in the queue, each with little at a time, and whom it would only cost more to try again: sessions, and the
+    /// reconciler.
+    ///
+    /// # Errors
+    ///
+    /// See [`WriteError`]; never [`WriteError::Overloaded`].
+    pub async fn submit_in_turn(&self, command: Command) -> Result<Committed, WriteError> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(Job { command, reply }).await.map_err(|_| WriteError::NotLeader)?;
+        Self::answered(answer).await
+    }
+
+    async fn answered(answer: oneshot::Receiver<Result<Committed, WriteError>>) -> Result<Committed, WriteError> {
         // A writer that ends without a word may have been in the middle of a transaction.
         answer.await.unwrap_or(Err(WriteError::Unknown))
     }
@@ -189,10 +214,22 @@ struct Waiting {
 /// What goes into one transaction.
 #[derive(Default)]
 struct Batch {
-    /// What a key was changed to last: a transaction may have a key once.
-    mutations: BTreeMap<Key, Option<Record>>,
+    /// What a key was changed to last, and the same as it is stored: a transaction may have a key once.
+    mutations: BTreeMap<Key, (Option<Record>, Option<Vec<u8>>)>,
     bytes: usize,
     waiting: Vec<Waiting>,
+}
+
+impl Batch {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+}
+
+/// What becomes of the term.
+enum Term {
+    GoesOn,
+    IsOver,
 }
 
 impl Work {
@@ -200,10 +237,12 @@ impl Work {
     pub(super) async fn run(mut self, mut parts: WriterParts) -> LeaderToken {
         // Received, and still to be decided.
         let mut jobs: VecDeque<Job> = VecDeque::new();
+        // Decided on top of what is being stored.
+        let mut next = Batch::default();
         let mut compaction = Compaction::new(self.clock.now(), self.state.revision());
         loop {
             let carried = jobs.len();
-            if jobs.is_empty() {
+            if jobs.is_empty() && next.is_empty() {
                 tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => break,
@@ -217,10 +256,6 @@ impl Work {
                     }
                 }
             }
-            let room = MAX_COMMANDS.saturating_sub(jobs.len());
-            jobs.extend(std::iter::from_fn(|| parts.jobs.try_recv().ok()).take(room));
-            // What was carried has waited, and is not overtaken.
-            largest_first(&mut jobs.make_contiguous()[carried..]);
             if self.leases.stale(self.clock.now()) {
                 match self.store.retention_leases(self.clock.now(), Some(self.leases)).await {
                     Ok(leases) => self.leases = leases,
@@ -228,16 +263,19 @@ impl Work {
                     Err(error) => warn!("etcd gives no leases for events and answers: {}", report(&error)),
                 }
             }
-            let batch = self.fill(&mut jobs);
-            if !self.commit(batch, &parts.transactions).await {
-                break;
+            let mut batch = std::mem::take(&mut next);
+            receive(&mut parts, &mut jobs, carried);
+            fill(&mut batch, &mut jobs, &mut self.state, &self.leader);
+            match self.commit(batch, &mut next, &mut jobs, &mut parts).await {
+                Term::GoesOn => self.compact(&mut compaction).await,
+                Term::IsOver => break,
             }
-            self.compact(&mut compaction).await;
         }
         // The term is over: nothing more is decided, and nobody is left waiting.
         self.cancel.cancel();
         self.validity.end();
         parts.jobs.close();
+        answer_all(next.waiting, &WriteError::NotLeader);
         for job in jobs {
             let _ = job.reply.send(Err(WriteError::NotLeader));
         }
@@ -247,70 +285,47 @@ impl Work {
         self.token
     }
 
-    /// Decides what waits, as long as it fits into one transaction. The rest stays, for the next one.
-    fn fill(&mut self, jobs: &mut VecDeque<Job>) -> Batch {
-        let cx = Context {
-            now: self.clock.wall(),
-            silent: self.leader.silent_hosts(),
-            cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
-            disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
-        };
-        let mut batch = Batch::default();
-        while let Some(job) = jobs.pop_front() {
-            if !batch.mutations.is_empty() && batch.mutations.len() + expected(&job.command) > MAX_OPERATIONS {
-                jobs.push_front(job);
-                break;
-            }
-            match self.state.decide(&job.command, &cx) {
-                Err(refusal) => {
-                    self.leader.settings.metrics.refused();
-                    batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
-                }
-                Ok(decision) => {
-                    let added = decision.change.mutations.len();
-                    let bytes: usize = decision.change.mutations.iter().map(size).sum();
-                    if added > MAX_OPERATIONS || bytes > MAX_COMMAND_BYTES {
-                        error!(operations = added, bytes, "a command wants more than a transaction may have");
-                        let refusal = Refusal::Precondition("this is too much at once; ask for less".into());
-                        batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
-                    } else if !batch.mutations.is_empty()
-                        && (batch.mutations.len() + added > MAX_OPERATIONS || batch.bytes + bytes > MAX_BYTES)
-                    {
-                        jobs.push_front(job);
-                        break;
-                    } else {
-                        let expected = Revision(self.state.revision().0.max(1));
-                        self.state.absorb(&decision.change, expected);
-                        for mutation in decision.change.mutations {
-                            batch.mutations.insert(mutation.key, mutation.value);
-                        }
-                        batch.bytes += bytes;
-                        let outcome = Ok((decision.answer, decision.replayed));
-                        batch.waiting.push(Waiting { reply: job.reply, outcome });
-                    }
-                }
-            }
-        }
-        batch
-    }
-
-    /// Writes a batch and answers everybody in it. `false`: the term is over.
-    async fn commit(&mut self, batch: Batch, transactions: &watch::Sender<Transactions>) -> bool {
+    /// Writes a batch and answers everybody in it. What waits is decided into `next` while etcd works.
+    async fn commit(
+        &mut self,
+        batch: Batch,
+        next: &mut Batch,
+        jobs: &mut VecDeque<Job>,
+        parts: &mut WriterParts,
+    ) -> Term {
         let Batch { mutations, waiting, .. } = batch;
         if !self.validity.holds(self.clock.now()) || self.cancel.is_cancelled() {
             answer_all(waiting, &WriteError::NotLeader);
-            return false;
+            return Term::IsOver;
         }
         let revision = if mutations.is_empty() {
             // Nothing to write, and what the answers rest on was durable before.
             self.state.revision()
         } else {
-            let mutations: Vec<Mutation> = mutations.into_iter().map(|(key, value)| Mutation { key, value }).collect();
-            transactions.send_modify(|t| t.sent += 1);
+            let written = mutations.into_iter().map(|(key, (value, json))| {
+                let write = Write { key: key.clone(), json };
+                (Mutation { key, value }, write)
+            });
+            let (mutations, writes): (Vec<Mutation>, Vec<Write>) = written.unzip();
+            parts.transactions.send_modify(|t| t.sent += 1);
             // The working state has the batch, at the revision that it is based on.
             let based_on = self.state.revision();
             let (metrics, began) = (self.leader.settings.metrics.clone(), self.clock.now());
-            let stored = self.store.commit(&self.token, &mutations, &self.leases, based_on).await;
+            let stored = {
+                let mut storing = pin!(self.store.commit(&self.token, writes, &self.leases, based_on));
+                match poll!(storing.as_mut()) {
+                    Poll::Ready(stored) => stored,
+                    Poll::Pending => {
+                        // Fewer are decided only when they are sent, together with those that come until then: the largest first.
+                        if jobs.len() + parts.jobs.len() >= ENOUGH {
+                            let carried = jobs.len();
+                            receive(parts, jobs, carried);
+                            fill(next, jobs, &mut self.state, &self.leader);
+                        }
+                        storing.await
+                    }
+                }
+            };
             let end = match &stored {
                 Ok(_) => Transaction::Stored,
                 Err(CommitError::Full) => Transaction::Full,
@@ -325,26 +340,27 @@ impl Work {
                     );
                     // The term goes on, or else every host would lose its leases; what was decided is forgotten.
                     self.state = self.mirror.read(State::clone);
-                    transactions.send_modify(|t| t.settled = t.sent);
+                    parts.transactions.send_modify(|t| t.settled = t.sent);
                     answer_all(waiting, &WriteError::StoreFull);
-                    return true;
+                    answer_all(std::mem::take(next).waiting, &WriteError::StoreFull);
+                    return Term::GoesOn;
                 }
                 Err(CommitError::Deposed) => {
                     warn!(term = %self.token.term(), "another controller leads: a write was refused by etcd");
                     answer_all(waiting, &WriteError::NotLeader);
-                    return false;
+                    return Term::IsOver;
                 }
                 Err(error @ CommitError::Unknown(_)) => {
                     warn!(term = %self.token.term(), "stepping down: {}", report(&error));
                     answer_all(waiting, &WriteError::Unknown);
-                    return false;
+                    return Term::IsOver;
                 }
             };
             let change = Change { mutations };
-            // Again, now that the revision is known.
-            self.state.absorb(&change, revision);
+            self.state.stored(&change, revision, |key| next.mutations.contains_key(key));
+            self.state.touch(next.mutations.keys());
             self.mirror.absorb(change, revision);
-            transactions.send_modify(|t| t.settled = t.sent);
+            parts.transactions.send_modify(|t| t.settled = t.sent);
             revision
         };
         for Waiting { reply, outcome } in waiting {
@@ -355,7 +371,7 @@ impl Work {
             // A caller that has gone away is no error.
             let _ = reply.send(result);
         }
-        true
+        Term::GoesOn
     }
 
     async fn compact(&self, compaction: &mut Compaction) {
@@ -363,6 +379,63 @@ impl Work {
             && let Err(error) = self.store.compact(revision).await
         {
             warn!("history could not be compacted: {}", report(&error));
+        }
+    }
+}
+
+/// Takes what waits out of the queue, as much as can be decided at once. The first `carried` jobs have waited, and are not overtaken.
+fn receive(parts: &mut WriterParts, jobs: &mut VecDeque<Job>, carried: usize) {
+    let room = MAX_COMMANDS.saturating_sub(jobs.len());
+    jobs.extend(std::iter::from_fn(|| parts.jobs.try_recv().ok()).take(room));
+    largest_first(&mut jobs.make_contiguous()[carried..]);
+}
+
+/// Decides what waits, as long as it fits into one transaction. The rest stays, for the next one.
+fn fill(batch: &mut Batch, jobs: &mut VecDeque<Job>, state: &mut State, leader: &Leader) {
+    if jobs.is_empty() {
+        return;
+    }
+    let cx = Context {
+        now: leader.clock.wall(),
+        silent: leader.silent_hosts(),
+        cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
+        disk_overcommit_percent: leader.settings.disk_overcommit_percent,
+    };
+    while let Some(job) = jobs.pop_front() {
+        if !batch.mutations.is_empty() && batch.mutations.len() + expected(&job.command) > MAX_OPERATIONS {
+            jobs.push_front(job);
+            break;
+        }
+        match state.decide(&job.command, &cx) {
+            Err(refusal) => {
+                leader.settings.metrics.refused();
+                batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
+            }
+            Ok(decision) => {
+                let mutations = &decision.change.mutations;
+                let json: Vec<_> = mutations.iter().map(|m| m.value.as_ref().map(Record::to_json)).collect();
+                let added = mutations.len();
+                let bytes: usize = json.iter().map(|json| KEY_BYTES + json.as_ref().map_or(0, Vec::len)).sum();
+                if added > MAX_OPERATIONS || bytes > MAX_COMMAND_BYTES {
+                    error!(operations = added, bytes, "a command wants more than a transaction may have");
+                    let refusal = Refusal::Precondition("this is too much at once; ask for less".into());
+                    batch.waiting.push(Waiting { reply: job.reply, outcome: Err(refusal) });
+                } else if !batch.mutations.is_empty()
+                    && (batch.mutations.len() + added > MAX_OPERATIONS || batch.bytes + bytes > MAX_BYTES)
+                {
+                    jobs.push_front(job);
+                    break;
+                } else {
+                    let expected = Revision(state.revision().0.max(1));
+                    state.absorb(&decision.change, expected);
+                    for (mutation, json) in decision.change.mutations.into_iter().zip(json) {
+                        batch.mutations.insert(mutation.key, (mutation.value, json));
+                    }
+                    batch.bytes += bytes;
+                    let outcome = Ok((decision.answer, decision.replayed));
+                    batch.waiting.push(Waiting { reply: job.reply, outcome });
+                }
+            }
         }
     }
 }
@@ -391,11 +464,6 @@ fn answer_all(waiting: Vec<Waiting>, error: &WriteError) {
     for Waiting { reply, .. } in waiting {
         let _ = reply.send(Err(error.clone()));
     }
-}
-
-fn size(mutation: &Mutation) -> usize {
-    // A record is encoded again when it is written; that is cheap beside the transaction.
-    64 + mutation.value.as_ref().map_or(0, |record| record.to_json().len())
 }
 
 /// When to throw history away: what is kept is between one and two periods old.

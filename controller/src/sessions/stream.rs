@@ -56,7 +56,7 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// How many heartbeats fit into the short lease, at the least. Fewer, and one lost packet would matter.
 const HEARTBEATS_PER_LEASE: u32 = 6;
-/// How long a job waits that the writer had no room for.
+/// How long a job waits that etcd had no room for.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// How long a registration waits for room. Shorter than the lease that the host may still have.
 const GREETING_PATIENCE: Duration = Duration::from_secs(3);
@@ -504,8 +504,8 @@ fn pieces(vms: impl Iterator<Item = v1::DesiredVm>) -> Vec<Vec<v1::DesiredVm>> {
     messages
 }
 
-/// Stores a host's registration, and then what it reported. After a takeover all hosts do this at once, so what the writer
-/// has no room for is tried again for a while: that is cheaper than a new session.
+/// Stores a host's registration, and then what it reported. After a takeover all hosts do this at once, and each waits for its turn;
+/// what a full etcd has no room for is tried again for a while: both are cheaper than a new session.
 async fn store_greeting(
     leader: &Leader,
     facts: HostFacts,
@@ -515,7 +515,7 @@ async fn store_greeting(
     let give_up = time::Instant::now() + GREETING_PATIENCE;
     let register = Command::RegisterHost { host: Box::new(facts) };
     loop {
-        match leader.writer.submit(register.clone()).await {
+        match leader.writer.submit_in_turn(register.clone()).await {
             Ok(_) => break,
             Err(error) if error.is_temporary() && time::Instant::now() < give_up => time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(error),

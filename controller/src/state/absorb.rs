@@ -25,13 +25,41 @@ use crate::{
 impl State {
     /// Takes in a change that is stored at `revision`: one of our own, one read from etcd, or one that a leader made.
     ///
-    /// The writer also takes in what it has decided and not stored yet, at the revision that it is based on, and the same
-    /// again once it knows the revision. If it turns out that it was not stored, that state is worth nothing any more.
+    /// The writer also takes in what it has decided and not stored yet, at the revision that it is based on, and says the
+    /// revision once it knows it ([`State::stored`]). If it turns out that it was not stored, that state is worth nothing any more.
     pub fn absorb(&mut self, change: &Change, revision: Revision) {
         for mutation in &change.mutations {
             self.absorb_mutation(mutation, revision);
         }
         self.advance(revision);
+    }
+
+    /// What was taken in before is stored at `revision`. A key that `changed_since` names has been changed on top of that, and this is not
+    /// stored yet: its revision is not known.
+    pub fn stored(&mut self, change: &Change, revision: Revision, changed_since: impl Fn(&Key) -> bool) {
+        for Mutation { key, .. } in change.mutations.iter().filter(|m| !changed_since(&m.key)) {
+            let known = match key {
+                Key::Vm(id) => self.vms.get_mut(id).map(|e| &mut e.record_revision),
+                Key::VmStatus(id) => match self.vms.get_mut(id) {
+                    // One that was deleted has none.
+                    Some(entry) => entry.status.is_some().then_some(&mut entry.status_revision),
+                    None => self.stray_statuses.get_mut(id).map(|(_, stored)| stored),
+                },
+                Key::Host(id) => self.hosts.get_mut(id).map(|e| &mut e.revision),
+                Key::Image(id) => self.images.get_mut(id).map(|e| &mut e.revision),
+                Key::Request(id) => self.requests.get_mut(id).map(|(_, stored)| stored),
+                Key::VmName { .. } | Key::Mac(_) | Key::Event { .. } | Key::Leader | Key::Cluster => None,
+            };
+            if let Some(known) = known {
+                *known = revision;
+            }
+        }
+        self.advance(revision);
+    }
+
+    /// The records of these VMs have been changed by what was decided and is not stored yet.
+    pub fn touch<'a>(&mut self, keys: impl Iterator<Item = &'a Key>) {
+        self.touched.extend(keys.filter_map(|key| if let Key::Vm(id) = key { Some(*id) } else { None }));
     }
 
     /// Something under `key` cannot be read. It is reported, and nothing is ever written there.

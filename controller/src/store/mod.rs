@@ -18,7 +18,7 @@ use members::Members;
 pub use history::{LeaderChange, Logged};
 pub use leases::{Retention, RetentionLeases};
 pub use load::{Loaded, StoredEvent};
-pub(crate) use txn::Claim;
+pub(crate) use txn::{Claim, Write};
 pub use txn::{CommitError, MAX_OPERATIONS};
 
 /// How long one request to etcd may take. Longer than etcd's own election (about 1 s), shorter than a host's lease.

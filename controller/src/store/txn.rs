@@ -9,7 +9,6 @@ use super::{Error, REQUEST_TIMEOUT, Retention, RetentionLeases, Store, kv};
 use crate::{
     leadership::LeaderToken,
     model::{Key, Record},
-    state::command::Mutation,
 };
 
 /// Operations that one transaction may have: etcd's default `max-txn-ops`. Comparisons do not count.
@@ -18,6 +17,15 @@ pub const MAX_OPERATIONS: usize = 128;
 /// How long a transaction may take. Longer than etcd is held up by an election of its own; whoever waits longer than that for a
 /// member that hangs keeps everybody else from writing.
 const TRANSACTION_TIMEOUT: Duration = Duration::from_millis(1200);
+
+/// What is written under a key.
+#[derive(Debug)]
+pub(crate) struct Write {
+    /// The key.
+    pub(crate) key: Key,
+    /// The record, encoded. `None`: it is deleted.
+    pub(crate) json: Option<Vec<u8>>,
+}
 
 /// Why a transaction was not carried out, as far as is known.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +42,7 @@ pub enum CommitError {
 }
 
 impl Store {
-    /// Writes all of `mutations` in one transaction, or nothing. Everything that was written before is not newer than `based_on`. A key may stand there once, and there may be
+    /// Writes all of `writes` in one transaction, or nothing. Everything that was written before is not newer than `based_on`. A key may stand there once, and there may be
     /// [`MAX_OPERATIONS`] at the most.
     ///
     /// # Errors
@@ -43,11 +51,12 @@ impl Store {
     pub(crate) async fn commit(
         &self,
         token: &LeaderToken,
-        mutations: &[Mutation],
+        writes: Vec<Write>,
         leases: &RetentionLeases,
         based_on: Revision,
     ) -> Result<Revision, CommitError> {
-        let operations: Vec<TxnOp> = mutations.iter().map(|m| operation(m, leases)).collect();
+        let put = writes.iter().find(|w| w.json.is_some()).map(|w| w.key.to_string());
+        let operations: Vec<TxnOp> = writes.into_iter().map(|w| operation(w, leases)).collect();
         let txn = Txn::new().when([token.compare()]).and_then(operations);
         let send = |client| {
             let txn = txn.clone();
@@ -55,7 +64,7 @@ impl Store {
         };
         let answer = match self.members.ask_once(TRANSACTION_TIMEOUT, send).await {
             Ok(answer) => answer,
-            Err(error) if is_full(&error) => return self.landed(mutations, based_on).await,
+            Err(error) if is_full(&error) => return self.landed(put, based_on).await,
             Err(error) => return Err(CommitError::Unknown(error)),
         };
         if !answer.succeeded() {
@@ -69,14 +78,14 @@ impl Store {
 
     /// Whether a transaction was carried out that etcd answered with "full". It says so before it proposes one, when it refuses one,
     /// and also when it has carried out the one with which the quota was reached. Whichever it was is over when the answer
-    /// comes, so a quorum's newest value of a key that was to be put tells.
-    async fn landed(&self, mutations: &[Mutation], based_on: Revision) -> Result<Revision, CommitError> {
-        let Some(put) = mutations.iter().find(|m| m.value.is_some()) else {
+    /// comes, so a quorum's newest value of `put`, a key that was to be put, tells.
+    async fn landed(&self, put: Option<String>, based_on: Revision) -> Result<Revision, CommitError> {
+        let Some(put) = put else {
             let error = Error::Protocol("etcd says that it is full for a transaction that only deletes".into());
             return Err(CommitError::Unknown(error));
         };
         let get = |client| {
-            let key = put.key.to_string();
+            let key = put.clone();
             async move { kv(&client).get(key, None).await }
         };
         let limit = self.members.attempt(REQUEST_TIMEOUT);
@@ -113,12 +122,12 @@ fn is_full(error: &Error) -> bool {
     }
 }
 
-fn operation(mutation: &Mutation, leases: &RetentionLeases) -> TxnOp {
-    let key = mutation.key.to_string();
-    match &mutation.value {
-        Some(record) => {
-            let options = retention(&mutation.key).map(|r| PutOptions::new().with_lease(leases.id(r)));
-            TxnOp::put(key, record.to_json(), options)
+fn operation(write: Write, leases: &RetentionLeases) -> TxnOp {
+    let key = write.key.to_string();
+    match write.json {
+        Some(json) => {
+            let options = retention(&write.key).map(|r| PutOptions::new().with_lease(leases.id(r)));
+            TxnOp::put(key, json, options)
         }
         None => TxnOp::delete(key, None),
     }
@@ -197,11 +206,8 @@ mod tests {
 
     use super::*;
 
-    fn mac(n: u128) -> Mutation {
-        Mutation {
-            key: Key::Mac(format!("42:00:00:00:00:{n:02}")),
-            value: Some(Record::Mac(VmId::from_uuid(Uuid::from_u128(n)))),
-        }
+    fn mac(n: u8) -> Key {
+        Key::Mac(format!("42:00:00:00:00:{n:02}"))
     }
 
     #[tokio::test]
@@ -216,15 +222,13 @@ mod tests {
                 Err(error) => assert!(begin.elapsed() < Duration::from_secs(30), "{error}"),
             }
         };
-        assert!(matches!(store.landed(&[mac(1)], before).await, Err(CommitError::Full)));
-        let one = mac(1);
-        let value = one.value.as_ref().unwrap().to_json();
-        store.client().kv_client().put(one.key.to_string(), value, None).await.unwrap();
-        let landed = store.landed(&[mac(1)], before).await.unwrap();
+        assert!(matches!(store.landed(Some(mac(1).to_string()), before).await, Err(CommitError::Full)));
+        let value = Record::Mac(VmId::from_uuid(Uuid::from_u128(1))).to_json();
+        store.client().kv_client().put(mac(1).to_string(), value, None).await.unwrap();
+        let landed = store.landed(Some(mac(1).to_string()), before).await.unwrap();
         assert!(landed > before);
         // An older value of the key says that it did not.
-        assert!(matches!(store.landed(&[mac(1)], landed).await, Err(CommitError::Full)));
-        let only_deletes = [Mutation { key: mac(1).key, value: None }];
-        assert!(matches!(store.landed(&only_deletes, before).await, Err(CommitError::Unknown(_))));
+        assert!(matches!(store.landed(Some(mac(1).to_string()), landed).await, Err(CommitError::Full)));
+        assert!(matches!(store.landed(None, before).await, Err(CommitError::Unknown(_))), "it only deletes");
     }
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use harness::load::{Fleet, Plane, Site, usage};
+use uncloud_proto::v1::{CreateVmRequest, Disk, PowerState, VmSpec};
 
 use super::Measured;
 
@@ -63,19 +64,27 @@ pub(crate) async fn measure(stages: &[&str]) -> anyhow::Result<Vec<Measured>> {
     agents::connect(&mut scale).await?;
     say(begin, "all agents are connected");
     for stage in stages {
-        match *stage {
-            "cold-start" => {}
-            "agents" => agents::steady(&mut scale).await?,
-            "reads" => reads::measure(&mut scale).await?,
-            "deaths" => deaths::measure(&mut scale).await?,
-            "takeover" => takeover::measure(&mut scale).await?,
-            "agents-max" => agents::most(&mut scale).await?,
-            CHURN => churn::measure(&mut scale).await?,
-            other => bail!("`{other}` is no stage"),
+        if let Err(error) = run(&mut scale, stage).await {
+            // What was measured before is worth having.
+            super::print_table(&scale.all);
+            return Err(error.context(format!("the stage {stage}")));
         }
         say(begin, stage);
     }
     Ok(scale.all)
+}
+
+async fn run(scale: &mut Scale, stage: &str) -> anyhow::Result<()> {
+    match stage {
+        "cold-start" => Ok(()),
+        "agents" => agents::steady(scale).await,
+        "reads" => reads::measure(scale).await,
+        "deaths" => deaths::measure(scale).await,
+        "takeover" => takeover::measure(scale).await,
+        "agents-max" => agents::most(scale).await,
+        CHURN => churn::measure(scale).await,
+        other => bail!("`{other}` is no stage"),
+    }
 }
 
 /// Progress, for whoever waits.
@@ -105,6 +114,18 @@ async fn empty_controller_kib() -> anyhow::Result<f64> {
     let controller = plane.spawn()?;
     controller.wait_serving().await?;
     Ok(usage::resident_kib(controller.process().pid().context("it runs")?)? as f64)
+}
+
+/// A small VM that is to be created stopped, once.
+fn small(name: &str) -> CreateVmRequest {
+    let disks = vec![Disk { size_bytes: 1 << 20, ..Disk::default() }];
+    CreateVmRequest {
+        name: name.into(),
+        spec: Some(VmSpec { memory_mib: 16, disks, ..VmSpec::default() }),
+        desired: PowerState::Stopped.into(),
+        request_id: name.into(),
+        ..CreateVmRequest::default()
+    }
 }
 
 /// The value that `share` of them (0 to 1) do not exceed. They are sorted.

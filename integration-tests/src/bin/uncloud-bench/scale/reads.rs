@@ -8,7 +8,7 @@ use uncloud_proto::v1::{
     ExplainVmRequest, ListVmsRequest, SimulateHostFailureRequest, WatchVmsRequest, WatchVmsResponse,
 };
 
-use super::{HOSTS, Scale, VMS, quantile, raw};
+use super::{HOSTS, Scale, VMS, quantile, raw, small};
 use crate::{median, millis};
 
 /// Calls of each kind.
@@ -92,11 +92,14 @@ async fn watchers(scale: &mut Scale) -> anyhow::Result<()> {
     let mut watches: Vec<Streaming<WatchVmsResponse>> = Vec::new();
     for n in 0..WATCHERS.0 {
         let request = WatchVmsRequest { from_revision: revision, ..WatchVmsRequest::default() };
-        let mut watch = connections[n % WATCHERS.1].vms().watch_vms(request).await?.into_inner();
-        // Also one that has nothing to say says that it has begun.
-        let first = tokio::time::timeout(Duration::from_secs(5), watch.message()).await;
-        anyhow::ensure!(first.is_ok_and(|m| m.is_ok()), "watch {n} says nothing");
+        let watch = connections[n % WATCHERS.1].vms().watch_vms(request).await?.into_inner();
         watches.push(watch);
+    }
+    // Each has begun when it tells of what is changed now.
+    scale.plane.api.create(small("watched")).await?;
+    for (n, watch) in watches.iter_mut().enumerate() {
+        let first = tokio::time::timeout(Duration::from_secs(5), watch.message()).await;
+        anyhow::ensure!(first.is_ok_and(|m| m.is_ok_and(|m| m.is_some())), "watch {n} says nothing");
     }
     let kib = scale.resident_kib(0)? - before;
     let bare = scale.bare.sessions_kib / HOSTS as f64;

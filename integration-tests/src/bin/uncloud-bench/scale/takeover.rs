@@ -5,20 +5,25 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use etcd_client::EventType;
 use harness::{Api, wait_for};
-use uncloud_proto::v1::{CreateVmRequest, Disk, PowerState, VmSpec};
+use uncloud_proto::v1::ListVmsRequest;
 
-use super::{CONNECT_LIMIT, HOSTS, Scale};
+use super::{CONNECT_LIMIT, HOSTS, Scale, small};
 
 /// The lease of the leader key, and more.
 const LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) async fn measure(scale: &mut Scale) -> anyhow::Result<()> {
     scale.plane.spawn()?;
-    scale.plane.controllers[1].wait_serving().await?;
+    let next = Api::new(&scale.plane.addresses()[1])?;
+    // A list is what each controller answers from its own copy.
+    wait_for("the second controller has a copy", LIMIT, async || {
+        let request = ListVmsRequest { page_size: 1, ..ListVmsRequest::default() };
+        next.vms().list_vms(request).await.map(drop).map_err(|status| status.to_string())
+    })
+    .await?;
     let before = scale.fleet.counted();
     let mut etcd = scale.plane.etcd.client().await?;
     let mut leader = etcd.watch("/uncloud/v1/leader", None).await?;
-    let next = Api::new(&scale.plane.addresses()[1])?;
 
     scale.plane.controllers[0].kill();
     let gone = tokio::time::timeout(LIMIT, async {
@@ -32,7 +37,7 @@ pub(super) async fn measure(scale: &mut Scale) -> anyhow::Result<()> {
     let gone = gone.await.context("the leader key does not go")??;
 
     let written = wait_for("the next leader takes a write", LIMIT, async || {
-        next.create(request()).await.map(|_| Instant::now()).map_err(|status| status.to_string())
+        next.create(small("first-write")).await.map(|_| Instant::now()).map_err(|status| status.to_string())
     })
     .await?;
     scale.add("takeover_first_write", written.duration_since(gone).as_secs_f64(), 1.0, "s", "the aim");
@@ -52,16 +57,4 @@ pub(super) async fn measure(scale: &mut Scale) -> anyhow::Result<()> {
     // What is measured next is measured on the only controller that is left.
     scale.plane.controllers.swap(0, 1);
     Ok(())
-}
-
-fn request() -> CreateVmRequest {
-    let disks = vec![Disk { size_bytes: 1 << 20, ..Disk::default() }];
-    let spec = VmSpec { memory_mib: 16, disks, ..VmSpec::default() };
-    CreateVmRequest {
-        name: "first-write".into(),
-        spec: Some(spec),
-        desired: PowerState::Stopped.into(),
-        request_id: "first-write".into(),
-        ..CreateVmRequest::default()
-    }
 }
