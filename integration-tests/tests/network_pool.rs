@@ -19,7 +19,7 @@ use harness::{
     typed::Console,
 };
 use serde_json::json;
-use uncloud_proto::v1::{MigrationResult, Vm, VmPhase};
+use uncloud_proto::v1::{DiskState, MigrationResult, Vm, VmPhase};
 
 const POOL: &str = "net";
 /// A guest whose migration does not get there at [`RATE`] when it may stand still for a millisecond only.
@@ -334,6 +334,59 @@ async fn a_disk_grows_on_its_storage_host_while_the_guest_goes_on() -> anyhow::R
     stage.cluster.api.start(id).await?;
     stage.cluster.api.wait_moved(&stopped, secs(60)).await?;
     Console::open(&stage.cluster, id).await?.says("size", "SIZE 5242880").await?;
+    stage.cluster.finish().await
+}
+
+/// N6: a disk comes to a guest that runs and goes, with what the guest wrote to it, also while the storage host is away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_comes_and_goes_on_its_storage_host_and_its_data_stays() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let vm = stage.cluster.run(specs::with(specs::linux("plug"), |s| s.disks[0].pool = POOL.into())).await?;
+    let id = vm.id.as_str();
+    let becomes = async |stage: &Stage, disk: &str, state: DiskState| {
+        let of = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).find(|d| d.name == disk).map(v1::Disk::state);
+        stage.cluster.api.wait_vm(id, "has its disk as it should be", secs(40), |vm| of(vm) == Some(state)).await
+    };
+    let mut console = Console::open(&stage.cluster, id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    stage.cluster.cli(&["vm", "attach-disk", "plug", "size=1M,name=data,pool=net"]).await?.success()?;
+    becomes(&stage, "data", DiskState::Unspecified).await?;
+    console.says("disks one", "DISKS one: data.").await?;
+    console.says("word data hello", "WORD data hello is <hello>").await?;
+    assert_eq!(files(&stage.disks).len(), 2, "the storage host has made it");
+
+    // The storage host does not answer when the next one is asked for, and the VM is stopped and started meanwhile.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    stage.cluster.cli(&["vm", "attach-disk", "plug", "size=2M,name=data2,pool=net"]).await?.success()?;
+    stage.cluster.api.stop(id).await?;
+    stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
+    stage.cluster.api.start(id).await?;
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    stage.cluster.api.wait_running(id, secs(60)).await?;
+    becomes(&stage, "data2", DiskState::Unspecified).await?;
+    stage.cluster.checker.wait_beats(id, 2, secs(60)).await?;
+    let mut console = Console::open_when_there(&stage.cluster, id).await?;
+    // The console shows what the guest of before said, too.
+    console.type_line("scsi").await?;
+    console.says("disks two", "DISKS two: data data2.").await?;
+    console.says("word data ?two", "WORD data ?two is <hello>").await?;
+
+    // It goes, also from a machine that has one whose name begins as its own; a new incarnation has no access to it; it comes back.
+    stage.cluster.cli(&["vm", "detach-disk", "plug", "data"]).await?.success()?;
+    becomes(&stage, "data", DiskState::Detached).await?;
+    console.says("disks three", "DISKS three: data2.").await?;
+    let now = stage.cluster.api.vm(id).await?;
+    let moved = migrate(&stage.cluster.api, id, other(&now)).await?;
+    let incarnation = incarnation_of(&moved);
+    stage.wait_served(&vm, &[incarnation, incarnation]).await?;
+    stage.cluster.cli(&["vm", "attach-disk", "plug", "name=data"]).await?.success()?;
+    becomes(&stage, "data", DiskState::Unspecified).await?;
+    let mut console = Console::open_when_there(&stage.cluster, id).await?;
+    console.says("word data ?four", "WORD data ?four is <hello>").await?;
+
+    stage.cluster.api.delete(id).await?;
+    stage.cluster.api.wait_gone(id, secs(30)).await?;
+    assert_eq!(files(&stage.disks), Vec::<PathBuf>::new(), "the storage host has deleted all of them");
     stage.cluster.finish().await
 }
 

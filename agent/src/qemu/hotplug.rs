@@ -46,7 +46,7 @@ pub enum Error {
     NextStart(String),
 }
 
-/// Gives the machine a disk whose file `path` is, unless it has it.
+/// Gives the machine a disk whose file, or export, `path` is, unless it has it.
 ///
 /// # Errors
 ///
@@ -71,7 +71,7 @@ pub async fn plug(instance: &Instance, place: &DiskPlace<'_>, path: &Path) -> Re
     Ok(())
 }
 
-/// Takes a disk from the machine, if it has it. `files` are all that the disk may have.
+/// Takes a disk from the machine, if it has it. `files` are all that the disk may have, or its export.
 ///
 /// # Errors
 ///
@@ -125,10 +125,13 @@ fn has_node(nodes: &Value, node: &str) -> bool {
     nodes.as_array().into_iter().flatten().any(|n| n["node-name"] == node)
 }
 
-/// Whether a node has this file open, by whatever way QEMU writes its name.
+/// Whether a node has this file or export open, by whatever way QEMU writes its name. Not one whose name only begins so.
 fn is_open(nodes: &Value, file: &Path) -> bool {
     let file = file.to_string_lossy();
-    let has = |n: &Value| n["file"].as_str().is_some_and(|name| name.contains(&*file));
+    let goes_on = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+    let names =
+        |name: &str| name.match_indices(&*file).any(|(at, found)| !name[at + found.len()..].starts_with(goes_on));
+    let has = |n: &Value| n["file"].as_str().is_some_and(names);
     nodes.as_array().into_iter().flatten().any(has)
 }
 
@@ -149,11 +152,15 @@ mod tests {
         let nodes = json!([
             { "node-name": "scsi1", "file": "/p/vm/data.0.qcow2" },
             { "node-name": "#block1", "file": "json:{\"driver\": \"file\", \"filename\": \"/p/vm/more.0.qcow2\"}" },
+            { "node-name": "scsi2", "file": "nbd://10.0.0.3:10809/vm-7.1.data2" },
+            { "node-name": "#block2", "file": "json:{\"driver\": \"nbd\", \"export\": \"vm-7.1.more\"}" },
             { "node-name": "odd" },
             5,
         ]);
         assert!(is_open(&nodes, Path::new("/p/vm/data.0.qcow2")) && is_open(&nodes, Path::new("/p/vm/more.0.qcow2")));
         assert!(!is_open(&nodes, Path::new("/p/vm/other.0.qcow2")) && !is_open(&Value::Null, Path::new("/p/x")));
-        assert!(has_node(&nodes, "scsi1") && !has_node(&nodes, "scsi2"));
+        assert!(is_open(&nodes, Path::new("vm-7.1.data2")) && is_open(&nodes, Path::new("vm-7.1.more")));
+        assert!(!is_open(&nodes, Path::new("vm-7.1.data")), "another export whose name begins so");
+        assert!(has_node(&nodes, "scsi1") && !has_node(&nodes, "scsi3"));
     }
 }

@@ -32,6 +32,8 @@ pub mod source;
 #[cfg(test)]
 mod tests;
 mod void;
+
+pub use attached::Files;
 pub(crate) mod writing;
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc};

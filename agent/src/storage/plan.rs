@@ -263,9 +263,7 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
                 if disk.cache == DiskCache::Writeback {
                     return Err(Problem::Writeback(disk.pool.clone()));
                 }
-                let disk = checked("the name of a disk", &disk.name)?.to_owned();
-                let name = Name { vm, incarnation: desired.incarnation, disk };
-                Place::Export { address, export: name.to_string() }
+                export(vm, disk, desired, address)?
             }
         };
         plan.places.push((disk.name.clone(), place));
@@ -284,6 +282,21 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
         }
     };
     Ok(plan)
+}
+
+fn export(vm: VmId, disk: &Disk, desired: &Desired, address: SocketAddr) -> Result<Place, Problem> {
+    let disk = checked("the name of a disk", &disk.name)?.to_owned();
+    let name = Name { vm, incarnation: desired.incarnation, disk };
+    Ok(Place::Export { address, export: name.to_string() })
+}
+
+/// Where QEMU finds a disk that a storage host serves. Absent: it lies in files of this host.
+///
+/// # Errors
+///
+/// Its name is none.
+pub fn served(vm: VmId, disk: &Disk, desired: &Desired) -> Result<Option<Place>, Problem> {
+    desired.network_pools.get(&disk.pool).map(|&address| export(vm, disk, desired, address)).transpose()
 }
 
 /// D3: what a killed QEMU has left in this host's memory is written later, when the VM may run on another host that has the pool.
@@ -311,7 +324,8 @@ pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Res
     spec.disks.iter().filter(|d| d.is_in_machine()).map(one).collect()
 }
 
-/// Plans what this host has to make of a VM that may run elsewhere: its disks in pools that this host exports.
+/// Plans what this host has to make of a VM that may run elsewhere: the disks of its machine in pools that this host exports. One that
+/// is detached is nothing that the machine has to wait for.
 ///
 /// # Errors
 ///
@@ -319,7 +333,7 @@ pub fn disks(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Res
 pub fn exported(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Plan, Problem> {
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
     let mut plan = Plan::default();
-    for disk in &spec.disks {
+    for disk in spec.disks.iter().filter(|d| d.is_in_machine()) {
         if let Ok(pool) = pool(&disk.pool, pools)
             && let Kind::Exported(_) = pool.kind
         {

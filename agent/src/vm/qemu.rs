@@ -35,7 +35,7 @@ use crate::{
         seed,
     },
     records::VmDirs,
-    storage::{Prepared, Storage, blocking, place::Place},
+    storage::{Files, Prepared, Storage, blocking, place::Place, plan},
 };
 
 /// How long to wait before looking again for what holds a VM's lock and does not say what it is.
@@ -174,16 +174,32 @@ impl Qemu {
     /// Has disks come and go.
     async fn change_disks(&self, vm: VmId, instance: &process::Instance, desired: &Desired) -> Result<(), String> {
         let Some(spec) = &desired.spec else { return Ok(()) };
-        self.storage.make_attached(vm, desired).await.map_err(|e| e.reason())?;
+        // All disks of a VM lie in a network pool, or none.
+        let served = spec.disks.iter().any(|d| desired.network_pools.contains_key(&d.pool));
+        if !served {
+            self.storage.make_attached(vm, desired).await.map_err(|e| e.reason())?;
+        }
         let files = |disk: &Disk| self.storage.files_of(vm, disk, desired).map_err(|e| e.reason());
         let pending = |disk: &&Disk| match disk.state {
             DiskState::Attached | DiskState::Detached => false,
             DiskState::Attaching | DiskState::Returning | DiskState::Detaching | DiskState::Deleting => true,
         };
         for disk in spec.disks.iter().filter(pending) {
-            let found = files(disk)?;
+            let place = plan::served(vm, disk, desired).map_err(|e| e.to_string())?;
+            let (found, place) = match place {
+                // Its storage host makes it. Until that serves it, it cannot be opened, and this is tried again.
+                Some(Place::Export { address, export }) => {
+                    let file = PathBuf::from(&export);
+                    (Files { all: vec![file.clone()], file }, Place::Export { address, export })
+                }
+                Some(Place::File { .. }) | None => {
+                    let found = files(disk)?;
+                    let path = found.file.clone();
+                    (found, Place::File { path })
+                }
+            };
             // A disk that changes while the machine runs has its place by its target number, and none of them is booted from.
-            let file = [disk_file(disk, Place::File { path: found.file.clone() })];
+            let file = [disk_file(disk, place)];
             for place in command_line::places(&file, Boot::Kernel) {
                 match disk.is_in_machine() {
                     true => hotplug::plug(instance, &place, &found.file).await,

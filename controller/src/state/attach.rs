@@ -68,7 +68,6 @@ fn ready(draft: &Draft<'_>, vm: VmId) -> Result<(VmEntry, Machine), Refusal> {
         ));
     }
     clone::check_unused(draft, record, Use::ChangeDisks)?;
-    check_network(draft, record)?;
     let stopped = entry.current_status().is_some_and(|s| s.phase == Phase::Stopped);
     let machine = match record.placement.host {
         None if record.disks_exist => {
@@ -217,6 +216,7 @@ fn fit(draft: &mut Draft<'_>, record: &mut VmRecord, index: usize, machine: Mach
         record.spec.disks[index].unit = unit.unwrap_or_default();
     }
     check_pool(draft, record, &disk)?;
+    check_network(draft, record, machine)?;
     disks::check_room(draft, record, index, "disk.size_bytes")
 }
 
@@ -245,16 +245,37 @@ fn check_pool(draft: &Draft<'_>, record: &mut VmRecord, disk: &Disk) -> Result<(
             }
         }
     }
-    check_network(draft, record)
+    Ok(())
 }
 
-/// What serves them would have to follow.
-fn check_network(draft: &Draft<'_>, record: &VmRecord) -> Result<(), Refusal> {
-    match exports::network_pool(draft.state, record) {
-        None => Ok(()),
-        Some(pool) => Err(Refusal::Precondition(format!(
-            "VM `{}` has, or is to have, a disk in pool `{pool}`, which hosts reach over the network; the disks of such a VM \
-             cannot come and go yet",
+/// The storage host makes the disk. That it has is known when the VM's machine has opened it, so there must be one.
+fn check_network(draft: &Draft<'_>, record: &VmRecord, machine: Machine) -> Result<(), Refusal> {
+    let Some(pool) = exports::network_pool(draft.state, record) else { return Ok(()) };
+    let name = &record.name;
+    if let Some(other) = record.spec.disks.iter().find(|d| d.pool != pool) {
+        let problem = format!(
+            "is another pool than the other disks of VM `{name}` are in: `{}` beside `{pool}`, which hosts reach over the network; \
+             then all disks of a VM must lie in it",
+            other.pool
+        );
+        return Err(invalid("disk.pool", problem));
+    }
+    match machine {
+        Machine::MayExist => Ok(()),
+        Machine::IsNot => Err(Refusal::Precondition(format!(
+            "VM `{name}` is stopped, and its disks lie in pool `{pool}`, which hosts reach over the network: disks there come only \
+             while the VM runs; start it first"
+        ))),
+    }
+}
+
+/// Nobody tells a storage host yet to delete one disk of a VM.
+fn check_kept(draft: &Draft<'_>, record: &VmRecord, how: DetachHow) -> Result<(), Refusal> {
+    match (how, exports::network_pool(draft.state, record)) {
+        (DetachHow::Keep, _) | (DetachHow::Delete, None) => Ok(()),
+        (DetachHow::Delete, Some(pool)) => Err(Refusal::Precondition(format!(
+            "the disks of VM `{}` lie in pool `{pool}`, which hosts reach over the network; a disk there cannot be deleted yet \
+             while its VM stays: detach it without --delete, then it is kept, and goes with the VM",
             record.name
         ))),
     }
@@ -289,6 +310,7 @@ pub(super) fn detach(draft: &mut Draft<'_>, vm: VmId, name: &str, how: DetachHow
     let (entry, machine) = ready(draft, vm)?;
     let mut record = (*entry.record).clone();
     let index = disks::index_of(&record, name)?;
+    check_kept(draft, &record, how)?;
     let disk = &record.spec.disks[index];
     let state = match (disk.state, how) {
         // A call whose answer was lost may come again, and finds everything done.

@@ -12,7 +12,9 @@
 //! * **N5** While a VM migrates, the incarnation that it gets on the target has exports beside the source's, made when those are
 //!   all there. When the target is no longer named, its exports go while the source has its own, and stay if the source has none:
 //!   then the order is one from before the hand-over.
-//! * **N3** A VM counts as served to an incarnation only while exactly its exports for that one are there ([`served`]).
+//! * **N3** A VM counts as served to an incarnation only while its exports for that one are there, and none for another ([`reached`]).
+//! * **N6** The export of a disk that is detached stays as long as the incarnation that has it ([`revocations`]): its machine may not
+//!   have let go of it yet, and what it still writes is not lost.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -190,7 +192,9 @@ pub fn reached(have: &Have, vm: VmId, goal: &Goal) -> bool {
                 of(have, vm).map(|(name, node)| (name.incarnation, name.disk, node.as_str())).collect();
             let of_one = |i: Incarnation| disks.iter().map(move |d| (i, d.name.clone(), d.node.as_str()));
             let wanted: BTreeSet<_> = [*incarnation].into_iter().chain(*next).flat_map(of_one).collect();
-            !disks.is_empty() && there == wanted
+            let theirs = |i: Incarnation| i == *incarnation || Some(i) == *next;
+            // N6
+            !disks.is_empty() && wanted.is_subset(&there) && there.iter().all(|(i, ..)| theirs(*i))
         }
     }
 }
@@ -319,6 +323,21 @@ mod tests {
         let goals = serve(1, 2, &["root"]);
         let wrong: Have = [(name(1, 2, "root").to_string(), "node-of-an-older-generation".to_owned())].into();
         assert!(!reached(&wrong, vm(1), &goals[&vm(1)]));
+    }
+
+    #[test]
+    fn n6_a_disk_that_is_detached_is_served_until_the_incarnation_goes() {
+        let goals = serve(1, 2, &["root"]);
+        let there = have(&[(1, 2, "root"), (1, 2, "data")]);
+        assert_eq!(revocations(&there, &goals), []);
+        assert!(reached(&there, vm(1), &goals[&vm(1)]), "the machine does not wait for it");
+        let next = serve(1, 3, &["root"]);
+        assert_eq!(revocations(&there, &next).len(), 2);
+        assert!(
+            !reached(&have(&[(1, 3, "root"), (1, 2, "data")]), vm(1), &next[&vm(1)]),
+            "the old one may still write to it"
+        );
+        assert!(made(&have(&[(1, 2, "data")]), &next).is_empty());
     }
 
     #[test]

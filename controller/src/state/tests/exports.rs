@@ -11,6 +11,7 @@ use crate::{
     model::{
         Desired, DrainHow,
         host::{Pool, PoolAccess},
+        vm::{DiskHotplug, VmSpec},
     },
     sessions::{
         desired::{self, Plan},
@@ -18,7 +19,10 @@ use crate::{
     },
     state::{
         Prospect,
-        command::{Command, DrainStep, HostFacts, Lapsed, ObservedState, PowerChange, Refusal, VmObservation},
+        command::{
+            Command, DetachHow, DiskToAttach, DisksObservation, DrainStep, HostFacts, Lapsed, ObservedState,
+            PowerChange, Refusal, VmObservation,
+        },
         exports,
     },
 };
@@ -217,6 +221,44 @@ fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
     let vm = world.create(2, mixed);
     assert_eq!(world.host_of(vm), None);
     assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
+}
+
+/// A disk comes while the VM runs and is told to both hosts; what cannot be is refused and changes nothing.
+#[test]
+fn a_disk_comes_to_a_network_pool_and_goes_where_a_machine_shows_that_it_is_made() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = world.create(1, VmSpec { disk_hotplug: DiskHotplug::Enabled, ..with_disk("net") });
+    let attach = |pool: &str| {
+        let (id, name, pool) = (Uuid::from_u128(9), Some("data".to_owned()), Some(pool.to_owned()));
+        let disk = DiskToAttach { id, name, pool, size_bytes: 1 << 30, bus: None, cache: None };
+        Command::AttachDisk { vm, disk: Box::new(disk) }
+    };
+    let detach = |how| Command::DetachDisk { vm, disk: "data".into(), how };
+    serve(&mut world, &grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    let refused = world.refused(attach("local")).to_string();
+    assert!(refused.contains("all disks of a VM must lie in it"), "{refused}");
+    assert_eq!(world.record(vm).spec.disks.len(), 1);
+
+    world.ok(attach("net"));
+    let state = |message: v1::DesiredVm| message.spec.unwrap().disks[1].state();
+    let to_storage = |world: &World| state(serving::order(&world.state, host_id(3), vm).unwrap());
+    assert_eq!(to_storage(&world), v1::DiskState::Attaching);
+    assert_eq!(state(told(&world, &grants, vm).unwrap()), v1::DiskState::Attaching);
+    let refused = world.refused(detach(DetachHow::Delete)).to_string();
+    assert!(refused.contains("detach it without --delete"), "{refused}");
+    world.ok(detach(DetachHow::Keep));
+    assert_eq!(to_storage(&world), v1::DiskState::Detaching);
+    let host = world.host_of(vm).unwrap();
+    let disks = DisksObservation { orders: vec![world.record(vm).disk_orders], ..Default::default() };
+    let report = VmObservation { disks, ..world.observation(vm, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![report] });
+    assert_eq!(to_storage(&world), v1::DiskState::Detached);
+
+    world.set(vm, PowerChange::Stop);
+    world.report(vm, ObservedState::Stopped);
+    let refused = world.refused(attach("net")).to_string();
+    assert!(refused.contains("start it first"), "{refused}");
 }
 
 /// The storage host is told of the new size, whether the VM runs, has been made or not; the room is that of the storage host.
