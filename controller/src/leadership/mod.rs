@@ -38,4 +38,4 @@ pub use mirror::Mirror;
 pub use token::LeaderToken;
 pub use validity::Validity;
 pub use wake::Sleeper;
-pub use writer::{Committed, NotSettled, WriteError, Writer, WriterParts};
+pub use writer::{Committed, NotSettled, Turn, WriteError, Writer, WriterParts};

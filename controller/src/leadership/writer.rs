@@ -18,7 +18,7 @@ use std::{
 };
 
 use futures_util::poll;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 use uncloud_proto::{
@@ -40,6 +40,8 @@ use crate::{
 
 /// How many commands may wait. Beyond that callers are told to come back.
 const QUEUE: usize = 4096;
+/// How many of one kind may wait there of those that take turns: some transactions full.
+const IN_TURN: usize = 512;
 /// How many commands one transaction may answer: refusals and repetitions cost no operation.
 const MAX_COMMANDS: usize = 512;
 /// How many bytes of records one transaction may have: well below etcd's limit of 1.5 MiB for a request.
@@ -47,8 +49,6 @@ const MAX_BYTES: usize = 1024 * 1024;
 /// How many bytes the records of one command may have. etcd would refuse more than 1.5 MiB in a way that does not say that
 /// nothing was written, and the term would end.
 const MAX_COMMAND_BYTES: usize = 1_450_000;
-/// So many commands probably fill a transaction: a create is a record, its name and an event.
-const ENOUGH: usize = MAX_OPERATIONS / 3;
 /// How many bytes a key has, about.
 const KEY_BYTES: usize = 64;
 /// How often history is compacted, and how old what remains is at least.
@@ -101,13 +101,34 @@ impl WriteError {
 struct Job {
     command: Command,
     reply: oneshot::Sender<Result<Committed, WriteError>>,
+    /// Of one that waited for its turn: until it is decided, its place is taken, whoever still waits for it.
+    place: Option<OwnedSemaphorePermit>,
+}
+
+impl Job {
+    /// A session that has ended says the same again in its next one.
+    fn is_abandoned(&self) -> bool {
+        self.place.is_some() && self.reply.is_closed()
+    }
 }
 
 /// Where commands go. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
+    /// Places in the queue for each [`Turn`].
+    registrations: Arc<Semaphore>,
+    reports: Arc<Semaphore>,
     transactions: watch::Receiver<Transactions>,
+}
+
+/// What a session has to store. Those that have the same wait for each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Hosts that say Hello: until then they hold no lease.
+    Registration,
+    /// What hosts say of their VMs.
+    Report,
 }
 
 /// How many transactions there were in this term.
@@ -144,30 +165,33 @@ impl Writer {
     ///
     /// See [`WriteError`].
     pub async fn submit(&self, command: Command) -> Result<Committed, WriteError> {
+        self.hand_in(command, None).await
+    }
+
+    async fn hand_in(&self, command: Command, place: Option<OwnedSemaphorePermit>) -> Result<Committed, WriteError> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.try_send(Job { command, reply }).map_err(|error| match error {
+        self.jobs.try_send(Job { command, reply, place }).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => WriteError::Overloaded,
             mpsc::error::TrySendError::Closed(_) => WriteError::NotLeader,
         })?;
-        Self::answered(answer).await
+        // A writer that ends without a word may have been in the middle of a transaction.
+        answer.await.unwrap_or(Err(WriteError::Unknown))
     }
 
-    /// The same, and waits until there is room, in the order in which callers came. For those of whom there are not many more than
-    /// places in the queue, each with little at a time, and whom it would only cost more to try again: sessions, and the
-    /// reconciler.
+    /// The same, after waiting for a turn among those of the same kind: ten thousand sessions may have something to store at
+    /// once, and neither users nor sessions of another kind are to wait for all of them. Dropping the future may take the command
+    /// back.
     ///
     /// # Errors
     ///
-    /// See [`WriteError`]; never [`WriteError::Overloaded`].
-    pub async fn submit_in_turn(&self, command: Command) -> Result<Committed, WriteError> {
-        let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job { command, reply }).await.map_err(|_| WriteError::NotLeader)?;
-        Self::answered(answer).await
-    }
-
-    async fn answered(answer: oneshot::Receiver<Result<Committed, WriteError>>) -> Result<Committed, WriteError> {
-        // A writer that ends without a word may have been in the middle of a transaction.
-        answer.await.unwrap_or(Err(WriteError::Unknown))
+    /// See [`WriteError`].
+    pub async fn submit_in_turn(&self, turn: Turn, command: Command) -> Result<Committed, WriteError> {
+        let places = match turn {
+            Turn::Registration => &self.registrations,
+            Turn::Report => &self.reports,
+        };
+        let place = places.clone().acquire_owned().await.map_err(|_| WriteError::NotLeader)?;
+        self.hand_in(command, Some(place)).await
     }
 }
 
@@ -188,7 +212,9 @@ impl Writer {
     pub fn queue() -> (Self, WriterParts) {
         let (sender, jobs) = mpsc::channel(QUEUE);
         let (transactions, seen) = watch::channel(Transactions::default());
-        (Self { jobs: sender, transactions: seen }, WriterParts { jobs, transactions })
+        let places = || Arc::new(Semaphore::new(IN_TURN));
+        let writer = Self { jobs: sender, registrations: places(), reports: places(), transactions: seen };
+        (writer, WriterParts { jobs, transactions })
     }
 }
 
@@ -235,19 +261,17 @@ enum Term {
 impl Work {
     /// Runs until the term ends. Returns the token, so that the caller can resign.
     pub(super) async fn run(mut self, mut parts: WriterParts) -> LeaderToken {
-        // Received, and still to be decided.
-        let mut jobs: VecDeque<Job> = VecDeque::new();
+        let mut jobs = Received::default();
         // Decided on top of what is being stored.
         let mut next = Batch::default();
         let mut compaction = Compaction::new(self.clock.now(), self.state.revision());
         loop {
-            let carried = jobs.len();
-            if jobs.is_empty() && next.is_empty() {
+            if jobs.waiting.is_empty() && next.is_empty() {
                 tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => break,
                     job = parts.jobs.recv() => match job {
-                        Some(job) => jobs.push_back(job),
+                        Some(job) => jobs.waiting.push_back(job),
                         None => break,
                     },
                     () = tokio::time::sleep(COMPACT_EVERY) => {
@@ -264,7 +288,7 @@ impl Work {
                 }
             }
             let mut batch = std::mem::take(&mut next);
-            receive(&mut parts, &mut jobs, carried);
+            jobs.receive(&mut parts);
             fill(&mut batch, &mut jobs, &mut self.state, &self.leader);
             match self.commit(batch, &mut next, &mut jobs, &mut parts).await {
                 Term::GoesOn => self.compact(&mut compaction).await,
@@ -276,7 +300,7 @@ impl Work {
         self.validity.end();
         parts.jobs.close();
         answer_all(next.waiting, &WriteError::NotLeader);
-        for job in jobs {
+        for job in jobs.waiting {
             let _ = job.reply.send(Err(WriteError::NotLeader));
         }
         while let Ok(job) = parts.jobs.try_recv() {
@@ -286,13 +310,7 @@ impl Work {
     }
 
     /// Writes a batch and answers everybody in it. What waits is decided into `next` while etcd works.
-    async fn commit(
-        &mut self,
-        batch: Batch,
-        next: &mut Batch,
-        jobs: &mut VecDeque<Job>,
-        parts: &mut WriterParts,
-    ) -> Term {
+    async fn commit(&mut self, batch: Batch, next: &mut Batch, jobs: &mut Received, parts: &mut WriterParts) -> Term {
         let Batch { mutations, waiting, .. } = batch;
         if !self.validity.holds(self.clock.now()) || self.cancel.is_cancelled() {
             answer_all(waiting, &WriteError::NotLeader);
@@ -316,10 +334,9 @@ impl Work {
                 match poll!(storing.as_mut()) {
                     Poll::Ready(stored) => stored,
                     Poll::Pending => {
-                        // Fewer are decided only when they are sent, together with those that come until then: the largest first.
-                        if jobs.len() + parts.jobs.len() >= ENOUGH {
-                            let carried = jobs.len();
-                            receive(parts, jobs, carried);
+                        jobs.receive(parts);
+                        // Less is decided only when it is sent, together with what comes until then: the largest first.
+                        if jobs.waiting.iter().map(|job| expected(&job.command)).sum::<usize>() >= MAX_OPERATIONS {
                             fill(next, jobs, &mut self.state, &self.leader);
                         }
                         storing.await
@@ -383,15 +400,27 @@ impl Work {
     }
 }
 
-/// Takes what waits out of the queue, as much as can be decided at once. The first `carried` jobs have waited, and are not overtaken.
-fn receive(parts: &mut WriterParts, jobs: &mut VecDeque<Job>, carried: usize) {
-    let room = MAX_COMMANDS.saturating_sub(jobs.len());
-    jobs.extend(std::iter::from_fn(|| parts.jobs.try_recv().ok()).take(room));
-    largest_first(&mut jobs.make_contiguous()[carried..]);
+/// What was taken out of the queue, and is still to be decided.
+#[derive(Default)]
+struct Received {
+    waiting: VecDeque<Job>,
+    /// The first so many had no room in a transaction, and are not overtaken.
+    carried: usize,
+}
+
+impl Received {
+    /// Takes as much as can be decided at once.
+    fn receive(&mut self, parts: &mut WriterParts) {
+        let room = MAX_COMMANDS.saturating_sub(self.waiting.len());
+        let received = std::iter::from_fn(|| parts.jobs.try_recv().ok()).filter(|job| !job.is_abandoned());
+        self.waiting.extend(received.take(room));
+        largest_first(&mut self.waiting.make_contiguous()[self.carried..]);
+    }
 }
 
 /// Decides what waits, as long as it fits into one transaction. The rest stays, for the next one.
-fn fill(batch: &mut Batch, jobs: &mut VecDeque<Job>, state: &mut State, leader: &Leader) {
+fn fill(batch: &mut Batch, jobs: &mut Received, state: &mut State, leader: &Leader) {
+    let Received { waiting: jobs, carried } = jobs;
     if jobs.is_empty() {
         return;
     }
@@ -438,6 +467,7 @@ fn fill(batch: &mut Batch, jobs: &mut VecDeque<Job>, state: &mut State, leader: 
             }
         }
     }
+    *carried = jobs.len();
 }
 
 /// VMs that are created at the same time are given hosts higher priority first, and of equals the largest first, which are the hardest to
@@ -456,8 +486,15 @@ fn largest_first(jobs: &mut [Job]) {
 /// How many operations a command will probably want. What would not fit is decided only when there is a transaction for it, or
 /// else it would be decided twice.
 fn expected(command: &Command) -> usize {
-    // A record, a status and an event for each. All others are cheap to decide, or seldom many at once.
-    if let Command::Place { vms } = command { 3 * vms.len() } else { 0 }
+    if let Command::Place { vms } = command {
+        // A record, a status and an event for each.
+        3 * vms.len()
+    } else if let Command::CreateVm { .. } = command {
+        // A record, its name and an event.
+        3
+    } else {
+        1
+    }
 }
 
 fn answer_all(waiting: Vec<Waiting>, error: &WriteError) {

@@ -241,7 +241,7 @@ impl Driver<'_> {
     }
 
     async fn submit(&self, command: Command) -> Result<Submitted, Stop> {
-        match self.leader.writer.submit_in_turn(command).await {
+        match self.leader.writer.submit(command).await {
             Ok(_) => Ok(Submitted::Stored),
             Err(WriteError::Refused(refusal)) => {
                 warn!("refused: {refusal}");

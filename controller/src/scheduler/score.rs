@@ -75,7 +75,7 @@ impl Eq for Share {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Others {
     None,
-    /// At least one. How many is not known: the index does not ask them all.
+    /// At least one, or none of many that were asked. How many is not known: the index does not ask them all.
     Some,
 }
 

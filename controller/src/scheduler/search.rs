@@ -11,15 +11,20 @@ use super::{
 
 /// The best host, and whether others can take the VM, too. `None`: no host can.
 pub(super) fn best(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Option<(Score, Others)> {
-    let mut search = Search { view, request, limits, named: named(request), best: None, second: None };
+    let mut search = Search { view, request, limits, named: named(request), best: None, second: None, asked: 0 };
     search.ask_named();
     match request.home {
         Home::OnlyHost(_) => {}
         Home::Anywhere | Home::SharedPools { .. } => search.ask_classes(),
     }
     let best = search.best?;
-    Some((best, if search.second.is_some() { Others::Some } else { Others::None }))
+    let alone = search.second.is_none() && search.asked < ENOUGH;
+    Some((best, if alone { Others::None } else { Others::Some }))
 }
+
+/// So many hosts are asked whether they could take the VM, too. When most hosts are silent, every VM of every host that comes back
+/// would ask them all, only to say whether it had a choice.
+const ENOUGH: usize = 64;
 
 /// Hosts whose place in the index says nothing about their score for this very VM. Few.
 fn named(request: &Request) -> Vec<HostId> {
@@ -42,6 +47,8 @@ struct Search<'a> {
     best: Option<Score>,
     /// Another host that can take it, too. It need not be the second best.
     second: Option<HostId>,
+    /// How many were asked for that.
+    asked: usize,
 }
 
 impl Search<'_> {
@@ -105,7 +112,16 @@ impl Search<'_> {
                 return;
             }
             let ranks = self.buckets(class).iter().flat_map(|b| &b.hosts).map(|rank| rank.host);
-            self.second = ranks.filter(|&h| another(self, h)).find(|&h| self.can_take(h));
+            for host in ranks {
+                if self.asked == ENOUGH {
+                    return;
+                }
+                self.asked += 1;
+                if another(self, host) && self.can_take(host) {
+                    self.second = Some(host);
+                    return;
+                }
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use uncloud_proto::{ids::HostId, v1};
 
 use super::parse::Reported;
 use crate::{
-    leadership::{WriteError, Writer},
+    leadership::{Turn, WriteError, Writer},
     report,
     state::{MAX_REPORTS, command::Command},
 };
@@ -43,12 +43,12 @@ pub(crate) async fn run(writer: &Writer, host: HostId, job: Job) -> JobResult {
     // All at once: the writer puts as many into one transaction as fit.
     let reports = pieces.into_iter().map(|piece| async move {
         let reports = piece.iter().map(|r| r.seen.clone()).collect();
-        (writer.submit_in_turn(Command::Report { host, reports }).await.map(drop), piece)
+        (writer.submit_in_turn(Turn::Report, Command::Report { host, reports }).await.map(drop), piece)
     });
     let commands = job
         .commands
         .into_iter()
-        .map(|command| async move { (writer.submit_in_turn(command.clone()).await.map(drop), command) });
+        .map(|command| async move { (writer.submit_in_turn(Turn::Report, command.clone()).await.map(drop), command) });
     let (reports, commands) = future::join(future::join_all(reports), future::join_all(commands)).await;
     for (outcome, piece) in reports {
         match outcome {

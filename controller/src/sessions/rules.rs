@@ -93,12 +93,10 @@ pub enum OnHeartbeat {
 }
 
 impl Rules {
-    /// The rules of a session whose Hello showed these VMs. They have been stored.
-    pub fn new(vms: &[Reported]) -> Self {
+    /// The rules of a session whose Hello showed these VMs, which is still to be stored.
+    pub fn new(vms: Vec<Reported>) -> Self {
         let mut rules = Self::default();
-        for vm in vms {
-            rules.see(vm);
-        }
+        rules.reported(vms);
         rules
     }
 
@@ -251,7 +249,7 @@ mod tests {
 
     #[test]
     fn s3_a_misplaced_vm_withholds_renewals_until_it_is_forgotten() {
-        let mut rules = Rules::new(&[report(2, 1, ObservedState::Running)]);
+        let mut rules = Rules::new(vec![report(2, 1, ObservedState::Running)]);
         let changes = rules.planned(plan(&rules, None));
         assert_eq!(changes.send, [(vm(2), Wanted::Forget(Incarnation(2)))]);
         assert_eq!(rules.heartbeat(1), OnHeartbeat::Withhold(vec![vm(2)]));
@@ -266,12 +264,20 @@ mod tests {
 
     #[test]
     fn s3_a_vm_that_belongs_here_again_withholds_nothing() {
-        let mut rules = Rules::new(&[report(1, 1, ObservedState::Running)]);
+        let mut rules = Rules::new(vec![report(1, 1, ObservedState::Running)]);
         rules.planned(plan(&rules, None));
         assert_eq!(rules.heartbeat(1), OnHeartbeat::Withhold(vec![vm(1)]));
         let changes = rules.planned(plan(&rules, Some(9)));
         assert_eq!(changes.send, [(vm(1), Wanted::AsRecorded(Revision(9)))]);
         assert_eq!(rules.heartbeat(2), OnHeartbeat::Ask);
+    }
+
+    #[test]
+    fn what_a_hello_shows_is_stored_like_any_report() {
+        let mut rules = Rules::new(vec![report(1, 1, ObservedState::Running)]);
+        assert_eq!(rules.seen().len(), 1);
+        assert_eq!(rules.batch().len(), 1);
+        assert!(rules.batch().is_empty());
     }
 
     #[test]
@@ -294,7 +300,7 @@ mod tests {
 
     #[test]
     fn s5_nothing_is_sent_twice() {
-        let mut rules = Rules::new(&[report(1, 1, ObservedState::Running)]);
+        let mut rules = Rules::new(vec![report(1, 1, ObservedState::Running)]);
         assert_eq!(rules.planned(plan(&rules, Some(5))).send.len(), 1);
         assert_eq!(rules.planned(plan(&rules, Some(5))), Changes::default());
         assert_eq!(rules.planned(plan(&rules, Some(6))).send.len(), 1);
@@ -305,7 +311,7 @@ mod tests {
 
     #[test]
     fn an_unknown_vm_is_noted_once_and_left_alone() {
-        let mut rules = Rules::new(&[report(1, 1, ObservedState::Running)]);
+        let mut rules = Rules::new(vec![report(1, 1, ObservedState::Running)]);
         let unknown = || Plan { unknown: [vm(1)].into(), ..Plan::default() };
         assert_eq!(rules.planned(unknown()), Changes { newly_unknown: vec![vm(1)], send: Vec::new() });
         assert_eq!(rules.planned(unknown()), Changes::default());

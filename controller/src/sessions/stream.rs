@@ -33,14 +33,14 @@ use super::{
     desired::{self, Plan},
     job::{self, Job, JobResult},
     outgoing::{End, Item, Outgoing},
-    parse::{self, Greeting, Reported},
+    parse::{self, Greeting},
     registry::{Claim, Fetched, LiveFacts, Order, Reply},
     rules::{self, OnHeartbeat, Rules},
     serving::{self, Grants, Said},
 };
 use crate::{
     health::Grant,
-    leadership::{Leader, LeaderSlot, Sleeper, WriteError},
+    leadership::{Leader, LeaderSlot, Sleeper, Turn, WriteError},
     metrics::Heartbeat,
     model::{Liveness, host::Pool},
     report,
@@ -181,7 +181,8 @@ struct Session<'a> {
 enum Never {}
 
 impl<'a> Session<'a> {
-    /// Registers the host, stores what it reported, and welcomes it.
+    /// Registers the host and welcomes it. What it reported is stored after that, like what it reports later: when thousands of hosts come
+    /// back at once, a lease does not wait for the VMs of others, and a VM whose host has just come back is started there again.
     async fn open(leader: &'a Leader, greeting: Greeting, claim: Claim, out: &'a Outgoing) -> Result<Self, End> {
         let Greeting { facts, free_bytes, vms, newest_term: _ } = greeting;
         let host = facts.id;
@@ -189,12 +190,11 @@ impl<'a> Session<'a> {
         let pending = |e: &dyn std::error::Error| End::goodbye(v1::GoodbyeReason::DeclaredDead, e.to_string());
         other_machine(leader, &facts)?;
         let entry = leader.health().enter(host).map_err(|e| pending(&e))?;
-        let rules = Rules::new(&vms);
-        let acks = tokio::select! {
+        tokio::select! {
             biased;
             () = claim.replaced.cancelled() => return Err(replaced()),
-            stored = store_greeting(leader, facts, vms) => stored.map_err(refused)?,
-        };
+            stored = register(leader, facts) => stored.map_err(refused)?,
+        }
         leader.health().register(entry, leader.clock.now()).map_err(|e| pending(&e))?;
 
         let mut session = Self {
@@ -202,7 +202,7 @@ impl<'a> Session<'a> {
             host,
             claim,
             out,
-            rules,
+            rules: Rules::new(vms),
             changed: leader.mirror.changed(),
             // Before the first plan, so that nothing comes between.
             sleeper: leader.mirror.sleeper(host),
@@ -216,11 +216,11 @@ impl<'a> Session<'a> {
             facts: LiveFacts { free_bytes, ..LiveFacts::default() },
             withheld: false,
         };
-        session.welcome(&acks)?;
+        session.welcome()?;
         Ok(session)
     }
 
-    fn welcome(&mut self, acks: &[v1::ReportAckEntry]) -> Result<(), End> {
+    fn welcome(&mut self) -> Result<(), End> {
         self.changed.mark_unchanged();
         self.granted.mark_unchanged();
         let plan = self.plan()?;
@@ -234,9 +234,6 @@ impl<'a> Session<'a> {
         }))?;
         for vms in messages {
             self.out.send(Message::Desired(v1::DesiredVms { vms }))?;
-        }
-        if !acks.is_empty() {
-            self.out.send(Message::Ack(v1::ReportAck { entries: acks.to_vec() }))?;
         }
         self.serve()?;
         self.facts.unknown_vms.clone_from(self.rules.unknown());
@@ -504,35 +501,16 @@ fn pieces(vms: impl Iterator<Item = v1::DesiredVm>) -> Vec<Vec<v1::DesiredVm>> {
     messages
 }
 
-/// Stores a host's registration, and then what it reported. After a takeover all hosts do this at once, and each waits for its turn;
-/// what a full etcd has no room for is tried again for a while: both are cheaper than a new session.
-async fn store_greeting(
-    leader: &Leader,
-    facts: HostFacts,
-    vms: Vec<Reported>,
-) -> Result<Vec<v1::ReportAckEntry>, WriteError> {
-    let host = facts.id;
+/// Stores a host's registration. After a takeover all hosts do this at once, and each waits for its turn; what a full etcd has no room
+/// for is tried again for a while: both are cheaper than a new session.
+async fn register(leader: &Leader, facts: HostFacts) -> Result<(), WriteError> {
     let give_up = time::Instant::now() + GREETING_PATIENCE;
     let register = Command::RegisterHost { host: Box::new(facts) };
     loop {
-        match leader.writer.submit_in_turn(register.clone()).await {
-            Ok(_) => break,
+        match leader.writer.submit_in_turn(Turn::Registration, register.clone()).await {
+            Ok(_) => return Ok(()),
             Err(error) if error.is_temporary() && time::Instant::now() < give_up => time::sleep(BUSY_PAUSE).await,
             Err(error) => return Err(error),
-        }
-    }
-    let mut job = Job { reports: vms, commands: Vec::new() };
-    let mut acks = Vec::new();
-    loop {
-        let result = job::run(&leader.writer, host, job).await;
-        acks.extend(result.acks);
-        match result.failed {
-            None => return Ok(acks),
-            Some(error) if error.is_temporary() && time::Instant::now() < give_up => {
-                time::sleep(BUSY_PAUSE).await;
-                job = Job { reports: result.reports_again, commands: result.commands_again };
-            }
-            Some(error) => return Err(error),
         }
     }
 }

@@ -190,12 +190,18 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry, own: OwnDisks) -> Result<(HostI
         return refuse(format!("host `{}` of VM `{name}` is down", draft.host_name(source)));
     }
     match placement::home(record) {
-        Home::OnlyHost(_) if own == OwnDisks::Stay => refuse(format!(
-            "VM `{name}` has a disk in a pool that only host `{}` has, and is not moved with it by itself; `uncloud vm migrate` \
-             copies its disks to another host while it runs",
-            draft.host_name(source)
-        )),
-        Home::OnlyHost(_) => may_be_copied(draft, record, source).map(|()| (source, Disks::Copied)),
+        Home::OnlyHost(_) => {
+            // First, so that nobody is told to do what would be refused.
+            may_be_copied(draft, record, source)?;
+            match own {
+                OwnDisks::Copied => Ok((source, Disks::Copied)),
+                OwnDisks::Stay => refuse(format!(
+                    "VM `{name}` has a disk in a pool that only host `{}` has, and is not moved with it by itself; `uncloud vm \
+                     migrate` copies its disks to another host while it runs",
+                    draft.host_name(source)
+                )),
+            }
+        }
         Home::Anywhere if !record.spec.disks.is_empty() => {
             refuse(format!("the disks of VM `{name}` are not known to be made yet; try again in a second"))
         }

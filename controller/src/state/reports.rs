@@ -94,8 +94,8 @@ pub(super) fn take(draft: &mut Draft<'_>, host: HostId, report: &VmObservation) 
         ObservedState::PoweredOff | ObservedState::Stopped if entry.record.revert.is_some() => {
             observe(draft, &entry, report, Phase::Stopped)
         }
-        // R3: what is to start elsewhere has something done to its disks first.
-        ObservedState::Stopped if entry.record.is_moving_out() && entry.record.has_disk_orders() => {
+        // R3: what may start elsewhere has something done to its disks first.
+        ObservedState::Stopped if desired == Desired::Running && entry.record.has_disk_orders() => {
             observe(draft, &entry, report, Phase::Stopped)
         }
         ObservedState::Fenced if entry.record.revert.is_some() && desired != Desired::Deleted => {

@@ -43,8 +43,6 @@ const BUSY_PAUSE: Duration = Duration::from_millis(200);
 pub(crate) enum Purpose {
     /// The host's registration.
     Register,
-    /// Reports of its Hello.
-    Greeting(Vec<Reported>),
     /// Reports.
     Reports(Vec<Reported>),
     /// Anything else.
@@ -85,7 +83,6 @@ pub(crate) struct Session {
     entry: Option<Entry>,
     facts: Option<Box<HostFacts>>,
     not_before: Ns,
-    greeting: Vec<Reported>,
     welcomed: bool,
     commands: Vec<Command>,
     job: Option<Job>,
@@ -172,11 +169,10 @@ impl Lead {
         let session = Session {
             host,
             boot_id: facts.boot_id,
-            rules: Rules::new(&greeting.vms),
+            rules: Rules::new(greeting.vms),
             entry: None,
             facts: None,
             not_before: 0,
-            greeting: greeting.vms,
             welcomed: false,
             commands: Vec::new(),
             job: None,
@@ -225,20 +221,14 @@ impl Lead {
     ) -> Result<(), Goodbye> {
         let Some(session) = self.sessions.get_mut(&stream) else { return Ok(()) };
         match (purpose, result) {
-            // `store_greeting` tries again for a while; the agent's patience ends that.
+            // `register` tries again for a while; the agent's patience ends that.
             (Purpose::Register, Err(WriteError::Overloaded | WriteError::StoreFull)) => {
                 self.later(core, clock.spans(BUSY_PAUSE), What::SessionAgain(stream));
                 Ok(())
             }
             (Purpose::Register, Ok(_)) => {
                 session.facts = None;
-                let reports = std::mem::take(&mut session.greeting);
-                let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
-                session.job = Some(Job::of(pieces.len()));
-                for piece in pieces {
-                    self.submit_reports(core, stream, piece, Purpose::Greeting);
-                }
-                self.welcome_if_stored(core, clock, stream)
+                self.welcome(core, clock, stream)
             }
             (Purpose::Register, Err(WriteError::Refused(refusal @ Refusal::DuplicateHost(..)))) => {
                 Err((GoodbyeReason::DuplicateHost, refusal.to_string()))
@@ -247,10 +237,6 @@ impl Lead {
                 Err((GoodbyeReason::Invalid, refusal.to_string()))
             }
             (_, Err(WriteError::NotLeader | WriteError::Unknown)) => Err(not_leader()),
-            (Purpose::Greeting(reports), result) => {
-                session.settle(reports, &result);
-                self.welcome_if_stored(core, clock, stream)
-            }
             (Purpose::Reports(reports), result) => {
                 session.settle(reports, &result);
                 self.job_if_done(core, clock, stream);
@@ -267,30 +253,16 @@ impl Lead {
         }
     }
 
-    fn submit_reports(
-        &mut self,
-        core: &mut Core,
-        stream: u64,
-        piece: Vec<Reported>,
-        purpose: fn(Vec<Reported>) -> Purpose,
-    ) {
+    fn submit_reports(&mut self, core: &mut Core, stream: u64, piece: Vec<Reported>) {
         let Some(session) = self.sessions.get(&stream) else { return };
         let reports = piece.iter().map(|r| r.seen.clone()).collect();
         let command = Command::Report { host: session.host, reports };
-        self.submit(core, command, Reply::Session(stream, purpose(piece)));
+        self.submit(core, command, Reply::Session(stream, Purpose::Reports(piece)));
     }
 
     /// The second half of `Session::open`, and `Session::welcome`.
-    fn welcome_if_stored(&mut self, core: &mut Core, clock: &NodeClock, stream: u64) -> Result<(), Goodbye> {
+    fn welcome(&mut self, core: &mut Core, clock: &NodeClock, stream: u64) -> Result<(), Goodbye> {
         let Some(session) = self.sessions.get_mut(&stream) else { return Ok(()) };
-        if session.job.as_ref().is_none_or(|job| job.outstanding > 0) {
-            return Ok(());
-        }
-        if session.job.as_ref().is_some_and(|job| !job.reports_again.is_empty()) {
-            self.later(core, clock.spans(BUSY_PAUSE), What::SessionAgain(stream));
-            return Ok(());
-        }
-        let acks = session.job.take().map(|job| job.acks).unwrap_or_default();
         if let Some(entry) = session.entry.take() {
             let now = clock.tick(core.now);
             self.health.register(entry, now).map_err(|e| (GoodbyeReason::DeclaredDead, e.to_string()))?;
@@ -311,9 +283,6 @@ impl Lead {
                 controllers: (0..self.controllers).map(super::controller::address).collect(),
             }),
         );
-        if !acks.is_empty() {
-            self.send(core, stream, Message::Ack(v1::ReportAck { entries: acks }));
-        }
         self.begin_job(core, stream);
         Ok(())
     }
@@ -443,7 +412,7 @@ impl Lead {
         let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
         session.job = Some(Job::of(pieces.len() + commands.len()));
         for piece in pieces {
-            self.submit_reports(core, stream, piece, Purpose::Reports);
+            self.submit_reports(core, stream, piece);
         }
         for command in commands {
             self.submit(core, command.clone(), Reply::Session(stream, Purpose::Note(command)));
@@ -458,14 +427,7 @@ impl Lead {
         }
         if let Some(facts) = session.facts.clone() {
             let command = Command::RegisterHost { host: facts };
-            return self.submit(core, command, Reply::Session(stream, Purpose::Register));
-        }
-        let Some(job) = &mut session.job else { return };
-        let reports = std::mem::take(&mut job.reports_again);
-        let pieces: Vec<Vec<Reported>> = reports.chunks(MAX_REPORTS).map(<[Reported]>::to_vec).collect();
-        job.outstanding = pieces.len();
-        for piece in pieces {
-            self.submit_reports(core, stream, piece, Purpose::Greeting);
+            self.submit(core, command, Reply::Session(stream, Purpose::Register));
         }
     }
 

@@ -12,7 +12,10 @@ use crate::{
         vm::{Disk, DiskBus, DiskState, VmSpec},
     },
     sessions::desired::{Wanted, message},
-    state::command::{Command, Lapsed, ObservedState, VmObservation},
+    state::{
+        Prospect,
+        command::{Command, DisksObservation, Lapsed, ObservedState, VmObservation},
+    },
 };
 
 const ADDRESS: &str = "127.0.0.1:4444";
@@ -193,5 +196,37 @@ fn a_vm_with_a_disk_that_has_another_kind_of_name_is_not_copied() {
         let vm = world.running(1, spec);
         let refusal = world.refused(begin(vm, None)).to_string();
         assert!(refusal.contains("disk `data`") && refusal.contains("cannot be copied"), "{refusal}");
+    }
+}
+
+/// A drain does not copy disks by itself, and sends nobody to a command that would be refused.
+#[test]
+fn a_drain_says_of_a_vm_with_own_disks_what_can_be_done() {
+    let mut world = World::with_hosts(2);
+    let id = uuid::Uuid::from_u128(7);
+    let plain = world.running(1, with_disk("local"));
+    let snapshotted = world.running(2, with_disk("local"));
+    world.ok(Command::CreateSnapshot { vm: snapshotted, id, name: "s1".into() });
+    let host = world.host_of(snapshotted).unwrap();
+    let disks = DisksObservation { made: vec![id], ..Default::default() };
+    let report = VmObservation { disks, ..world.observation(snapshotted, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![report] });
+    let scsi = VmSpec { disks: vec![Disk { bus: DiskBus::Scsi, ..disk("local") }], ..spec() };
+    let scsi = world.running(3, scsi);
+
+    let cases = [
+        (plain, "`uncloud vm migrate` copies"),
+        (snapshotted, "`uncloud vm snapshot delete`"),
+        (scsi, "bus scsi: such a VM cannot be copied"),
+    ];
+    for (vm, said) in cases {
+        let prospect = world.state.prospect(vm, &world.cx());
+        assert!(matches!(&prospect, Prospect::Stuck(why) if why.contains(said)), "{prospect:?}");
+        // It is what happens.
+        if vm == plain {
+            world.ok(begin(vm, None));
+        } else {
+            assert!(world.refused(begin(vm, None)).to_string().contains(said));
+        }
     }
 }

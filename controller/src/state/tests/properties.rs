@@ -354,10 +354,11 @@ impl Watcher {
                     host == Some(m.target) && incarnation == m.incarnation && self.sent.contains(&(id, m.incarnation))
                 });
                 if !migrated {
-                    // R3: what has stopped there may still be worked on.
+                    // R3: what has stopped there may still be worked on, until its host says that this is over.
                     let by_fencing = matches!(command, Command::Report { reports, .. }
                         if reports.iter().any(|r| r.vm == id && r.state == ObservedState::Fenced));
-                    let at_rest = !was.record.has_disk_orders() || by_fencing;
+                    let by_end = matches!(command, Command::Report { .. }) && !now.record.has_disk_orders();
+                    let at_rest = !was.record.has_disk_orders() || by_fencing || by_end;
                     self.may_leave(world, id, old_host, old_incarnation, &old_classes, at_rest)?;
                 }
             }

@@ -138,6 +138,20 @@ fn after_a_failover_the_next_host_puts_them_back() {
 }
 
 /// R3: the host may be at it.
+/// R3. No host says so of a VM that it was told to run; but it is not for a host to say whose the disks are.
+#[test]
+fn what_has_stopped_although_it_should_run_stays_until_its_snapshot_is_made() {
+    let mut world = World::with_hosts(2);
+    let vm = world.running(1, with_disk("shared"));
+    let host = world.host_of(vm).unwrap();
+    world.ok(Command::SetHostMode { host, mode: crate::model::HostMode::Cordoned, reason: String::new() });
+    world.ok(create(vm, 1));
+    world.says(vm, ObservedState::Stopped, DisksObservation::default());
+    assert_eq!(world.host_of(vm), Some(host), "it would have gone to the other one");
+    world.says(vm, ObservedState::Stopped, DisksObservation { made: vec![id(1)], ..Default::default() });
+    assert_eq!(world.host_of(vm), Some(other(host)));
+}
+
 #[test]
 fn what_is_stopped_stays_with_the_host_that_has_something_to_do_to_its_disks() {
     let mut world = World::with_hosts(2);
