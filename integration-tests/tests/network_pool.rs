@@ -296,11 +296,6 @@ async fn a_guest_waits_for_its_storage_host_and_goes_on() -> anyhow::Result<()> 
     stage.cluster.api.wait_running(&vm.id, secs(40)).await?;
     stage.cluster.checker.wait_beats(&vm.id, 2, secs(30)).await?;
     assert!(stage.cluster.checker.count(&vm.id) > count);
-
-    // What does not work says so.
-    let snapshot = v1::CreateSnapshotRequest { vm: vm.id.clone(), snapshot: "before".into(), ..Default::default() };
-    let refused = stage.cluster.api.vms().create_snapshot(snapshot).await.expect_err("it is refused");
-    assert!(refused.message().contains("over the network"), "{refused:?}");
     stage.cluster.finish().await
 }
 
@@ -387,6 +382,97 @@ async fn a_disk_comes_and_goes_on_its_storage_host_and_its_data_stays() -> anyho
     stage.cluster.api.delete(id).await?;
     stage.cluster.api.wait_gone(id, secs(30)).await?;
     assert_eq!(files(&stage.disks), Vec::<PathBuf>::new(), "the storage host has deleted all of them");
+    stage.cluster.finish().await
+}
+
+/// R4, CL1: snapshots are taken, put back and copied on the storage host, whether the guest runs or not, and also when its agent was away.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let vm = stage.cluster.run(specs::with(specs::linux("keeps"), |s| s.disks[0].pool = POOL.into())).await?;
+    let id = vm.id.as_str();
+    let attached = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).all(|d| d.state() == DiskState::Unspecified);
+    let snapshot = async |stage: &Stage, name: &str| -> anyhow::Result<()> {
+        stage.cluster.cli(&["vm", "snapshot", "create", "keeps", name]).await?.success()?;
+        let ready = |vm: &Vm| vm.snapshots.iter().any(|s| s.name == name && s.state() == v1::SnapshotState::Ready);
+        stage.cluster.api.wait_vm(id, "has its snapshot", secs(30), ready).await.map(drop)
+    };
+    let mut console = Console::open(&stage.cluster, id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    stage.cluster.cli(&["vm", "attach-disk", "keeps", "size=1M,name=data,pool=net"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "has its disk", secs(40), attached).await?;
+    console.says("word data before", "WORD data before is <before>").await?;
+    let qemu = stage.qemu(&vm)?;
+    snapshot(&stage, "first").await?;
+    console.says("word data after", "WORD data after is <after>").await?;
+
+    // A copy, while it runs.
+    stage.cluster.cli(&["vm", "clone", "keeps", "copy", "--snapshot", "first", "--wait"]).await?.success()?;
+    let copy = stage.cluster.api.vm("copy").await?;
+    let mut console = Console::open_when_there(&stage.cluster, &copy.id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    console.says("word data ?copy", "WORD data ?copy is <before>").await?;
+    stage.cluster.api.delete(&copy.id).await?;
+    assert!(proc_table::is_alive(qemu.pid, qemu.start), "it ran all along");
+
+    // Put back, while the agent that has to do it does not answer.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    stage.cluster.cli(&["vm", "snapshot", "revert", "keeps", "first"]).await?.success()?;
+    wait_for("what ran is killed", secs(20), async || match proc_table::is_alive(qemu.pid, qemu.start) {
+        true => Err("it executes".to_owned()),
+        false => Ok(()),
+    })
+    .await?;
+    assert_eq!(stage.served(&vm)?, [1, 1], "nobody has put anything back");
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    let back = stage.cluster.api.wait_moved(&vm, secs(60)).await?;
+    assert_eq!((incarnation_of(&back), back.reverting_to.as_str()), (2, ""));
+    let mut console = Console::open_when_there(&stage.cluster, id).await?;
+    console.type_line("scsi").await?;
+    console.says("word data ?back", "WORD data ?back is <before>").await?;
+    stage.cluster.cli(&["vm", "snapshot", "delete", "keeps", "first"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "has no snapshot", secs(30), |vm| vm.snapshots.is_empty()).await?;
+    console.says("word data last", "WORD data last is <last>").await?;
+
+    // While it is stopped: a snapshot, and a copy of what is there.
+    stage.cluster.api.stop(id).await?;
+    stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
+    snapshot(&stage, "second").await?;
+    stage.cluster.cli(&["vm", "clone", "keeps", "copy2", "--wait"]).await?.success()?;
+    let copy = stage.cluster.api.vm("copy2").await?;
+    let mut console = Console::open_when_there(&stage.cluster, &copy.id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    console.says("word data ?copy2", "WORD data ?copy2 is <last>").await?;
+    console.says("word data none", "WORD data none is <none>").await?;
+    stage.cluster.api.delete(&copy.id).await?;
+    stage.cluster.cli(&["vm", "snapshot", "revert", "keeps", "second"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "is put back", secs(30), |vm| vm.reverting_to.is_empty()).await?;
+    stage.cluster.cli(&["vm", "snapshot", "delete", "keeps", "second"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "has no snapshot", secs(30), |vm| vm.snapshots.is_empty()).await?;
+
+    // Disks come and go.
+    stage.cluster.cli(&["vm", "attach-disk", "keeps", "size=1M,name=more,pool=net,bus=scsi"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "has its disk", secs(40), attached).await?;
+    stage.cluster.cli(&["vm", "detach-disk", "keeps", "data", "--delete"]).await?.success()?;
+    let has = |names: &'static [&str]| {
+        move |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).map(|d| d.name.as_str()).eq(names.iter().copied())
+    };
+    stage.cluster.api.wait_vm(id, "has one disk less", secs(40), has(&["disk0", "more"])).await?;
+    stage.cluster.api.wait_gone("copy2", secs(30)).await?;
+    assert_eq!(files(&stage.disks).len(), 2, "{:?}", files(&stage.disks));
+    stage.cluster.api.start(id).await?;
+    stage.cluster.api.wait_running(id, secs(60)).await?;
+    stage.cluster.checker.wait_beats(id, 2, secs(60)).await?;
+    let mut console = Console::open_when_there(&stage.cluster, id).await?;
+    console.type_line("scsi").await?;
+    console.says("disks then", "DISKS then: more.").await?;
+    stage.cluster.cli(&["vm", "detach-disk", "keeps", "more", "--delete"]).await?.success()?;
+    stage.cluster.api.wait_vm(id, "has one disk less", secs(40), has(&["disk0"])).await?;
+    console.says("disks now", "DISKS now:.").await?;
+    assert_eq!(files(&stage.disks).len(), 1, "{:?}", files(&stage.disks));
+    stage.cluster.api.delete(id).await?;
+    stage.cluster.api.wait_gone(id, secs(30)).await?;
+    assert_eq!(files(&stage.disks), Vec::<PathBuf>::new());
     stage.cluster.finish().await
 }
 

@@ -6,12 +6,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
 use tokio::time::{self, Instant};
+use uuid::Uuid;
 
 use super::{
     process::{Instance, InstanceEvent},
     qmp,
 };
-use crate::vm::disks::{Done, Orders, Wanted};
+use crate::vm::disks::{Done, Orders, SnapshotOrder, Wanted};
 
 /// A busy guest has used a disk by then that has grown on its storage host. Longer, and the VM's task, which does nothing else meanwhile,
 /// is late for a stop; guests that take longer are looked at again later.
@@ -92,29 +93,55 @@ pub async fn snapshots(instance: &Instance, nodes: &[&str], orders: &Orders) -> 
         return Ok(done);
     }
     let answer = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
-    for order in &orders.snapshots {
-        let id = order.id.to_string();
-        let has: Vec<&&str> = nodes.iter().filter(|node| has_snapshot(&answer, node, &id)).collect();
-        if order.wanted == Wanted::There && has.len() == nodes.len() {
-            continue;
-        }
-        for node in has {
-            let arguments = json!({ "device": node, "name": id });
-            instance.execute("blockdev-snapshot-delete-internal-sync", Some(arguments)).await?;
-        }
-        if order.wanted == Wanted::There {
-            let one = |node: &&str| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
-            let actions: Vec<Value> = nodes.iter().map(one).collect();
-            // Clean, where the guest has an agent; otherwise as after a power cut.
-            let guest = instance.freeze().await;
-            let taken = instance.execute("transaction", Some(json!({ "actions": actions }))).await;
-            instance.thaw().await;
-            taken?;
-            done.guests.insert(order.id, guest);
-            tracing::info!(snapshot = id, ?guest, "a snapshot is taken");
+    for step in snapshot_steps(&answer, nodes, &orders.snapshots) {
+        match step {
+            SnapshotStep::Remove(arguments) => drop(instance.execute(REMOVE_SNAPSHOT, Some(arguments)).await?),
+            SnapshotStep::Take(id, arguments) => {
+                // Clean, where the guest has an agent; otherwise as after a power cut.
+                let guest = instance.freeze().await;
+                let taken = instance.execute(TAKE_SNAPSHOT, Some(arguments)).await;
+                instance.thaw().await;
+                taken?;
+                done.guests.insert(id, guest);
+                tracing::info!(snapshot = %id, ?guest, "a snapshot is taken");
+            }
         }
     }
     Ok(done)
+}
+
+/// QEMU's command for [`SnapshotStep::Remove`].
+pub(crate) const REMOVE_SNAPSHOT: &str = "blockdev-snapshot-delete-internal-sync";
+/// QEMU's command for [`SnapshotStep::Take`].
+pub(crate) const TAKE_SNAPSHOT: &str = "transaction";
+
+/// What is to be done for snapshots, with what QEMU's command is given.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum SnapshotStep {
+    /// Of one disk.
+    Remove(Value),
+    /// Of all disks at one moment.
+    Take(Uuid, Value),
+}
+
+/// What is to be done that nodes have the snapshots that they should have, by what QEMU says of its nodes. One that only some of them
+/// have was never said to be there: it is taken anew.
+pub(crate) fn snapshot_steps(answer: &Value, nodes: &[&str], orders: &[SnapshotOrder]) -> Vec<SnapshotStep> {
+    let mut steps = Vec::new();
+    for order in orders {
+        let id = order.id.to_string();
+        let has: Vec<&&str> = nodes.iter().filter(|node| has_snapshot(answer, node, &id)).collect();
+        if order.wanted == Wanted::There && has.len() == nodes.len() {
+            continue;
+        }
+        steps.extend(has.into_iter().map(|node| SnapshotStep::Remove(json!({ "device": node, "name": id }))));
+        if order.wanted == Wanted::There {
+            let one = |node: &&str| json!({ "type": "blockdev-snapshot-internal-sync", "data": { "device": node, "name": id } });
+            let actions: Vec<Value> = nodes.iter().map(one).collect();
+            steps.push(SnapshotStep::Take(order.id, json!({ "actions": actions })));
+        }
+    }
+    steps
 }
 
 /// Whether a node has a snapshot of this name.

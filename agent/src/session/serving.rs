@@ -84,6 +84,11 @@ impl Serving {
                 incarnation: served.incarnation.0,
                 next_incarnation: served.next.unwrap_or(Incarnation::NONE).0,
                 problem: served.problem.clone(),
+                snapshots_made: served.done.made.iter().map(ToString::to_string).collect(),
+                snapshots_removed: served.done.removed.iter().map(ToString::to_string).collect(),
+                reverted: served.done.reverted,
+                disk_orders_done: served.done.disks.clone(),
+                trouble: served.trouble.clone(),
             };
             line.told.insert(vm, served);
             message

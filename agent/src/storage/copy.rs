@@ -6,7 +6,8 @@
 //!
 //! * **CL1** What is copied does not change meanwhile. The clusters of a snapshot are never written again while it is there, so its disk
 //!   may be in use. A disk is copied as it is only if nobody has it open for writing: qemu-img holds QEMU's image lock, and neither
-//!   gets it from the other. That snapshot and disk are left alone until all is copied is up to the leader
+//!   gets it from the other. What serves a disk over the network has it open, so there is no such lock; but each write that it has answered is in
+//!   the file, and its VM is stopped. That snapshot and disk are left alone until all is copied is up to the leader
 //!   (controller/src/state/clone.rs).
 //! * **CL2** A disk has its name only when it is complete: the copy is written to a file that was opened before, and that very file is
 //!   given the name. In a shared pool another host may have taken this file away and begun one of its own under the same temporary
@@ -118,9 +119,12 @@ async fn fill(disk: &DiskPlan, origin: &Origin, tool: Tool<'_>, said: &(dyn Fn(u
 fn convert(disk: &DiskPlan, origin: &Origin, tool: Tool<'_>) -> Command {
     let mut command = Command::new(tool.path);
     command.args(["convert", "-p", "-n", "-f", "qcow2", "-O", "qcow2"]);
+    // CL1
+    if origin.snapshot.is_some() || origin.served {
+        command.arg("-U");
+    }
     if let Some(snapshot) = origin.snapshot {
-        // CL1
-        command.args(["-U", "-l", &format!("snapshot.name={snapshot}")]);
+        command.args(["-l", &format!("snapshot.name={snapshot}")]);
     }
     match &disk.base {
         Some(base) => {

@@ -52,7 +52,7 @@ use self::{
 };
 use crate::vm::{
     desired::{Desired, DisksExpected, Disposition},
-    disks::Done,
+    disks::{Done, Orders},
     runner::chain,
     starts::{Starts, Turn},
 };
@@ -336,6 +336,13 @@ impl Storage {
         for fetch in &plan.fetches {
             self.images.fetch(fetch.clone(), |_| ()).await.map_err(Error::Fetch)?;
         }
+        for disk in &plan.disks {
+            if let Some(origin) = &disk.origin {
+                let _copy = self.copying.acquire().await.expect("it is never closed");
+                let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
+                copy::copy(disk, origin, tool, &|_| ()).await?;
+            }
+        }
         self.make(&plan).await?;
         let served = |d: &plan::DiskPlan| exports::plan::Disk {
             name: d.name.clone(),
@@ -344,6 +351,28 @@ impl Storage {
             size_bytes: d.size_bytes,
         };
         Ok(plan.disks.iter().map(served).collect())
+    }
+
+    /// Puts those disks of a VM back that lie in pools that this host exports. Nobody has them open. Idempotent, and may be dropped.
+    ///
+    /// # Errors
+    ///
+    /// A disk or the snapshot is not there, somebody has a disk open, or qemu-img failed.
+    pub async fn put_back(&self, vm: VmId, desired: &Desired) -> Result<(), Error> {
+        let mut disks = plan::exported(vm, desired, &self.pools)?.disks;
+        self.check_pools(disks.iter().map(|d| d.pool.clone()).collect()).await?;
+        disks.iter_mut().for_each(|disk| disk.expected = DisksExpected::Exist);
+        disks::check_expected(&disks).await?;
+        let _tool = self.tools.acquire().await.expect("it is never closed");
+        let tool = snapshots::Tool { path: &self.qemu_img, user: self.user };
+        let orders = Orders { revert: desired.orders.revert, ..Orders::default() };
+        snapshots::tend(tool, &disks, &orders).await.map(drop)
+    }
+
+    /// The block nodes that the daemon has for the disks of a VM that lie in pools that this host exports.
+    #[must_use]
+    pub fn exported_nodes(&self, vm: VmId, desired: &Desired) -> Vec<String> {
+        plan::exported_nodes(vm, desired, &self.pools)
     }
 
     async fn make(&self, plan: &Plan) -> Result<(), Error> {

@@ -163,6 +163,8 @@ pub struct Origin {
     pub path: PathBuf,
     /// What of it. Absent: the disk as it is.
     pub snapshot: Option<Uuid>,
+    /// What serves it over the network has it open.
+    pub served: bool,
 }
 
 /// The image below a disk.
@@ -337,7 +339,8 @@ pub fn exported(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
         if let Ok(pool) = pool(&disk.pool, pools)
             && let Kind::Exported(_) = pool.kind
         {
-            let made = disk_in(pool, vm, disk, desired, &mut plan)?;
+            let origin = origin(pool, disk, desired)?;
+            let made = DiskPlan { origin, ..disk_in(pool, vm, disk, desired, &mut plan)? };
             plan.disks.push(made);
         }
     }
@@ -379,6 +382,7 @@ fn origin(pool: &Pool, disk: &Disk, desired: &Desired) -> Result<Option<Origin>,
             vm: from.vm,
             path: disks_dir(&pool.path, from.vm).join(file_name(disk, from.disk_generation)?),
             snapshot: from.snapshot,
+            served: matches!(pool.kind, Kind::Exported(_)),
         }),
         (DisksExpected::New | DisksExpected::Exist, _) => None,
     })

@@ -308,6 +308,9 @@ pub struct Disk {
     /// Whether the machine should have it.
     #[serde(default)]
     pub state: DiskState,
+    /// Number of what is to be done to it. 0: nothing.
+    #[serde(default)]
+    pub order: u64,
 }
 
 impl Disk {

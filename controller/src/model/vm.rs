@@ -158,6 +158,9 @@ pub struct Revert {
     pub snapshot: Uuid,
     /// Tells it from those before.
     pub number: u64,
+    /// Of disks in a network pool: the VM's host has said that nothing executes under the present incarnation, nor will.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub at_rest: bool,
 }
 
 impl VmRecord {
@@ -500,6 +503,10 @@ pub struct Disk {
     /// While something is to be done to it: number of that, unique within the VM.
     #[serde(default, skip_serializing_if = "is_default")]
     pub order: u64,
+    /// In a network pool, where two hosts have something to do for an order: the first one has done it. The storage host has made a disk
+    /// that comes; no machine has one that is to be deleted.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub half_done: bool,
 }
 
 impl Disk {

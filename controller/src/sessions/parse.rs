@@ -203,6 +203,17 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
     checked
 }
 
+/// What a storage host has done to the disks of a VM. What the guest did then it cannot know.
+pub fn served_disks(said: &v1::ServedVm) -> DisksObservation {
+    DisksObservation {
+        made: snapshot_ids(&said.snapshots_made),
+        guests: BTreeMap::new(),
+        removed: snapshot_ids(&said.snapshots_removed),
+        reverted: said.reverted,
+        orders: said.disk_orders_done.iter().copied().take(MAX_DISKS).collect(),
+    }
+}
+
 /// Ids of snapshots. Those that make no sense are none of ours.
 /// What an agent says that it does not know, or that this controller does not, is left out.
 fn snapshot_guests(made: &[String], said: &[i32]) -> BTreeMap<Uuid, SnapshotGuest> {

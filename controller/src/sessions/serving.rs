@@ -14,6 +14,8 @@
 //! * **N5** The target of a migration is told to open them when they are served to its incarnation, too. It is told RUN as any other
 //!   host (N4): when the source has them no more, which is taken away from it only after the hand-over is stored.
 //!
+//! * **D5**, **R4** (`state/attach.rs`, `state/snapshots.rs`) What is to be done to disks is told to the one of the two hosts that has to do it now.
+//!
 //! What was acknowledged is not stored and not taken back while the term lasts: that older incarnations have no access any more
 //! stays true, whatever becomes of the storage host, because it never serves an older incarnation again (N2). A new leader asks anew.
 
@@ -30,8 +32,12 @@ use uncloud_proto::{
 
 use super::desired::{self, Plan, Wanted};
 use crate::{
-    model::{Desired, VmRecord, host::PoolAccess},
-    state::{State, VmEntry, exports},
+    model::{
+        Desired, VmRecord,
+        host::PoolAccess,
+        vm::DiskState,
+    },
+    state::{State, VmEntry, command::{DisksObservation, ServedObservation}, exports},
 };
 
 /// An acknowledgement.
@@ -62,6 +68,16 @@ pub struct Said {
     pub next: Option<Incarnation>,
     /// Why they are not. Empty: they are.
     pub problem: String,
+}
+
+/// Whether anything that a storage host has said is to be stored.
+#[must_use]
+pub fn is_news(state: &State, vm: VmId, said: &ServedObservation) -> bool {
+    state.vm(vm).is_some_and(|entry| {
+        let record = &entry.record;
+        let nothing = said.disks == DisksObservation::default() && said.trouble.is_empty();
+        said.served && !record.disks_exist || record.has_disk_orders() && !nothing
+    })
 }
 
 /// What storage hosts have acknowledged in this term. Cheap to clone.
@@ -121,8 +137,8 @@ impl Grants {
 /// N4, N5: what a VM that should run on `host`, or migrates to it, waits for, in words. `None`: nothing.
 #[must_use]
 pub fn waits(state: &State, grants: &Grants, host: HostId, vm: &VmRecord) -> Option<String> {
-    // A stop needs no access, also one that a drain asks for.
-    if vm.desired != Desired::Running || vm.is_moving_out() {
+    // A stop needs no access, also one that a drain asks for, or somebody who wants its disks put back.
+    if vm.desired != Desired::Running || vm.is_moving_out() || vm.revert.is_some() {
         return None;
     }
     let access = match &vm.migration {
@@ -175,7 +191,47 @@ pub fn complete(
             Some(v1::PoolAddress { pool, address })
         })
         .collect();
-    Some(v1::DesiredVm { network_pools, ..message })
+    let mut message = v1::DesiredVm { network_pools, ..message };
+    if exports::network_pool(state, &entry.record).is_some() {
+        keep_machine(&entry.record, &mut message);
+    }
+    Some(message)
+}
+
+/// D5, R4: leaves the VM's host what its machine has to do with; the rest is its storage host's.
+fn keep_machine(record: &VmRecord, message: &mut v1::DesiredVm) {
+    message.snapshots.clear();
+    (message.revert, message.clone_from) = (None, None);
+    let stops = message.disposition() == v1::Disposition::Stop;
+    for (disk, told) in record.spec.disks.iter().zip(message.spec.iter_mut().flat_map(|s| &mut s.disks)) {
+        let state = match disk.state {
+            DiskState::Attaching | DiskState::Returning if stops => v1::DiskState::Unspecified,
+            DiskState::Deleting if disk.half_done => v1::DiskState::Detached,
+            DiskState::Deleting => {
+                told.state = v1::DiskState::Detaching.into();
+                continue;
+            }
+            DiskState::Attached
+            | DiskState::Attaching
+            | DiskState::Returning
+            | DiskState::Detaching
+            | DiskState::Detached => continue,
+        };
+        (told.state, told.order) = (state.into(), 0);
+    }
+}
+
+/// D5, R4: leaves the storage host what it may do now.
+fn keep_files(record: &VmRecord, message: &mut v1::DesiredVm) {
+    if record.revert.is_none_or(|r| !r.at_rest) {
+        message.revert = None;
+    }
+    for (disk, told) in record.spec.disks.iter().zip(message.spec.iter_mut().flat_map(|s| &mut s.disks)) {
+        // It is served as long as a machine may have it (N6).
+        if disk.state == DiskState::Detaching || disk.state == DiskState::Deleting && !disk.half_done {
+            (told.state, told.order) = (v1::DiskState::Detached.into(), 0);
+        }
+    }
 }
 
 /// The VMs whose disks `host` should serve, and when their records were last written.
@@ -215,11 +271,16 @@ fn is_served(entry: &VmEntry) -> bool {
 #[must_use]
 pub fn order(state: &State, host: HostId, vm: VmId) -> Option<v1::DesiredVm> {
     let entry = state.vm(vm).filter(|e| is_served(e) && e.record.placement.host.is_some())?;
-    wanted_of(state, host, entry).then(|| v1::DesiredVm {
-        disposition: v1::Disposition::Run.into(),
-        migrate_to: None,
-        next_incarnation: entry.record.migration.as_ref().map_or(0, |m| m.incarnation.0),
-        ..desired::as_recorded(state, entry)
+    wanted_of(state, host, entry).then(|| {
+        let mut message = v1::DesiredVm {
+            migrate_to: None,
+            next_incarnation: entry.record.migration.as_ref().map_or(0, |m| m.incarnation.0),
+            ..desired::as_recorded(state, entry)
+        };
+        keep_files(&entry.record, &mut message);
+        let disposition = if message.revert.is_some() { v1::Disposition::Stop } else { v1::Disposition::Run };
+        message.disposition = disposition.into();
+        message
     })
 }
 

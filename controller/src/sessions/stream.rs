@@ -45,8 +45,7 @@ use crate::{
     model::{Liveness, host::Pool},
     report,
     state::{
-        State,
-        command::{Command, HostFacts, Refusal},
+        command::{Command, HostFacts, Refusal, ServedObservation},
     },
 };
 
@@ -438,13 +437,16 @@ impl<'a> Session<'a> {
             };
             let incarnation = Incarnation(served.incarnation);
             let problem = parse::clean(&served.problem);
-            if problem.is_empty() {
-                let unknown = |state: &State| state.vm(vm).is_some_and(|e| !e.record.disks_exist);
-                if self.leader.mirror.read(unknown) {
-                    // Only the newest is of interest.
-                    self.commands.retain(|c| !matches!(c, Command::NoteServed { vm: other, .. } if *other == vm));
-                    self.commands.push(Command::NoteServed { host: self.host, vm, incarnation });
-                }
+            let note = ServedObservation {
+                incarnation,
+                served: problem.is_empty(),
+                disks: parse::served_disks(&served),
+                trouble: parse::clean(&served.trouble),
+            };
+            if self.leader.mirror.read(|state| serving::is_news(state, vm, &note)) {
+                // Only the newest is of interest.
+                self.commands.retain(|c| !matches!(c, Command::NoteServed { vm: other, .. } if *other == vm));
+                self.commands.push(Command::NoteServed { host: self.host, vm, said: Box::new(note) });
             }
             let next = Some(Incarnation(served.next_incarnation)).filter(|&next| next != Incarnation::NONE);
             let said = Said { incarnation, next, problem };

@@ -12,6 +12,9 @@
 //!   the newest.
 //! * **D2** (agent/src/storage/plan.rs) The file of a disk that is attached has a random id in its name, so an order to delete one that is
 //!   carried out late never finds another disk that has the same name.
+//! * **D5** In a network pool two hosts have a part in an order. A disk that comes is there when its storage host has made it, and the machine
+//!   has it or there is none. One that is to be deleted goes when the VM's host has said that no machine has it, and not before: only then
+//!   is its storage host told to ([`step`], `sessions/serving.rs`).
 //! * Snapshots are of all disks, so disks come and go only while there are none.
 
 use uncloud_proto::ids::VmId;
@@ -216,7 +219,7 @@ fn fit(draft: &mut Draft<'_>, record: &mut VmRecord, index: usize, machine: Mach
         record.spec.disks[index].unit = unit.unwrap_or_default();
     }
     check_pool(draft, record, &disk)?;
-    check_network(draft, record, machine)?;
+    check_network(draft, record)?;
     disks::check_room(draft, record, index, "disk.size_bytes")
 }
 
@@ -248,37 +251,16 @@ fn check_pool(draft: &Draft<'_>, record: &mut VmRecord, disk: &Disk) -> Result<(
     Ok(())
 }
 
-/// The storage host makes the disk. That it has is known when the VM's machine has opened it, so there must be one.
-fn check_network(draft: &Draft<'_>, record: &VmRecord, machine: Machine) -> Result<(), Refusal> {
+/// One host has all disks of a VM, if they are reached over the network: two orders for one disk follow each other then.
+fn check_network(draft: &Draft<'_>, record: &VmRecord) -> Result<(), Refusal> {
     let Some(pool) = exports::network_pool(draft.state, record) else { return Ok(()) };
-    let name = &record.name;
-    if let Some(other) = record.spec.disks.iter().find(|d| d.pool != pool) {
-        let problem = format!(
-            "is another pool than the other disks of VM `{name}` are in: `{}` beside `{pool}`, which hosts reach over the network; \
-             then all disks of a VM must lie in it",
-            other.pool
-        );
-        return Err(invalid("disk.pool", problem));
-    }
-    match machine {
-        Machine::MayExist => Ok(()),
-        Machine::IsNot => Err(Refusal::Precondition(format!(
-            "VM `{name}` is stopped, and its disks lie in pool `{pool}`, which hosts reach over the network: disks there come only \
-             while the VM runs; start it first"
-        ))),
-    }
-}
-
-/// Nobody tells a storage host yet to delete one disk of a VM.
-fn check_kept(draft: &Draft<'_>, record: &VmRecord, how: DetachHow) -> Result<(), Refusal> {
-    match (how, exports::network_pool(draft.state, record)) {
-        (DetachHow::Keep, _) | (DetachHow::Delete, None) => Ok(()),
-        (DetachHow::Delete, Some(pool)) => Err(Refusal::Precondition(format!(
-            "the disks of VM `{}` lie in pool `{pool}`, which hosts reach over the network; a disk there cannot be deleted yet \
-             while its VM stays: detach it without --delete, then it is kept, and goes with the VM",
-            record.name
-        ))),
-    }
+    let Some(other) = record.spec.disks.iter().find(|d| d.pool != pool) else { return Ok(()) };
+    let problem = format!(
+        "is another pool than the other disks of VM `{}` are in: `{}` beside `{pool}`, which hosts reach over the network; \
+         then all disks of a VM must lie in it",
+        record.name, other.pool
+    );
+    Err(invalid("disk.pool", problem))
 }
 
 /// D3: what a killed VM has left in the memory of its host is written when another host may run it.
@@ -310,7 +292,6 @@ pub(super) fn detach(draft: &mut Draft<'_>, vm: VmId, name: &str, how: DetachHow
     let (entry, machine) = ready(draft, vm)?;
     let mut record = (*entry.record).clone();
     let index = disks::index_of(&record, name)?;
-    check_kept(draft, &record, how)?;
     let disk = &record.spec.disks[index];
     let state = match (disk.state, how) {
         // A call whose answer was lost may come again, and finds everything done.
@@ -356,29 +337,93 @@ pub(super) fn detach(draft: &mut Draft<'_>, vm: VmId, name: &str, how: DetachHow
             )));
         }
         (Some(_), DetachHow::Keep | DetachHow::Delete) => {
-            record.spec.disks[index].state = state;
+            let disk = &mut record.spec.disks[index];
+            // D5: of one that was detached it is known.
+            disk.half_done = state == DiskState::Deleting && disk.state == DiskState::Detached;
+            disk.state = state;
             number(&mut record, index);
         }
     }
     Ok(Answer::Vm(draft.put_vm(record)?))
 }
 
-/// D1: the VM's host, under its present incarnation, says that it has done these.
-pub(super) fn take_report(draft: &mut Draft<'_>, record: &mut VmRecord, done: &[u64]) {
-    let is_done = |disk: &Disk| disk.is_pending() && done.contains(&disk.order);
-    let mut words = Vec::new();
-    for disk in record.spec.disks.iter_mut().filter(|d| is_done(d)) {
-        let (state, what) = match disk.state {
-            DiskState::Attached | DiskState::Detached => continue,
-            DiskState::Attaching | DiskState::Returning => (DiskState::Attached, "is attached"),
-            DiskState::Detaching => (DiskState::Detached, "is detached; it is kept"),
-            // It goes below.
-            DiskState::Deleting => continue,
-        };
-        (disk.state, disk.order) = (state, 0);
-        words.push(format!("disk `{}` {what}", disk.name));
+/// Who says that something was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// The VM's host, which has its disks.
+    Host,
+    /// The VM's host, whose disks lie in a network pool.
+    Machine(Executes),
+    /// The storage host that has them.
+    Storage(Executes),
+}
+
+/// Whether something of a VM may execute under its present incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Executes {
+    /// Its host has said that nothing does, nor will.
+    No,
+    /// It may.
+    Perhaps,
+}
+
+/// What becomes of a disk with an order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// The order is carried out.
+    Done,
+    /// One of two hosts has done its part (D5).
+    Half,
+    /// Nothing.
+    None,
+}
+
+/// D5. `said`: that the order is done.
+const fn step(disk: &Disk, by: By, said: bool) -> Step {
+    use DiskState::{Attached, Attaching, Deleting, Detached, Detaching, Returning};
+    use Executes::{No, Perhaps};
+    match (disk.state, by, said) {
+        (Attached | Detached, ..) => Step::None,
+        (Attaching | Returning | Detaching | Deleting, By::Host, true) => Step::Done,
+        // A machine has opened it, so it is made.
+        (Attaching | Returning, By::Machine(Perhaps), true) => Step::Done,
+        // It has nothing to do for what the next machine will have.
+        (Attaching | Returning, By::Machine(No), _) if disk.half_done => Step::Done,
+        (Attaching | Returning, By::Storage(No), true) => Step::Done,
+        (Attaching | Returning, By::Storage(Perhaps), true) => Step::Half,
+        (Detaching, By::Machine(_), true) => Step::Done,
+        (Deleting, By::Machine(_), true) if !disk.half_done => Step::Half,
+        (Deleting, By::Storage(_), true) if disk.half_done => Step::Done,
+        (Attaching | Returning | Detaching | Deleting, By::Host | By::Machine(_) | By::Storage(_), _) => Step::None,
     }
-    let gone = record.spec.disks.extract_if(.., |d| d.state == DiskState::Deleting && is_done(d));
+}
+
+/// D1, D5: a host says that it has done these, for the present incarnation.
+pub(super) fn take_report(draft: &mut Draft<'_>, record: &mut VmRecord, done: &[u64], by: By) {
+    let mut words = Vec::new();
+    let mut gone = Vec::new();
+    for index in 0..record.spec.disks.len() {
+        let disk = &mut record.spec.disks[index];
+        match (step(disk, by, done.contains(&disk.order)), disk.state) {
+            (Step::None, _) | (_, DiskState::Attached | DiskState::Detached) => {}
+            (Step::Half, DiskState::Deleting) => {
+                disk.half_done = true;
+                // What was said of the first half says nothing of the second.
+                number(record, index);
+            }
+            (Step::Half, DiskState::Attaching | DiskState::Returning | DiskState::Detaching) => disk.half_done = true,
+            (Step::Done, DiskState::Deleting) => gone.push(disk.order),
+            (Step::Done, state @ (DiskState::Attaching | DiskState::Returning | DiskState::Detaching)) => {
+                let (state, what) = match state {
+                    DiskState::Detaching => (DiskState::Detached, "is detached; it is kept"),
+                    _ => (DiskState::Attached, "is attached"),
+                };
+                (disk.state, disk.order, disk.half_done) = (state, 0, false);
+                words.push(format!("disk `{}` {what}", disk.name));
+            }
+        }
+    }
+    let gone = record.spec.disks.extract_if(.., |d| d.state == DiskState::Deleting && gone.contains(&d.order));
     words.extend(gone.map(|d| format!("disk `{}` is deleted", d.name)));
     if words.is_empty() {
         return;
@@ -394,6 +439,9 @@ pub(super) fn take_report(draft: &mut Draft<'_>, record: &mut VmRecord, done: &[
 /// stays until a person deletes it.
 pub(super) fn begin_anew(record: &mut VmRecord) {
     for disk in &mut record.spec.disks {
+        if disk.state != DiskState::Deleting {
+            disk.half_done = false;
+        }
         (disk.state, disk.order) = match disk.state {
             DiskState::Attached | DiskState::Attaching | DiskState::Returning => (DiskState::Attached, 0),
             DiskState::Detaching | DiskState::Detached => (DiskState::Detached, 0),

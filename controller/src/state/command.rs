@@ -101,8 +101,8 @@ pub enum Command {
     RegisterHost { host: Box<HostFacts> },
     /// A host's pools have changed.
     UpdatePools { host: HostId, pools: Vec<Pool> },
-    /// A storage host has made the disks of a VM and serves them to this incarnation.
-    NoteServed { host: HostId, vm: VmId, incarnation: Incarnation },
+    /// A storage host has said how far it is with the disks of a VM.
+    NoteServed { host: HostId, vm: VmId, said: Box<ServedObservation> },
     /// A host reported what VMs are.
     Report { host: HostId, reports: Vec<VmObservation> },
     /// A host runs a VM that the cluster knows nothing about.
@@ -360,6 +360,19 @@ pub struct DisksObservation {
     pub reverted: u64,
     /// Numbers of what was done to single disks.
     pub orders: Vec<u64>,
+}
+
+/// What a storage host said of the disks of a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServedObservation {
+    /// For which incarnation.
+    pub incarnation: Incarnation,
+    /// They are made, and served to it.
+    pub served: bool,
+    /// What was done to them.
+    pub disks: DisksObservation,
+    /// Why something was not, in words. Empty: nothing is known to be wrong.
+    pub trouble: String,
 }
 
 /// What a host reported about a migration.

@@ -87,9 +87,7 @@ impl State {
             Command::ForgetImage { image } => images::forget(&mut draft, *image)?,
             Command::RegisterHost { host } => hosts::register(&mut draft, host)?,
             Command::UpdatePools { host, pools } => hosts::update_pools(&mut draft, *host, pools)?,
-            Command::NoteServed { host, vm, incarnation } => {
-                exports::note_served(&mut draft, *host, *vm, *incarnation)?
-            }
+            Command::NoteServed { host, vm, said } => exports::note_served(&mut draft, *host, *vm, said)?,
             Command::Report { host, reports } => {
                 if reports.len() > MAX_REPORTS {
                     let message = format!("at most {MAX_REPORTS} reports at once");

@@ -10,13 +10,14 @@
 
 use std::collections::BTreeMap;
 
-use uncloud_proto::ids::{HostId, Incarnation, VmId};
+use uncloud_proto::ids::{HostId, VmId};
 use uuid::Uuid;
 
 use super::{
     State,
-    command::{Answer, Refusal},
+    command::{Answer, Refusal, ServedObservation},
     draft::Draft,
+    snapshots,
 };
 use crate::model::{VmRecord, host::PoolAccess, vm::DiskHome};
 
@@ -64,7 +65,7 @@ pub fn network_pools(state: &State, vm: &VmRecord, on: HostId) -> BTreeMap<Strin
 /// The first of a VM's pools that hosts reach over the network, as far as is known: where its disks are or are about to be made;
 /// of a VM that has neither disks nor a host, where any host does.
 #[must_use]
-pub(super) fn network_pool(state: &State, vm: &VmRecord) -> Option<String> {
+pub fn network_pool(state: &State, vm: &VmRecord) -> Option<String> {
     let known: Vec<HostId> = vm.disk_home.as_ref().map(|h| h.host).into_iter().chain(vm.placement.host).collect();
     let first = |host: HostId| network_pools(state, vm, host).into_keys().next();
     match known.is_empty() {
@@ -85,28 +86,34 @@ pub(super) fn keeper_of_files(state: &State, vm: &VmRecord, on: HostId) -> Resul
     Ok(Some(found.host).filter(|&host| host != on))
 }
 
-/// P5: a storage host has made all disks of a VM and serves them: they may hold data from now on.
+/// The pools of a VM on host `on`, if they are all exported by `host`.
+fn served_by(state: &State, record: &VmRecord, on: HostId, host: HostId) -> Option<BTreeMap<String, Option<Uuid>>> {
+    let pools = network_pools(state, record, on);
+    let served = |name: &String| {
+        let id = pools.get(name).copied().flatten()?;
+        exporter(state, name, id).filter(|e| e.host == host).map(|_| (name.clone(), Some(id)))
+    };
+    record.spec.disks.iter().map(|d| served(&d.pool)).collect()
+}
+
+/// A storage host has said how far it is. P5: when it has made all disks of a VM and serves them they may hold data from now on.
 pub(super) fn note_served(
     draft: &mut Draft<'_>,
     host: HostId,
     vm: VmId,
-    incarnation: Incarnation,
+    said: &ServedObservation,
 ) -> Result<Answer, Refusal> {
-    let Ok(entry) = draft.vm(vm) else { return Ok(Answer::Done) };
-    let record = &entry.record;
-    let Some(on) = record.placement.host else { return Ok(Answer::Done) };
-    if record.disks_exist || record.placement.incarnation != incarnation {
+    let Ok(mut entry) = draft.vm(vm) else { return Ok(Answer::Done) };
+    let Some(on) = entry.record.placement.host else { return Ok(Answer::Done) };
+    if entry.record.placement.incarnation != said.incarnation {
         return Ok(Answer::Done);
     }
-    let pools = network_pools(draft.state, record, on);
-    let served = |name: &String| {
-        let id = pools.get(name).copied().flatten()?;
-        exporter(draft.state, name, id).filter(|e| e.host == host).map(|_| (name.clone(), Some(id)))
-    };
-    let Some(pools) = record.spec.disks.iter().map(|d| served(&d.pool)).collect::<Option<BTreeMap<_, _>>>() else {
-        return Ok(Answer::Done);
-    };
-    let disk_home = Some(DiskHome { host, pools });
-    draft.put_vm(VmRecord { disks_exist: true, disk_home, ..(**record).clone() })?;
+    let Some(pools) = served_by(draft.state, &entry.record, on, host) else { return Ok(Answer::Done) };
+    if said.served && !entry.record.disks_exist {
+        let disk_home = Some(DiskHome { host, pools });
+        draft.put_vm(VmRecord { disks_exist: true, disk_home, clone_of: None, ..(*entry.record).clone() })?;
+        entry = draft.vm(vm)?;
+    }
+    snapshots::take_served(draft, entry, said)?;
     Ok(Answer::Done)
 }

@@ -211,6 +211,10 @@ pub(super) fn give_host(
     let entry = &migration::dropped(draft, entry, &mut record, &choice.why);
     let incarnation = record.next_incarnation();
     leave_disks(draft, entry, &mut record, Some(choice.host));
+    // R4
+    if let Some(revert) = &mut record.revert {
+        revert.at_rest = false;
+    }
     record.placement = Placement { host: Some(choice.host), incarnation, why: choice.why, since: now };
     let record = draft.put_vm(record)?;
     if let Some(status) = &entry.status {

@@ -14,20 +14,24 @@
 //!   a lease that is over; and the VM gets a new incarnation with that write, before it may run.
 //! * **R3** Until then the VM is its host's as if it executed there (`has_disk_orders`): it goes elsewhere only when that host's lease has
 //!   surely run out, or the host says that it will do nothing more under this incarnation.
+//! * **R4** Disks in a network pool are put back by their storage host, which is told to only when the VM's host has said that nothing
+//!   executes under the present incarnation ([`Revert::at_rest`]), and which serves them to nobody meanwhile.
+//!   Afterwards it may serve them to that incarnation again, and nobody is there who could write what it had in mind before.
 
 use uncloud_proto::ids::VmId;
 use uuid::Uuid;
 
 use super::{
-    VmEntry, attach,
+    VmEntry,
+    attach::{self, By, Executes},
     clone::{self, Use},
-    command::{Answer, Refusal, VmObservation},
+    command::{Answer, DisksObservation, ObservedState, Refusal, ServedObservation, VmObservation},
     draft::Draft,
     exports, placement, vms,
 };
 use crate::{
     model::{
-        Desired, EventType, VmRecord,
+        Desired, EventType, Phase, VmRecord,
         vm::{Disk, Revert, Snapshot, SnapshotGuest, SnapshotState},
     },
     scheduler::Choice,
@@ -49,12 +53,6 @@ pub(super) fn ready(draft: &Draft<'_>, vm: VmId) -> Result<VmEntry, Refusal> {
     }
     if !record.spec.disks.iter().any(Disk::is_in_machine) {
         return Err(Refusal::Precondition(format!("VM `{name}` has no disks")));
-    }
-    if let Some(pool) = exports::network_pool(draft.state, record) {
-        return Err(Refusal::Precondition(format!(
-            "the disks of VM `{name}` lie in pool `{pool}`, which hosts reach over the network; disks there cannot be \
-             copied or have snapshots yet"
-        )));
     }
     if !record.disks_exist {
         let message = format!("the disks of VM `{name}` are not made yet; start it, and try again when it runs");
@@ -163,7 +161,7 @@ pub(super) fn revert(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answ
     clone::check_unused(draft, &entry.record, Use::Revert)?;
     let mut record = (*entry.record).clone();
     record.reverts += 1;
-    record.revert = Some(Revert { snapshot: snapshot.id, number: record.reverts });
+    record.revert = Some(Revert { snapshot: snapshot.id, number: record.reverts, at_rest: is_at_rest(&entry) });
     let message = format!("a user wants its disks as they were in snapshot `{name}`; what was written since is lost");
     draft.vm_event(&record, EventType::RevertRequested, message);
     // Without a host nobody could do it; it is done where the VM is given one.
@@ -174,13 +172,61 @@ pub(super) fn revert(draft: &mut Draft<'_>, vm: VmId, name: &str) -> Result<Answ
     Ok(Answer::Vm(draft.put_vm(record)?))
 }
 
+/// Whether the VM's host has said that nothing of the VM executes under the present incarnation, nor will.
+fn is_at_rest(entry: &VmEntry) -> bool {
+    entry.current_status().is_some_and(|s| s.phase == Phase::Stopped)
+}
+
 /// What the VM's host, under its present incarnation, says that it has done.
 pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObservation) -> Result<VmEntry, Refusal> {
     if !entry.record.has_disk_orders() {
         return Ok(entry);
     }
     let mut record = (*entry.record).clone();
-    let done = &report.disks;
+    if exports::network_pool(draft.state, &record).is_none() {
+        attach::take_report(draft, &mut record, &report.disks.orders, By::Host);
+        return take_done(draft, entry, record, &report.disks);
+    }
+    let executes = match report.state {
+        ObservedState::Stopped => Executes::No,
+        _ => Executes::Perhaps,
+    };
+    // R4
+    if let (Some(revert), Executes::No) = (&mut record.revert, executes) {
+        revert.at_rest = true;
+    }
+    attach::take_report(draft, &mut record, &report.disks.orders, By::Machine(executes));
+    take_done(draft, entry, record, &DisksObservation::default())
+}
+
+/// What the storage host of a VM says that it has done for the present incarnation.
+pub(super) fn take_served(draft: &mut Draft<'_>, entry: VmEntry, said: &ServedObservation) -> Result<(), Refusal> {
+    if !entry.record.has_disk_orders() {
+        return Ok(());
+    }
+    let mut record = (*entry.record).clone();
+    let mut done = said.disks.clone();
+    // R4: it was told nothing before.
+    if record.revert.is_some_and(|r| !r.at_rest) {
+        done.reverted = 0;
+    }
+    let idle = record.desired == Desired::Stopped && is_at_rest(&entry);
+    let guest = if is_at_rest(&entry) { SnapshotGuest::Off } else { SnapshotGuest::Running };
+    done.guests = done.made.iter().map(|&id| (id, guest)).collect();
+    attach::take_report(draft, &mut record, &done.orders, By::Storage(if idle { Executes::No } else { Executes::Perhaps }));
+    if !said.trouble.is_empty() {
+        draft.vm_event(&record, EventType::Troubled, format!("its storage host: {}", said.trouble));
+    }
+    take_done(draft, entry, record, &done).map(drop)
+}
+
+/// Stores a record whose single disks are up to date, with the rest of what was done.
+fn take_done(
+    draft: &mut Draft<'_>,
+    entry: VmEntry,
+    mut record: VmRecord,
+    done: &DisksObservation,
+) -> Result<VmEntry, Refusal> {
     for snapshot in &mut record.snapshots {
         if snapshot.state == SnapshotState::Creating && done.made.contains(&snapshot.id) {
             snapshot.state = SnapshotState::Ready;
@@ -207,7 +253,6 @@ pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
         let message = format!("its disks are as they were in snapshot `{}`", name.unwrap_or_default());
         draft.vm_event(&record, EventType::Reverted, message);
     }
-    attach::take_report(draft, &mut record, &done.orders);
     if record == *entry.record {
         return Ok(entry);
     }

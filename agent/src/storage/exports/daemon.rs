@@ -36,9 +36,10 @@ use super::{
 use crate::{
     keeper::sys,
     qemu::{
-        disks,
+        disks::{self, SnapshotStep},
         qmp::{self, Client},
     },
+    vm::disks::SnapshotOrder,
 };
 
 /// The daemon is ready after some 50 ms.
@@ -175,6 +176,22 @@ impl Daemon {
     pub async fn grow(&mut self, disk: &Disk) -> Result<(), Error> {
         let arguments = json!({ "node-name": disk.node, "size": disk.size_bytes });
         self.execute("block_resize", Some(arguments)).await.map(drop)
+    }
+
+    /// Takes and removes snapshots of one VM's disks, each on all of them at one moment.
+    ///
+    /// # Errors
+    ///
+    /// It did not. Those before the one that failed are done.
+    pub async fn snapshots(&mut self, nodes: &[&str], orders: &[SnapshotOrder]) -> Result<(), Error> {
+        let answer = self.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
+        for step in disks::snapshot_steps(&answer, nodes, orders) {
+            match step {
+                SnapshotStep::Remove(arguments) => self.execute(disks::REMOVE_SNAPSHOT, Some(arguments)).await?,
+                SnapshotStep::Take(_, arguments) => self.execute(disks::TAKE_SNAPSHOT, Some(arguments)).await?,
+            };
+        }
+        Ok(())
     }
 
     /// Takes exports away: their clients are cut off at once. Returns what is exported then, when the last request of theirs has

@@ -7,6 +7,8 @@
 //!                                             └── revoke, look, add, look (daemon) ──▶ served ──▶ ServedDisks
 //! ```
 //!
+//! What is done to files that nobody is served (a disk is put back, or deleted) is done beside that by [`chores`].
+//!
 //! One task tells the daemon everything, one step after the other; [`plan`] decides the steps. What is served is in no file:
 //! after a restart of the agent the daemon knows it, after one of the daemon the leader's newest word in memory, and after both
 //! nothing is served before the leader speaks again. So an incarnation that is over never comes back from an old record (N2).
@@ -17,6 +19,7 @@
 //!   message of an older term through, and a leader's messages come in their order.
 //! * **N3** What is told as served was seen in the daemon after the newest order was taken in.
 
+mod chores;
 pub mod daemon;
 pub mod options;
 pub mod plan;
@@ -39,11 +42,16 @@ use tracing::{error, info, warn};
 use uncloud_proto::ids::{Incarnation, VmId};
 
 use self::{
+    chores::Chores,
     daemon::Daemon,
     plan::{Disk, Goal, Have},
 };
 use super::Storage;
-use crate::vm::{desired::Desired, runner::chain};
+use crate::vm::{
+    desired::{Desired, DiskState},
+    disks::Done,
+    runner::chain,
+};
 
 /// The daemon is looked at so often, also when nothing has been heard of its end.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -65,6 +73,10 @@ pub struct Served {
     pub next: Option<Incarnation>,
     /// Why they are not. Empty: they are, and to no other.
     pub problem: String,
+    /// What was done to them of what is ordered.
+    pub done: Done,
+    /// Why something was not. Empty: nothing is known to be wrong.
+    pub trouble: String,
 }
 
 /// What is wanted for one VM.
@@ -198,13 +210,15 @@ impl Exports {
         let mut daemon = Daemon::new(options, Arc::clone(&self.shared.wake));
         let mut made: BTreeMap<VmId, Made> = BTreeMap::new();
         let mut making = Making::default();
+        let mut chores = Chores::default();
         let mut trouble = String::new();
         let mut stuck = BTreeMap::new();
         loop {
             let wants = self.wants().clone();
             made.retain(|vm, _| wants.contains_key(vm));
+            chores.retain(|vm| wants.contains_key(&vm));
             self.make(&wants, &mut made, &mut making, &storage);
-            match self.pass(&mut daemon, &wants, &made, &mut stuck).await {
+            match self.pass(&mut daemon, &wants, &made, &mut stuck, (&mut chores, &storage)).await {
                 Ok(()) if trouble.is_empty() => {}
                 Ok(()) => {
                     info!("disks are served again");
@@ -212,7 +226,7 @@ impl Exports {
                 }
                 Err(problem) => {
                     let words = chain(&problem);
-                    self.tell(&wants, |_, _| Err(words.clone()));
+                    self.tell(&wants, |_, _| Err(words.clone()), |_, _| (Done::default(), String::new()));
                     if words != trouble {
                         error!("disks are not served: {words}");
                         trouble = words;
@@ -234,6 +248,7 @@ impl Exports {
                         making.vms.clear();
                     }
                 },
+                Some(()) = chores.finished() => {}
                 () = self.shared.wake.notified() => {}
                 () = time::sleep(pause) => {}
             }
@@ -278,8 +293,10 @@ impl Exports {
         wants: &BTreeMap<VmId, Want>,
         made: &BTreeMap<VmId, Made>,
         stuck: &mut Stuck,
+        (chores, storage): (&mut Chores, &Arc<Storage>),
     ) -> Result<(), daemon::Error> {
-        let goals: BTreeMap<VmId, Goal> = wants.iter().map(|(&vm, want)| (vm, goal(want, made.get(&vm)))).collect();
+        let goal = |(&vm, want): (&VmId, &Want)| (vm, goal(want, made.get(&vm), chores.is_putting_back(vm)));
+        let goals: BTreeMap<VmId, Goal> = wants.iter().map(goal).collect();
         let mut have = daemon.have().await?;
         let revoked = plan::revocations(&have, &goals);
         if !revoked.is_empty() {
@@ -317,14 +334,55 @@ impl Exports {
                 }
             }
         }
+        let mut with_snapshots = BTreeSet::new();
+        for (&vm, want) in wants {
+            let (Want::Serve(desired), Some(goal)) = (want, goals.get(&vm)) else { continue };
+            if !plan::reached(&have, vm, goal) {
+                continue;
+            }
+            let done = match goal {
+                Goal::Serve { next: None, disks, .. } if chores.may_try(vm) => {
+                    snapshots(daemon, desired, disks).await.map(|taken| taken.then_some(vm))
+                }
+                Goal::Serve { .. } | Goal::Rest { .. } | Goal::Nothing => Ok(None),
+            };
+            match done {
+                Ok(None) => {}
+                Ok(Some(vm)) => {
+                    chores.note_well(vm);
+                    with_snapshots.insert(vm);
+                }
+                Err(error @ daemon::Error::Qmp(_)) => {
+                    chores.note_failed(vm, format!("its snapshots: {}", chain(&error)));
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            // R4, D5: what is done now, nobody is served.
+            let Some(chore) = chores.due(vm, desired) else { continue };
+            match close(daemon, closed(vm, desired, goal, storage)).await {
+                Ok(()) => chores.begin(vm, chore, desired, storage),
+                Err(error @ daemon::Error::Qmp(_)) => chores.note_failed(vm, chain(&error)),
+                Err(error) => return Err(error),
+            }
+        }
         // N3: what counts is what the daemon says now.
         let have = daemon.have().await?;
-        self.tell(wants, |vm, want| said(vm, want, made.get(&vm), &goals, &have, &problems));
+        let state = |vm, want: &Want| said(vm, want, made.get(&vm), &goals, &have, &problems);
+        self.tell(wants, state, |vm, desired| {
+            let served = goals.get(&vm).is_some_and(|goal| plan::reached(&have, vm, goal));
+            (chores.done(vm, desired, served, with_snapshots.contains(&vm)), chores.trouble(vm))
+        });
         Ok(())
     }
 
     /// Tells what is served, of the orders that were taken in before.
-    fn tell(&self, wants: &BTreeMap<VmId, Want>, state: impl Fn(VmId, &Want) -> Result<(), String>) {
+    fn tell(
+        &self,
+        wants: &BTreeMap<VmId, Want>,
+        state: impl Fn(VmId, &Want) -> Result<(), String>,
+        done: impl Fn(VmId, &Desired) -> (Done, String),
+    ) {
         let mut served = BTreeMap::new();
         let mut withdrawn = BTreeMap::new();
         for (&vm, want) in wants {
@@ -333,7 +391,8 @@ impl Exports {
                 Want::Serve(desired) => {
                     let problem = state.err().unwrap_or_default();
                     let Order { incarnation, next } = Order::of(desired);
-                    served.insert(vm, Served { incarnation, next, problem });
+                    let (done, trouble) = done(vm, desired);
+                    served.insert(vm, Served { incarnation, next, problem, done, trouble });
                 }
                 Want::Nothing { incarnation, .. } if state.is_ok() => drop(withdrawn.insert(vm, *incarnation)),
                 Want::Nothing { .. } => {}
@@ -384,14 +443,47 @@ async fn grow(
     Ok(taken)
 }
 
+/// Has a VM's disks have the snapshots that are ordered. Returns whether there are any.
+async fn snapshots(daemon: &mut Daemon, desired: &Desired, disks: &[Disk]) -> Result<bool, daemon::Error> {
+    let orders = &desired.orders.snapshots;
+    if orders.is_empty() {
+        return Ok(false);
+    }
+    let nodes: Vec<&str> = disks.iter().map(|d| d.node.as_str()).collect();
+    daemon.snapshots(&nodes, orders).await.map(|()| true)
+}
+
+/// The nodes that must be closed for what is to be done to a VM whose goal is reached: all, or those of disks that go.
+fn closed(vm: VmId, desired: &Desired, goal: &Goal, storage: &Storage) -> Vec<String> {
+    match goal {
+        Goal::Rest { .. } | Goal::Nothing => storage.exported_nodes(vm, desired),
+        Goal::Serve { gone, .. } => {
+            gone.iter().map(|disk| super::plan::node_of(vm, disk, desired.disk_generation)).collect()
+        }
+    }
+}
+
+async fn close(daemon: &mut Daemon, nodes: Vec<String>) -> Result<(), daemon::Error> {
+    for node in nodes {
+        daemon.close(&node).await?;
+    }
+    Ok(())
+}
+
 /// What the daemon should have of one VM.
-fn goal(want: &Want, made: Option<&Made>) -> Goal {
+fn goal(want: &Want, made: Option<&Made>, putting_back: bool) -> Goal {
     match want {
         Want::Nothing { .. } => Goal::Nothing,
+        // R4
+        Want::Serve(desired) if putting_back || desired.orders.revert.is_some() => {
+            Goal::Rest { incarnation: desired.incarnation }
+        }
         Want::Serve(desired) => {
             let disks = made.filter(|m| m.are_of(desired)).and_then(|m| m.disks.as_ref().ok());
             let Order { incarnation, next } = Order::of(desired);
-            Goal::Serve { incarnation, next, disks: disks.cloned().unwrap_or_default() }
+            let gone = desired.spec.iter().flat_map(|s| &s.disks).filter(|d| d.state == DiskState::Deleting);
+            let gone = gone.map(|d| d.name.clone()).collect();
+            Goal::Serve { incarnation, next, disks: disks.cloned().unwrap_or_default(), gone }
         }
     }
 }
@@ -407,7 +499,11 @@ fn said(
     if let Some(problem) = problems.get(&vm) {
         return Err(problem.clone());
     }
-    if goals.get(&vm).is_some_and(|goal| plan::reached(have, vm, goal)) {
+    let goal = goals.get(&vm);
+    if let Some(Goal::Rest { .. }) = goal {
+        return Err("its disks are being put back to a snapshot".to_owned());
+    }
+    if goal.is_some_and(|goal| plan::reached(have, vm, goal)) {
         return Ok(());
     }
     match (want, made) {

@@ -14,7 +14,8 @@
 //!   then the order is one from before the hand-over.
 //! * **N3** A VM counts as served to an incarnation only while its exports for that one are there, and none for another ([`reached`]).
 //! * **N6** The export of a disk that is detached stays as long as the incarnation that has it ([`revocations`]): its machine may not
-//!   have let go of it yet, and what it still writes is not lost.
+//!   have let go of it yet, and what it still writes is not lost. One that is to be deleted has let go of (D5, controller/src/state/attach.rs).
+//! * **R4** (controller/src/state/snapshots.rs) A VM whose disks are put back has no export, and nothing is put back beside a newer one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -83,6 +84,13 @@ pub enum Goal {
         next: Option<Incarnation>,
         /// The disks. Empty while they are not made yet.
         disks: Vec<Disk>,
+        /// Disks that have none, because they are about to be deleted.
+        gone: BTreeSet<String>,
+    },
+    /// None at all, while its disks are put back for this incarnation.
+    Rest {
+        /// The incarnation.
+        incarnation: Incarnation,
     },
     /// None at all.
     Nothing,
@@ -110,18 +118,23 @@ fn newer(have: &Have, vm: VmId, incarnation: Incarnation) -> bool {
 /// The exports that must go. Whatever is not named by a goal stays.
 #[must_use]
 pub fn revocations(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<Name> {
-    let mut gone = Vec::new();
+    let mut going = Vec::new();
     for (&vm, goal) in goals {
         match goal {
-            Goal::Nothing => gone.extend(of(have, vm).map(|(name, _)| name)),
+            Goal::Nothing => going.extend(of(have, vm).map(|(name, _)| name)),
+            // N2
+            Goal::Rest { incarnation } if newer(have, vm, *incarnation) => {}
+            Goal::Rest { .. } => going.extend(of(have, vm).map(|(name, _)| name)),
             Goal::Serve { incarnation, .. } if outdated(have, vm, *incarnation) => {}
-            Goal::Serve { incarnation, next, .. } => {
-                let stays = |i: Incarnation| i == *incarnation || Some(i) == *next;
-                gone.extend(of(have, vm).map(|(name, _)| name).filter(|name| !stays(name.incarnation)));
+            Goal::Serve { incarnation, next, gone, .. } => {
+                let stays = |n: &Name| {
+                    (n.incarnation == *incarnation || Some(n.incarnation) == *next) && !gone.contains(&n.disk)
+                };
+                going.extend(of(have, vm).map(|(name, _)| name).filter(|name| !stays(name)));
             }
         }
     }
-    gone
+    going
 }
 
 /// The exports that can be made now, by what the daemon has now. When they are made there may be more (N5).
@@ -130,8 +143,8 @@ pub fn additions(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<(Name, Disk)>
     let mut made = Vec::new();
     for (&vm, goal) in goals {
         match goal {
-            Goal::Nothing => {}
-            Goal::Serve { incarnation, next, disks } => {
+            Goal::Nothing | Goal::Rest { .. } => {}
+            Goal::Serve { incarnation, next, disks, .. } => {
                 // N1
                 if of(have, vm).any(|(name, _)| name.incarnation != *incarnation && Some(name.incarnation) != *next) {
                     continue;
@@ -162,8 +175,8 @@ pub fn outgrown(have: &Have, sizes: &Sizes, goals: &BTreeMap<VmId, Goal>) -> Vec
     let mut found = Vec::new();
     for (&vm, goal) in goals {
         match goal {
-            Goal::Nothing | Goal::Serve { next: Some(_), .. } => {}
-            Goal::Serve { incarnation, next: None, disks } => {
+            Goal::Nothing | Goal::Rest { .. } | Goal::Serve { next: Some(_), .. } => {}
+            Goal::Serve { incarnation, next: None, disks, .. } => {
                 if of(have, vm).any(|(name, _)| name.incarnation != *incarnation) {
                     continue;
                 }
@@ -186,15 +199,16 @@ fn missing(have: &Have, vm: VmId, incarnation: Incarnation, disks: &[Disk]) -> V
 #[must_use]
 pub fn reached(have: &Have, vm: VmId, goal: &Goal) -> bool {
     match goal {
-        Goal::Nothing => of(have, vm).next().is_none(),
-        Goal::Serve { incarnation, next, disks } => {
+        Goal::Nothing | Goal::Rest { .. } => of(have, vm).next().is_none(),
+        Goal::Serve { incarnation, next, disks, gone } => {
             let there: BTreeSet<(Incarnation, String, &str)> =
                 of(have, vm).map(|(name, node)| (name.incarnation, name.disk, node.as_str())).collect();
             let of_one = |i: Incarnation| disks.iter().map(move |d| (i, d.name.clone(), d.node.as_str()));
             let wanted: BTreeSet<_> = [*incarnation].into_iter().chain(*next).flat_map(of_one).collect();
             let theirs = |i: Incarnation| i == *incarnation || Some(i) == *next;
             // N6
-            !disks.is_empty() && wanted.is_subset(&there) && there.iter().all(|(i, ..)| theirs(*i))
+            let stays = |(i, disk, _): &(Incarnation, String, &str)| theirs(*i) && !gone.contains(disk);
+            !disks.is_empty() && wanted.is_subset(&there) && there.iter().all(stays)
         }
     }
 }
@@ -225,13 +239,13 @@ mod tests {
 
     fn serve(vm_n: u128, incarnation: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
         let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
-        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), next: None, disks })].into()
+        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), next: None, disks, gone: BTreeSet::new() })].into()
     }
 
     fn migrate(vm_n: u128, incarnation: u64, to: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
         let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
         let (incarnation, next) = (Incarnation(incarnation), Some(Incarnation(to)));
-        [(vm(vm_n), Goal::Serve { incarnation, next, disks })].into()
+        [(vm(vm_n), Goal::Serve { incarnation, next, disks, gone: BTreeSet::new() })].into()
     }
 
     fn made(have: &Have, goals: &BTreeMap<VmId, Goal>) -> Vec<Name> {
@@ -338,6 +352,32 @@ mod tests {
             "the old one may still write to it"
         );
         assert!(made(&have(&[(1, 2, "data")]), &next).is_empty());
+    }
+
+    /// R4
+    #[test]
+    fn what_is_put_back_is_served_to_nobody_and_never_taken_from_a_newer_incarnation() {
+        let rest: BTreeMap<_, _> = [(vm(1), Goal::Rest { incarnation: Incarnation(2) })].into();
+        let there = have(&[(1, 1, "root"), (1, 2, "data"), (2, 1, "root")]);
+        assert_eq!(revocations(&there, &rest).len(), 2);
+        assert!(additions(&Have::new(), &rest).is_empty());
+        assert!(reached(&have(&[(2, 1, "root")]), vm(1), &rest[&vm(1)]) && !reached(&there, vm(1), &rest[&vm(1)]));
+        let newer = have(&[(1, 3, "root")]);
+        assert_eq!(revocations(&newer, &rest), []);
+        assert!(!reached(&newer, vm(1), &rest[&vm(1)]), "so nothing is put back");
+    }
+
+    /// D5
+    #[test]
+    fn a_disk_that_is_to_be_deleted_is_served_to_nobody_and_the_others_are() {
+        let mut goals = serve(1, 2, &["root"]);
+        let there = have(&[(1, 2, "root"), (1, 2, "data")]);
+        if let Some(Goal::Serve { gone, .. }) = goals.get_mut(&vm(1)) {
+            gone.insert("data".into());
+        }
+        assert_eq!(revocations(&there, &goals), [name(1, 2, "data")]);
+        assert!(!reached(&there, vm(1), &goals[&vm(1)]));
+        assert!(reached(&have(&[(1, 2, "root")]), vm(1), &goals[&vm(1)]));
     }
 
     #[test]

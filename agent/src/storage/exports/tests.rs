@@ -5,6 +5,7 @@
 use std::{os::unix::process::ExitStatusExt, process::Command, sync::Arc};
 
 use tokio::sync::Notify;
+use uncloud_proto::ids::HostId;
 use uuid::Uuid;
 
 use super::{
@@ -12,7 +13,15 @@ use super::{
     plan::{Disk, Have, Name},
     *,
 };
-use crate::vm::fake;
+use crate::{
+    storage::pools::{Kind, Pool},
+    vm::{
+        desired::Disk as Wanted,
+        disks::{Orders, Revert, SnapshotOrder, Wanted as There},
+        fake,
+        starts::Starts,
+    },
+};
 
 fn vm() -> VmId {
     VmId::from_uuid(Uuid::from_u128(7))
@@ -29,7 +38,7 @@ fn n2_an_older_order_is_not_obeyed() {
     // It is to be deleted, as incarnation 5: nobody is served it any more.
     exports.wants().insert(vm(), Want::Nothing { incarnation: Incarnation(5), nodes: Vec::new() });
     exports.want(vm(), fake::desired(4));
-    assert_eq!(goal(&exports.wants()[&vm()], None), Goal::Nothing);
+    assert_eq!(goal(&exports.wants()[&vm()], None, false), Goal::Nothing);
 }
 
 /// N5: the disks that its source had are those that the target goes on with, and nothing is made anew meanwhile.
@@ -76,6 +85,33 @@ impl Real {
 
     fn disk(&self) -> Disk {
         Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk"), size_bytes: 1 << 20 }
+    }
+
+    /// With a pool `p` that it exports.
+    fn storage(&self) -> Arc<Storage> {
+        let path = self.dir.path().join("pool");
+        std::fs::create_dir_all(&path).unwrap();
+        crate::storage::pools::init(&path, "p", Uuid::from_u128(1)).unwrap();
+        let address = ([127, 0, 0, 1], self.port).into();
+        let options = crate::storage::Options {
+            pools: vec![Pool { name: "p".into(), path, kind: Kind::Exported(address) }],
+            image_dirs: Vec::new(),
+            user: None,
+            qemu_img: "qemu-img".into(),
+            uefi_vars: self.dir.path().join("none"),
+            host: HostId::from_uuid(Uuid::from_u128(2)),
+            http: Err("no network here".into()),
+            max_image_bytes: 1 << 30,
+        };
+        Arc::new(Storage::new(options, Starts::new(1)))
+    }
+
+    /// Whether a client of this export finds this byte at the beginning of the disk, or writes it there.
+    fn io(&self, name: &Name, command: &str) -> bool {
+        let uri = format!("nbd://127.0.0.1:{}/{name}", self.port);
+        let output = Command::new("qemu-io").args(["-f", "raw", "-c", command, &uri]).output().unwrap();
+        // It says that a pattern is another one, and ends well.
+        output.status.success() && !String::from_utf8_lossy(&output.stdout).contains("failed")
     }
 
     fn pid(&self) -> Option<u32> {
@@ -185,6 +221,7 @@ async fn a_daemon_that_cannot_serve_says_why() {
 async fn a_disk_grows_before_it_is_said_to_be_served_and_one_that_cannot_is_served_and_says_why() {
     let (real, exports, desired) = (Real::new(), Exports::default(), fake::desired(1));
     let (mut daemon, mut stuck) = (real.agent(), Stuck::new());
+    let (storage, mut chores) = (real.storage(), Chores::default());
     exports.want(vm(), desired.clone());
     let wants = exports.wants().clone();
     let made = |size_bytes| {
@@ -194,17 +231,123 @@ async fn a_disk_grows_before_it_is_said_to_be_served_and_one_that_cannot_is_serv
     };
     let problem = || exports.served().borrow()[&vm()].problem.clone();
     for size in [1 << 20, 2 << 20] {
-        exports.pass(&mut daemon, &wants, &made(size), &mut stuck).await.unwrap();
+        exports.pass(&mut daemon, &wants, &made(size), &mut stuck, (&mut chores, &storage)).await.unwrap();
         assert_eq!((problem(), daemon.sizes().await.unwrap()["d1"]), (String::new(), size));
         assert!(real.reads(&name(1)) && stuck.is_empty());
     }
     let too_large = made(1 << 62);
     for _ in 0..2 {
-        exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+        exports.pass(&mut daemon, &wants, &too_large, &mut stuck, (&mut chores, &storage)).await.unwrap();
         assert!(problem().contains("disk root does not grow"), "{}", problem());
         assert!(real.reads(&name(1)));
     }
     let since = stuck["d1"].1;
-    exports.pass(&mut daemon, &wants, &too_large, &mut stuck).await.unwrap();
+    exports.pass(&mut daemon, &wants, &too_large, &mut stuck, (&mut chores, &storage)).await.unwrap();
     assert_eq!(stuck["d1"].1, since, "it is not tried each time");
+}
+
+/// What one host has exported, with all that it remembers.
+struct Serving {
+    real: Real,
+    storage: Arc<Storage>,
+    exports: Exports,
+    daemon: Daemon,
+    chores: Chores,
+}
+
+impl Serving {
+    fn new() -> Self {
+        let real = Real::new();
+        let (storage, daemon) = (real.storage(), real.agent());
+        Self { real, storage, exports: Exports::default(), daemon, chores: Chores::default() }
+    }
+
+    /// Does what is ordered, until there is nothing to wait for.
+    async fn obey(&mut self, desired: &Desired) -> Served {
+        self.exports.want(vm(), desired.clone());
+        for _ in 0..2 {
+            let wants = self.exports.wants().clone();
+            let disks = self.storage.serve(vm(), desired).await.map_err(|e| e.reason());
+            let made = Made { now: Order::of(desired), desired: Box::new(desired.clone()), disks, at: Instant::now() };
+            let (made, tools) = (BTreeMap::from([(vm(), made)]), (&mut self.chores, &self.storage));
+            self.exports.pass(&mut self.daemon, &wants, &made, &mut Stuck::new(), tools).await.unwrap();
+            self.chores.finished().await;
+        }
+        self.exports.served().borrow()[&vm()].clone()
+    }
+}
+
+fn with_disks(incarnation: u64, disks: &[(&str, DiskState, u64)]) -> Desired {
+    let mut desired = fake::desired(incarnation);
+    let disk = |&(name, state, order): &(&str, DiskState, u64)| Wanted {
+        name: name.into(),
+        pool: "p".into(),
+        size_bytes: 1 << 20,
+        state,
+        order,
+        ..Wanted::default()
+    };
+    desired.spec.as_mut().unwrap().disks = disks.iter().map(disk).collect();
+    desired
+}
+
+/// R4
+#[tokio::test]
+async fn disks_are_put_back_while_nobody_is_served_and_once() {
+    let mut serving = Serving::new();
+    let plain = with_disks(1, &[("root", DiskState::Attached, 0)]);
+    assert_eq!(serving.obey(&plain).await.problem, "");
+    assert!(serving.real.io(&name(1), "write -P 1 0 4k"));
+    let snapshot = Uuid::from_u128(0x51);
+    let snapshots = vec![SnapshotOrder { id: snapshot, wanted: There::There }];
+    let take = Desired { orders: Orders { snapshots, ..Orders::default() }, ..plain.clone() };
+    let served = serving.obey(&take).await;
+    assert_eq!((served.done.made, served.problem.as_str(), served.trouble.as_str()), (vec![snapshot], "", ""));
+    assert!(serving.real.io(&name(1), "write -P 2 0 4k"), "it is served all along");
+
+    let revert = Some(Revert { snapshot, number: 1 });
+    let put_back = Desired { orders: Orders { revert, ..Orders::default() }, ..plain.clone() };
+    let served = serving.obey(&put_back).await;
+    assert_eq!((served.done.reverted, served.problem.is_empty()), (1, false));
+    assert!(!serving.real.reads(&name(1)), "until the leader says something else");
+    // The guest runs again, as the next incarnation.
+    let next = with_disks(2, &[("root", DiskState::Attached, 0)]);
+    assert_eq!(serving.obey(&next).await.problem, "");
+    assert!(serving.real.io(&name(2), "read -P 1 0 4k") && !serving.real.io(&name(2), "read -P 2 0 4k"));
+    assert!(serving.real.io(&name(2), "write -P 3 0 4k"));
+    // N2: an agent that knows nothing gets an order of before.
+    let (exports, chores) = (Exports::default(), Chores::default());
+    (serving.exports, serving.chores) = (exports, chores);
+    assert_eq!(serving.obey(&put_back).await.done.reverted, 0);
+    assert!(serving.real.io(&name(2), "read -P 3 0 4k"), "nothing is lost");
+
+    // It cannot be done, and says so.
+    let revert = Some(Revert { snapshot: Uuid::from_u128(0x52), number: 2 });
+    let lost = Desired { orders: Orders { revert, ..Orders::default() }, ..next };
+    let mut served = serving.obey(&lost).await;
+    assert_eq!(served.done.reverted, 0);
+    served = serving.obey(&lost).await;
+    assert!(served.trouble.contains("has no snapshot"), "{served:?}");
+}
+
+/// D5
+#[tokio::test]
+async fn a_disk_comes_is_deleted_and_one_of_the_same_name_comes_again_while_the_others_are_served() {
+    use DiskState::{Attached, Attaching, Deleting, Detached};
+    let mut serving = Serving::new();
+    let data = Name { disk: "data".into(), ..name(1) };
+    let both = serving.obey(&with_disks(1, &[("root", Attached, 0), ("data", Attaching, 1)])).await;
+    assert_eq!((both.done.disks, both.problem.as_str()), (vec![1], ""));
+    assert!(serving.real.io(&data, "write -P 1 0 4k"));
+    serving.obey(&with_disks(1, &[("root", Attached, 0), ("data", Detached, 0)])).await;
+    assert!(serving.real.reads(&data), "N6");
+    let files = |serving: &Serving| {
+        std::fs::read_dir(serving.real.dir.path().join("pool/disks").join(vm().to_string())).unwrap().count()
+    };
+    assert_eq!(files(&serving), 2);
+    let gone = serving.obey(&with_disks(1, &[("root", Attached, 0), ("data", Deleting, 2)])).await;
+    assert_eq!((gone.done.disks, gone.problem.as_str(), files(&serving)), (vec![2], "", 1));
+    assert!(!serving.real.reads(&data) && serving.real.reads(&name(1)));
+    serving.obey(&with_disks(1, &[("root", Attached, 0), ("data", Attaching, 3)])).await;
+    assert!(serving.real.io(&data, "read -P 0 0 4k"), "a new one");
 }

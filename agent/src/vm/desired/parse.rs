@@ -371,7 +371,7 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
         id => Some(Uuid::try_parse(id).map_err(|e| unusable(field("id"), format!("{e}")))?),
     };
     let (name, pool) = (d.name.clone(), d.pool.clone());
-    Ok(Disk { name, pool, size_bytes: d.size_bytes, image, bus, cache, unit: d.unit, id, state })
+    Ok(Disk { name, pool, size_bytes: d.size_bytes, image, bus, cache, unit: d.unit, id, state, order: d.order })
 }
 
 fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {

@@ -11,7 +11,7 @@ use crate::{
     model::{
         Desired, DrainHow,
         host::{Pool, PoolAccess},
-        vm::{DiskHotplug, VmSpec},
+        vm::{DiskHotplug, DiskState, SnapshotGuest, SnapshotState, VmSpec},
     },
     sessions::{
         desired::{self, Plan},
@@ -21,7 +21,7 @@ use crate::{
         Prospect,
         command::{
             Command, DetachHow, DiskToAttach, DisksObservation, DrainStep, HostFacts, Lapsed, ObservedState,
-            PowerChange, Refusal, VmObservation,
+            PowerChange, ServedObservation, VmObservation,
         },
         exports,
     },
@@ -75,7 +75,8 @@ fn told(world: &World, grants: &Grants, vm: VmId) -> Option<v1::DesiredVm> {
 /// The storage host says that a VM's disks are served to this incarnation.
 fn serve(world: &mut World, grants: &Grants, vm: VmId, incarnation: u64) {
     let incarnation = Incarnation(incarnation);
-    world.ok(Command::NoteServed { host: host_id(3), vm, incarnation });
+    let served = ServedObservation { incarnation, served: true, ..Default::default() };
+    world.ok(Command::NoteServed { host: host_id(3), vm, said: Box::new(served) });
     said(world, grants, host_id(3), vm, incarnation, None);
 }
 
@@ -198,27 +199,11 @@ fn a_vm_without_a_host_has_its_files_deleted_though_no_host_ever_said_that_it_ra
 }
 
 #[test]
-fn what_a_network_pool_cannot_do_is_refused_with_its_reason() {
-    let (mut world, grants) = (world(), Grants::default());
-    let vm = world.create(1, with_disk("net"));
-    serve(&mut world, &grants, vm, 1);
-    world.report(vm, ObservedState::Running);
-    let why = |refusal| match refusal {
-        Refusal::Precondition(why) => why,
-        other => panic!("{other}"),
-    };
-    let snapshot = "before".to_owned();
-    for command in [
-        Command::CreateSnapshot { vm, id: Uuid::from_u128(5), name: snapshot.clone() },
-        Command::DeleteSnapshot { vm, name: snapshot.clone() },
-        Command::RevertToSnapshot { vm, name: snapshot },
-    ] {
-        let why = why(world.refused(command));
-        assert!(why.contains("pool `net`, which hosts reach over the network"), "{why}");
-    }
+fn all_disks_of_a_vm_lie_in_one_network_pool_or_in_none() {
+    let mut world = world();
     let mut mixed = with_disk("net");
     mixed.disks.push(crate::model::vm::Disk { name: "disk1".into(), ..disk("local") });
-    let vm = world.create(2, mixed);
+    let vm = world.create(1, mixed);
     assert_eq!(world.host_of(vm), None);
     assert!(world.reason(vm).contains("all disks of a VM must lie in it"), "{}", world.reason(vm));
 }
@@ -245,20 +230,13 @@ fn a_disk_comes_to_a_network_pool_and_goes_where_a_machine_shows_that_it_is_made
     let to_storage = |world: &World| state(serving::order(&world.state, host_id(3), vm).unwrap());
     assert_eq!(to_storage(&world), v1::DiskState::Attaching);
     assert_eq!(state(told(&world, &grants, vm).unwrap()), v1::DiskState::Attaching);
-    let refused = world.refused(detach(DetachHow::Delete)).to_string();
-    assert!(refused.contains("detach it without --delete"), "{refused}");
     world.ok(detach(DetachHow::Keep));
-    assert_eq!(to_storage(&world), v1::DiskState::Detaching);
+    assert_eq!(to_storage(&world), v1::DiskState::Detached, "the machine may have it; its storage host has nothing to do");
     let host = world.host_of(vm).unwrap();
     let disks = DisksObservation { orders: vec![world.record(vm).disk_orders], ..Default::default() };
     let report = VmObservation { disks, ..world.observation(vm, ObservedState::Running) };
     world.ok(Command::Report { host, reports: vec![report] });
     assert_eq!(to_storage(&world), v1::DiskState::Detached);
-
-    world.set(vm, PowerChange::Stop);
-    world.report(vm, ObservedState::Stopped);
-    let refused = world.refused(attach("net")).to_string();
-    assert!(refused.contains("start it first"), "{refused}");
 }
 
 /// The storage host is told of the new size, whether the VM runs, has been made or not; the room is that of the storage host.
@@ -384,4 +362,207 @@ fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stay
     assert!(
         world.refused(Command::DrainVm { vm, from: host, step: DrainStep::Stop }).to_string().contains("cannot leave")
     );
+}
+
+/// The storage host says that it has done this for an incarnation.
+fn storage_has_done(world: &mut World, vm: VmId, incarnation: u64, disks: DisksObservation) {
+    let said = ServedObservation { incarnation: Incarnation(incarnation), served: true, disks, trouble: String::new() };
+    world.ok(Command::NoteServed { host: host_id(3), vm, said: Box::new(said) });
+}
+
+fn orders(numbers: &[u64]) -> DisksObservation {
+    DisksObservation { orders: numbers.to_vec(), ..Default::default() }
+}
+
+fn snapshot_ready(world: &mut World, vm: VmId, id: Uuid, name: &str) {
+    world.ok(Command::CreateSnapshot { vm, id, name: name.into() });
+    let incarnation = world.incarnation(vm);
+    storage_has_done(world, vm, incarnation, DisksObservation { made: vec![id], ..Default::default() });
+}
+
+/// A VM that runs with a disk in the pool.
+fn running(world: &mut World, grants: &Grants, n: u128, spec: VmSpec) -> VmId {
+    let vm = world.create(n, spec);
+    serve(world, grants, vm, 1);
+    world.report(vm, ObservedState::Running);
+    vm
+}
+
+#[test]
+fn the_storage_host_takes_and_removes_snapshots_and_the_host_of_the_vm_hears_nothing_of_it() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = running(&mut world, &grants, 1, with_disk("net"));
+    let id = Uuid::from_u128(0x51);
+    let create = Command::CreateSnapshot { vm, id, name: "s".into() };
+    world.ok(create);
+    assert_eq!(told(&world, &grants, vm).unwrap().snapshots, []);
+    let order = serving::order(&world.state, host_id(3), vm).unwrap();
+    assert_eq!(order.snapshots, [v1::SnapshotOrder { id: id.to_string(), remove: false }]);
+    let made = || DisksObservation { made: vec![id], ..Default::default() };
+    // Neither the VM's host nor another one has the disk, and what was said of another incarnation is late.
+    let host = world.host_of(vm).unwrap();
+    let report = VmObservation { disks: made(), ..world.observation(vm, ObservedState::Running) };
+    world.ok(Command::Report { host, reports: vec![report] });
+    storage_has_done(&mut world, vm, 7, made());
+    let by_other = ServedObservation { incarnation: Incarnation(1), disks: made(), ..Default::default() };
+    world.ok(Command::NoteServed { host, vm, said: Box::new(by_other) });
+    assert_eq!(world.record(vm).snapshots[0].state, SnapshotState::Creating);
+    storage_has_done(&mut world, vm, 1, made());
+    let snapshot = world.record(vm).snapshots[0].clone();
+    assert_eq!((snapshot.state, snapshot.guest), (SnapshotState::Ready, Some(SnapshotGuest::Running)));
+
+    world.ok(Command::DeleteSnapshot { vm, name: "s".into() });
+    assert!(serving::order(&world.state, host_id(3), vm).unwrap().snapshots[0].remove);
+    storage_has_done(&mut world, vm, 1, DisksObservation { removed: vec![id], ..Default::default() });
+    assert!(world.record(vm).snapshots.is_empty());
+}
+
+/// R4
+#[test]
+fn disks_in_a_network_pool_are_put_back_only_when_nothing_executes_under_their_incarnation() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = running(&mut world, &grants, 1, with_disk("net"));
+    snapshot_ready(&mut world, vm, Uuid::from_u128(0x51), "s");
+    world.ok(Command::RevertToSnapshot { vm, name: "s".into() });
+    let reverted = |number| DisksObservation { reverted: number, ..Default::default() };
+    let order = |world: &World| serving::order(&world.state, host_id(3), vm).unwrap();
+    // Also by a leader that knows of no grant: what executes is to be killed.
+    let message = told(&world, &Grants::default(), vm).unwrap();
+    assert_eq!((message.disposition(), message.stop_force, message.revert), (v1::Disposition::Stop, true, None));
+    assert_eq!(order(&world).revert, None, "it may still execute");
+    storage_has_done(&mut world, vm, 1, reverted(1));
+    assert!(world.record(vm).revert.is_some(), "nobody was told to");
+    world.report(vm, ObservedState::Stopping);
+    assert_eq!(order(&world).revert, None);
+
+    // Its host dies, and so does what it had said.
+    world.report(vm, ObservedState::Stopped);
+    assert_eq!(order(&world).revert.unwrap().number, 1);
+    let host = world.host_of(vm).unwrap();
+    world.lapse(host, Lapsed::Fast);
+    assert_eq!(world.incarnation(vm), 2);
+    assert_eq!(order(&world).revert, None, "nobody has said that of this incarnation");
+    storage_has_done(&mut world, vm, 1, reverted(1));
+    storage_has_done(&mut world, vm, 2, reverted(1));
+    assert!(world.record(vm).revert.is_some());
+    world.report(vm, ObservedState::Stopped);
+    let told_to = order(&world);
+    assert_eq!((told_to.revert.unwrap().number, told_to.incarnation), (1, 2));
+
+    // R2
+    storage_has_done(&mut world, vm, 2, reverted(1));
+    assert_eq!((world.record(vm).revert, world.incarnation(vm)), (None, 3));
+    assert_eq!(told(&world, &grants, vm), None, "N4");
+    serve(&mut world, &grants, vm, 3);
+    assert_eq!(told(&world, &grants, vm).unwrap().disposition(), v1::Disposition::Run);
+
+    // One that stands still already.
+    world.report(vm, ObservedState::Running);
+    world.set(vm, PowerChange::Stop);
+    world.report(vm, ObservedState::Stopped);
+    world.ok(Command::RevertToSnapshot { vm, name: "s".into() });
+    assert_eq!(order(&world).revert.unwrap().number, 2);
+    storage_has_done(&mut world, vm, 3, reverted(2));
+    assert_eq!((world.record(vm).revert, world.incarnation(vm)), (None, 3));
+}
+
+/// D5
+#[test]
+fn a_disk_in_a_network_pool_is_deleted_when_no_machine_has_it_and_not_before() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = running(&mut world, &grants, 1, VmSpec { disk_hotplug: DiskHotplug::Enabled, ..with_disk("net") });
+    let state = |world: &World| world.record(vm).spec.disks.get(1).map(|d| d.state);
+    let at = |order: Option<v1::DesiredVm>| {
+        let disk = order.unwrap().spec.unwrap().disks[1].clone();
+        (disk.state(), disk.order)
+    };
+    let machine = |world: &mut World, seen, numbers: &[u64]| {
+        let host = world.host_of(vm).unwrap();
+        let report = VmObservation { disks: orders(numbers), ..world.observation(vm, seen) };
+        world.ok(Command::Report { host, reports: vec![report] });
+    };
+    let attach = Command::AttachDisk {
+        vm,
+        disk: Box::new(DiskToAttach {
+            id: Uuid::from_u128(9),
+            name: Some("data".into()),
+            pool: Some("net".into()),
+            size_bytes: 1 << 20,
+            bus: None,
+            cache: None,
+        }),
+    };
+    world.ok(attach.clone());
+    storage_has_done(&mut world, vm, 1, orders(&[1]));
+    assert_eq!(state(&world), Some(DiskState::Attaching), "the machine does not have it yet");
+    machine(&mut world, ObservedState::Running, &[1]);
+    assert_eq!(state(&world), Some(DiskState::Attached));
+
+    let delete = |how| Command::DetachDisk { vm, disk: "data".into(), how };
+    world.ok(delete(DetachHow::Delete));
+    assert_eq!(at(told(&world, &grants, vm)), (v1::DiskState::Detaching, 2));
+    assert_eq!(at(serving::order(&world.state, host_id(3), vm)), (v1::DiskState::Detached, 0), "a machine may have it");
+    storage_has_done(&mut world, vm, 1, orders(&[2]));
+    assert_eq!(state(&world), Some(DiskState::Deleting));
+    machine(&mut world, ObservedState::Running, &[2]);
+    assert_eq!(state(&world), Some(DiskState::Deleting), "its file is still there");
+    assert_eq!(at(told(&world, &grants, vm)), (v1::DiskState::Detached, 0));
+    assert_eq!(at(serving::order(&world.state, host_id(3), vm)), (v1::DiskState::Deleting, 3));
+    // D1: what was said of the first half is not the second.
+    machine(&mut world, ObservedState::Running, &[2, 3]);
+    storage_has_done(&mut world, vm, 1, orders(&[2]));
+    assert_eq!(state(&world), Some(DiskState::Deleting));
+    storage_has_done(&mut world, vm, 1, orders(&[3]));
+    assert_eq!(state(&world), None);
+
+    // While it is stopped: the storage host alone makes it.
+    world.set(vm, PowerChange::Stop);
+    world.report(vm, ObservedState::Stopped);
+    world.ok(attach.clone());
+    assert_eq!(at(told(&world, &grants, vm)), (v1::DiskState::Unspecified, 0));
+    machine(&mut world, ObservedState::Stopped, &[4]);
+    assert_eq!(state(&world), Some(DiskState::Attaching), "it is not made yet");
+    storage_has_done(&mut world, vm, 1, orders(&[4]));
+    assert_eq!(state(&world), Some(DiskState::Attached));
+    world.ok(delete(DetachHow::Keep));
+    machine(&mut world, ObservedState::Stopped, &[5]);
+    assert_eq!(state(&world), Some(DiskState::Detached));
+    // No machine has it: the storage host is told at once.
+    world.ok(delete(DetachHow::Delete));
+    assert_eq!(at(serving::order(&world.state, host_id(3), vm)), (v1::DiskState::Deleting, 6));
+    storage_has_done(&mut world, vm, 1, orders(&[6]));
+    assert_eq!(state(&world), None);
+
+    // It is stopped between the two halves.
+    world.set(vm, PowerChange::Start);
+    serve(&mut world, &grants, vm, 2);
+    world.report(vm, ObservedState::Running);
+    world.ok(attach);
+    storage_has_done(&mut world, vm, 2, orders(&[7]));
+    world.set(vm, PowerChange::Stop);
+    world.report(vm, ObservedState::Stopped);
+    assert_eq!(state(&world), Some(DiskState::Attached));
+}
+
+/// P5: that a clone's disks are made is said by the storage host, and then its source may change.
+#[test]
+fn a_clone_in_a_network_pool_is_made_by_the_storage_host() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = running(&mut world, &grants, 1, with_disk("net"));
+    let id = Uuid::from_u128(0x51);
+    snapshot_ready(&mut world, vm, id, "s");
+    let clone = crate::state::command::NewClone { id: vm_id(2), name: "copy".into(), macs: Vec::new() };
+    world.ok(Command::CloneVm { request: None, source: vm, snapshot: Some("s".into()), clone: Box::new(clone) });
+    let copy = vm_id(2);
+    world.ok(Command::Place { vms: vec![copy] });
+    assert_ne!(world.host_of(copy), Some(host_id(3)));
+    let order = serving::order(&world.state, host_id(3), copy).unwrap();
+    assert_eq!(order.clone_from.unwrap().snapshot_id, id.to_string());
+    let delete = Command::DeleteSnapshot { vm, name: "s".into() };
+    assert!(world.refused(delete.clone()).to_string().contains("is being copied"));
+    assert_eq!(told(&world, &grants, copy), None);
+    serve(&mut world, &grants, copy, 1);
+    assert_eq!(told(&world, &grants, copy).unwrap().clone_from, None);
+    assert!(world.record(copy).clone_of.is_none());
+    world.ok(delete);
 }

@@ -2,7 +2,8 @@
 //! safe protocol (stopped before the last of it is sent, and let go on only when all is there), but with nobody to ask in between.
 //!
 //! A guest's clocks stand still with it, so what is measured is what QEMU says: from the source's event STOP to the target's
-//! RESUME, by the clock of the machine that both run on. Both kinds take turns.
+//! RESUME, by the clock of the machine that both run on. Both kinds take turns; the guest whose turn it is not stands still meanwhile, so
+//! that neither takes the other's CPU.
 
 use std::{
     fs,
@@ -14,7 +15,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use harness::{
     Cluster, Options,
-    api::host_of,
+    api::{host_of, phase_of},
     etcd::Fsync,
     guest::{self, Continuity},
     migration::{Load, begin, ended, loaded},
@@ -25,11 +26,11 @@ use harness::{
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use uncloud_proto::v1::{MigrationResult, Vm};
+use uncloud_proto::v1::{self, MigrationResult, Vm, VmPhase};
 
 use super::{Measured, median, millis};
 
-const TRIALS: usize = 50;
+const TRIALS: usize = 100;
 const LIMIT: Duration = Duration::from_secs(60);
 /// The guest beats ten times a second and writes to 4 MiB of its memory all the time.
 const LOAD: Load = Load { beat_ms: 100, dirty_kib: 4 << 10, kib_per_second: 16 << 10 };
@@ -48,8 +49,11 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
 
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     for trial in 1..=TRIALS {
+        plain = held(plain, "stop").await?;
         let (took, moved) = one(&mut cluster, &vm).await.with_context(|| format!("migration {trial}"))?;
         vm = moved;
+        pause(&cluster, &vm, true).await?;
+        plain = held(plain, "cont").await?;
         let (beside, back) = blocking(move || {
             let took = plain.migrate()?;
             Ok((took, plain))
@@ -57,6 +61,7 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
         .await
         .with_context(|| format!("plain migration {trial}"))?;
         plain = back;
+        pause(&cluster, &vm, false).await?;
         eprintln!(
             "migration {trial} of {TRIALS}: {:.1} ms, plain QEMU {:.1} ms",
             millis(took.whole()),
@@ -92,6 +97,26 @@ fn p99(mut values: Vec<f64>) -> f64 {
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> anyhow::Result<T> + Send + 'static) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await?
+}
+
+/// Holds plain QEMU's guest still, or lets it go on.
+async fn held(mut plain: Plain, command: &'static str) -> anyhow::Result<Plain> {
+    blocking(move || {
+        plain.monitor.execute(command, json!({}))?;
+        Ok(plain)
+    })
+    .await
+}
+
+/// Holds the other one still, or lets it go on.
+async fn pause(cluster: &Cluster, vm: &Vm, paused: bool) -> anyhow::Result<()> {
+    let (mut vms, id, owner) = (cluster.api.vms(), vm.id.clone(), String::new());
+    match paused {
+        true => drop(vms.pause_vm(v1::PauseVmRequest { vm: id, owner }).await?),
+        false => drop(vms.resume_vm(v1::ResumeVmRequest { vm: id, owner }).await?),
+    }
+    let done = |vm: &Vm| phase_of(vm) == if paused { VmPhase::Paused } else { VmPhase::Running };
+    cluster.api.wait_vm(&vm.id, "stands still or goes on", LIMIT, done).await.map(drop)
 }
 
 /// One by uncloud.
