@@ -2,11 +2,14 @@
 
 use std::{
     fs,
+    ops::RangeInclusive,
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    time::Instant,
 };
 
+use anyhow::Context as _;
 use harness::{
     agent::HostOptions,
     api::{host_of, incarnation_of, phase_of},
@@ -392,10 +395,21 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
     let vm = stage.cluster.run(specs::with(specs::linux("keeps"), |s| s.disks[0].pool = POOL.into())).await?;
     let id = vm.id.as_str();
     let attached = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).all(|d| d.state() == DiskState::Unspecified);
-    let snapshot = async |stage: &Stage, name: &str| -> anyhow::Result<()> {
+    // Says to which counters the guest goes back with it.
+    let snapshot = async |stage: &Stage, name: &str| -> anyhow::Result<RangeInclusive<u64>> {
+        let before = stage.cluster.checker.count(id);
         stage.cluster.cli(&["vm", "snapshot", "create", "keeps", name]).await?.success()?;
         let ready = |vm: &Vm| vm.snapshots.iter().any(|s| s.name == name && s.state() == v1::SnapshotState::Ready);
-        stage.cluster.api.wait_vm(id, "has its snapshot", secs(30), ready).await.map(drop)
+        stage.cluster.api.wait_vm(id, "has its snapshot", secs(30), ready).await?;
+        Ok(before..=stage.cluster.checker.count(id) + 1)
+    };
+    // A guest that has just started, with its SCSI disks.
+    let started = async |stage: &Stage, id: &str, since: Instant| -> anyhow::Result<Console> {
+        stage.cluster.checker.wait_line(id, "READY ", since, secs(60)).await?;
+        let mut console = Console::open_when_there(&stage.cluster, id).await?;
+        console.type_line("scsi").await?;
+        console.says("word data ?0", "WORD data ?0 is <").await?;
+        Ok(console)
     };
     let mut console = Console::open(&stage.cluster, id).await?;
     console.says("scsi", "SCSI loaded").await?;
@@ -403,20 +417,22 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
     stage.cluster.api.wait_vm(id, "has its disk", secs(40), attached).await?;
     console.says("word data before", "WORD data before is <before>").await?;
     let qemu = stage.qemu(&vm)?;
-    snapshot(&stage, "first").await?;
+    let first = snapshot(&stage, "first").await?;
     console.says("word data after", "WORD data after is <after>").await?;
 
     // A copy, while it runs.
+    let since = Instant::now();
     stage.cluster.cli(&["vm", "clone", "keeps", "copy", "--snapshot", "first", "--wait"]).await?.success()?;
     let copy = stage.cluster.api.vm("copy").await?;
-    let mut console = Console::open_when_there(&stage.cluster, &copy.id).await?;
-    console.says("scsi", "SCSI loaded").await?;
+    let mut console = started(&stage, &copy.id, since).await?;
     console.says("word data ?copy", "WORD data ?copy is <before>").await?;
     stage.cluster.api.delete(&copy.id).await?;
     assert!(proc_table::is_alive(qemu.pid, qemu.start), "it ran all along");
 
     // Put back, while the agent that has to do it does not answer.
     stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    stage.cluster.checker.expect_return(id, first.clone());
+    let since = Instant::now();
     stage.cluster.cli(&["vm", "snapshot", "revert", "keeps", "first"]).await?.success()?;
     wait_for("what ran is killed", secs(20), async || match proc_table::is_alive(qemu.pid, qemu.start) {
         true => Err("it executes".to_owned()),
@@ -427,8 +443,10 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
     stage.cluster.host("host-2")?.signal(Signal::CONT)?;
     let back = stage.cluster.api.wait_moved(&vm, secs(60)).await?;
     assert_eq!((incarnation_of(&back), back.reverting_to.as_str()), (2, ""));
-    let mut console = Console::open_when_there(&stage.cluster, id).await?;
-    console.type_line("scsi").await?;
+    let found = stage.cluster.checker.wait_line(id, "READY ", since, secs(60)).await?;
+    let found = harness::guest::parse(&found.text).context("a count")?.n;
+    ensure!(first.contains(&found), "it found {found}, and not one of {first:?}");
+    let mut console = started(&stage, id, since).await?;
     console.says("word data ?back", "WORD data ?back is <before>").await?;
     stage.cluster.cli(&["vm", "snapshot", "delete", "keeps", "first"]).await?.success()?;
     stage.cluster.api.wait_vm(id, "has no snapshot", secs(30), |vm| vm.snapshots.is_empty()).await?;
@@ -438,10 +456,10 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
     stage.cluster.api.stop(id).await?;
     stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
     snapshot(&stage, "second").await?;
+    let since = Instant::now();
     stage.cluster.cli(&["vm", "clone", "keeps", "copy2", "--wait"]).await?.success()?;
     let copy = stage.cluster.api.vm("copy2").await?;
-    let mut console = Console::open_when_there(&stage.cluster, &copy.id).await?;
-    console.says("scsi", "SCSI loaded").await?;
+    let mut console = started(&stage, &copy.id, since).await?;
     console.says("word data ?copy2", "WORD data ?copy2 is <last>").await?;
     console.says("word data none", "WORD data none is <none>").await?;
     stage.cluster.api.delete(&copy.id).await?;
@@ -458,11 +476,11 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
         move |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).map(|d| d.name.as_str()).eq(names.iter().copied())
     };
     stage.cluster.api.wait_vm(id, "has one disk less", secs(40), has(&["disk0", "more"])).await?;
-    stage.cluster.api.wait_gone("copy2", secs(30)).await?;
+    stage.cluster.api.wait_gone(&copy.id, secs(30)).await?;
     assert_eq!(files(&stage.disks).len(), 2, "{:?}", files(&stage.disks));
+    let since = Instant::now();
     stage.cluster.api.start(id).await?;
-    stage.cluster.api.wait_running(id, secs(60)).await?;
-    stage.cluster.checker.wait_beats(id, 2, secs(60)).await?;
+    stage.cluster.checker.wait_line(id, "READY ", since, secs(60)).await?;
     let mut console = Console::open_when_there(&stage.cluster, id).await?;
     console.type_line("scsi").await?;
     console.says("disks then", "DISKS then: more.").await?;
