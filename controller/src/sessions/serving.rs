@@ -32,12 +32,12 @@ use uncloud_proto::{
 
 use super::desired::{self, Plan, Wanted};
 use crate::{
-    model::{
-        Desired, VmRecord,
-        host::PoolAccess,
-        vm::DiskState,
+    model::{Desired, VmRecord, host::PoolAccess, vm::DiskState},
+    state::{
+        State, VmEntry,
+        command::{DisksObservation, ServedObservation},
+        exports,
     },
-    state::{State, VmEntry, command::{DisksObservation, ServedObservation}, exports},
 };
 
 /// An acknowledgement.

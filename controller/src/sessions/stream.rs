@@ -44,9 +44,7 @@ use crate::{
     metrics::Heartbeat,
     model::{Liveness, host::Pool},
     report,
-    state::{
-        command::{Command, HostFacts, Refusal, ServedObservation},
-    },
+    state::command::{Command, HostFacts, Refusal, ServedObservation},
 };
 
 /// How long an agent may take to say Hello.

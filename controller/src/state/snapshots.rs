@@ -213,7 +213,12 @@ pub(super) fn take_served(draft: &mut Draft<'_>, entry: VmEntry, said: &ServedOb
     let idle = record.desired == Desired::Stopped && is_at_rest(&entry);
     let guest = if is_at_rest(&entry) { SnapshotGuest::Off } else { SnapshotGuest::Running };
     done.guests = done.made.iter().map(|&id| (id, guest)).collect();
-    attach::take_report(draft, &mut record, &done.orders, By::Storage(if idle { Executes::No } else { Executes::Perhaps }));
+    attach::take_report(
+        draft,
+        &mut record,
+        &done.orders,
+        By::Storage(if idle { Executes::No } else { Executes::Perhaps }),
+    );
     if !said.trouble.is_empty() {
         draft.vm_event(&record, EventType::Troubled, format!("its storage host: {}", said.trouble));
     }

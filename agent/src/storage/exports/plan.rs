@@ -239,7 +239,8 @@ mod tests {
 
     fn serve(vm_n: u128, incarnation: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {
         let disks = disks.iter().map(|d| disk(vm_n, d)).collect();
-        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), next: None, disks, gone: BTreeSet::new() })].into()
+        [(vm(vm_n), Goal::Serve { incarnation: Incarnation(incarnation), next: None, disks, gone: BTreeSet::new() })]
+            .into()
     }
 
     fn migrate(vm_n: u128, incarnation: u64, to: u64, disks: &[&str]) -> BTreeMap<VmId, Goal> {

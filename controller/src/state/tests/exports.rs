@@ -231,7 +231,11 @@ fn a_disk_comes_to_a_network_pool_and_goes_where_a_machine_shows_that_it_is_made
     assert_eq!(to_storage(&world), v1::DiskState::Attaching);
     assert_eq!(state(told(&world, &grants, vm).unwrap()), v1::DiskState::Attaching);
     world.ok(detach(DetachHow::Keep));
-    assert_eq!(to_storage(&world), v1::DiskState::Detached, "the machine may have it; its storage host has nothing to do");
+    assert_eq!(
+        to_storage(&world),
+        v1::DiskState::Detached,
+        "the machine may have it; its storage host has nothing to do"
+    );
     let host = world.host_of(vm).unwrap();
     let disks = DisksObservation { orders: vec![world.record(vm).disk_orders], ..Default::default() };
     let report = VmObservation { disks, ..world.observation(vm, ObservedState::Running) };
