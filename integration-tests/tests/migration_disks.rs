@@ -85,6 +85,54 @@ async fn a_vm_takes_its_disks_along_to_and_fro() -> anyhow::Result<()> {
     cluster.finish().await
 }
 
+/// Disks that came while it ran go along with what is on them, on whatever bus.
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_that_were_attached_go_along() -> anyhow::Result<()> {
+    let mut cluster = Options::hosts(2).linux().start().await?;
+    let vm = cluster.run(specs::with(specs::linux("loaded"), |s| s.disks[0].pool = specs::LOCAL.into())).await?;
+    let id = vm.id.as_str();
+    let boot = cluster.checker.wait_beats(id, 1, secs(60)).await?.said.boot;
+    let mut console = Console::open(&cluster, id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    for name in ["a", "b"] {
+        let disk = format!("size=1M,name={name},pool={}", specs::LOCAL);
+        cluster.cli(&["vm", "attach-disk", "loaded", &disk]).await?.success()?;
+    }
+    let attached = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).all(|d| d.state() == v1::DiskState::Unspecified);
+    cluster.api.wait_vm(id, "has its disks", secs(40), attached).await?;
+    console.says("word b hello", "WORD b hello is <hello>").await?;
+
+    // What the machine does not have would stay behind.
+    cluster.cli(&["vm", "detach-disk", "loaded", "a"]).await?.success()?;
+    let one = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).any(|d| d.state() == v1::DiskState::Detached);
+    cluster.api.wait_vm(id, "has one disk less", secs(40), one).await?;
+    let refused = cluster.cli(&["vm", "migrate", "loaded", other(&vm)]).await?;
+    ensure!(refused.code != 0 && refused.stderr.contains("disk `a` is detached"), "{refused:?}");
+    cluster.cli(&["vm", "detach-disk", "loaded", "a", "--delete"]).await?.success()?;
+    let gone = |vm: &Vm| vm.spec.as_ref().is_some_and(|s| s.disks.len() == 2);
+    cluster.api.wait_vm(id, "has one disk less", secs(40), gone).await?;
+
+    let vm = migrate(&cluster.api, id, other(&vm)).await?;
+    let mut console = Console::open_when_there(&cluster, id).await?;
+    console.says("word b ?there", "WORD b ?there is <hello>").await?;
+    console.says("word b again", "WORD b again is <again>").await?;
+    let vm = migrate(&cluster.api, id, other(&vm)).await?;
+    let mut console = Console::open_when_there(&cluster, id).await?;
+    console.says("word b ?back", "WORD b ?back is <again>").await?;
+    let beat = cluster.checker.wait_beats(id, 1, secs(30)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&vm), &boot), "the same guest goes on");
+    wait_for("the copies that are void are removed", secs(30), async || {
+        let here = files(&mut cluster, &vm, host_of(&vm)).map_err(|e| e.to_string())?;
+        let there = files(&mut cluster, &vm, other(&vm)).map_err(|e| e.to_string())?;
+        if (here.len(), there.len()) == (2, 0) { Ok(()) } else { Err(format!("{here:?} {there:?}")) }
+    })
+    .await?;
+    cluster.api.stop(id).await?;
+    cluster.api.wait_phase(id, v1::VmPhase::Stopped, secs(40)).await?;
+    check(&mut cluster, &vm)?;
+    cluster.finish().await
+}
+
 /// What is killed while the disk of a Linux guest is copied.
 #[derive(Clone, Copy, Debug)]
 enum Victim {

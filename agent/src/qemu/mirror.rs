@@ -46,13 +46,23 @@ const END_LIMIT: Duration = Duration::from_secs(3);
 /// How often they are looked at meanwhile.
 const END_LOOK: Duration = Duration::from_millis(5);
 
-/// The node of the machine's disk with this number. The leader has no VM copied that has a disk on the bus SCSI, and of the others this
-/// is what [`places`](super::command_line::places) calls them.
-fn disk_node(index: usize) -> String {
-    format!("disk{index}")
+/// The nodes of the machine's disks, by QEMU's own word. They have the same names on both sides
+/// ([`places`](super::command_line::places)), also where the source was given one while it ran.
+async fn disk_nodes(instance: &Instance, count: usize) -> Result<Vec<String>, Error> {
+    let found = named(instance, is_disk).await?;
+    if found.len() != count {
+        let found = found.join(", ");
+        return Err(Error::NotCopied(format!("the machine has these disks: {found}; there should be {count}")));
+    }
+    Ok(found)
 }
 
-/// The target: serves the first `count` disks. What was served before is not any more.
+fn is_disk(node: &str) -> bool {
+    let number = node.strip_prefix("disk").or_else(|| node.strip_prefix("scsi"));
+    number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// The target: serves its disks, `count` of them. What was served before is not any more.
 ///
 /// # Errors
 ///
@@ -62,9 +72,9 @@ pub(super) async fn serve(instance: &Instance, listen: Listen, count: usize) -> 
     if count == 0 {
         return Ok(());
     }
+    let nodes = disk_nodes(instance, count).await?;
     let address = start(instance, listen, count).await?;
-    for index in 0..count {
-        let node = disk_node(index);
+    for node in nodes {
         // The port is part of the id, because QEMU does not tell it otherwise.
         let id = format!("{NAME}{}-{node}", address.port());
         let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": node, "writable": true });
@@ -127,8 +137,9 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
     let count = u64::try_from(to.count).unwrap_or(u64::MAX).max(1);
     // 0 stays "no limit".
     let speed = if bytes_per_second == 0 { 0 } else { (bytes_per_second / count).max(1) };
-    for index in 0..to.count {
-        let (disk, node) = (disk_node(index), format!("{NAME}{index}"));
+    let disks = disk_nodes(instance, to.count).await?;
+    for (index, disk) in disks.iter().enumerate() {
+        let node = format!("{NAME}{index}");
         let target = json!({
             "driver": "nbd",
             "node-name": node,
@@ -140,11 +151,11 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
         });
         instance.execute("blockdev-add", Some(target)).await?;
     }
-    for index in 0..to.count {
+    for (index, disk) in disks.iter().enumerate() {
         let node = format!("{NAME}{index}");
         let job = json!({
             "job-id": node,
-            "device": disk_node(index),
+            "device": disk,
             "target": node,
             // What lies in the image the target has, too.
             "sync": "top",
@@ -278,9 +289,14 @@ async fn remove_nodes(instance: &Instance) -> Result<(), Error> {
 }
 
 async fn nodes(instance: &Instance) -> Result<Vec<String>, qmp::Error> {
+    named(instance, |node| node.starts_with(NAME)).await
+}
+
+/// The block nodes whose names are such.
+async fn named(instance: &Instance, such: impl Fn(&str) -> bool) -> Result<Vec<String>, qmp::Error> {
     let nodes = instance.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
     let names = nodes.as_array().into_iter().flatten().filter_map(|n| n["node-name"].as_str());
-    Ok(names.filter(|n| n.starts_with(NAME)).map(str::to_owned).collect())
+    Ok(names.filter(|n| such(n)).map(str::to_owned).collect())
 }
 
 fn ignore_refusal(answer: Result<Value, qmp::Error>) -> Result<(), qmp::Error> {
@@ -393,6 +409,14 @@ mod tests {
         // One that has ended is not the same on both sides any more, if the guest goes on.
         assert_eq!(of(&[job("mirror-0", "concluded", None), job("mirror-1", "ready", None)]), Mirror::Copying);
         assert_eq!(of(&[job("mirror-0", "aborting", None)]), Mirror::Failed("it was cancelled".into()));
+    }
+
+    #[test]
+    fn the_disks_of_a_machine_are_told_from_its_other_nodes() {
+        let all =
+            ["disk0", "disk12", "scsi3", "disk", "scsi", "disk0x", "seed", "firmware-vars", "mirror-0", "#block12", ""];
+        let disks: Vec<&str> = all.into_iter().filter(|node| is_disk(node)).collect();
+        assert_eq!(disks, ["disk0", "disk12", "scsi3"]);
     }
 
     #[test]

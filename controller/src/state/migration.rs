@@ -40,7 +40,7 @@ use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Liveness, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
-        vm::{Disk, DiskBus, DiskState, Placement},
+        vm::{DiskState, Placement},
     },
     scheduler::{self, Home, Limits, Request, Resources},
 };
@@ -219,11 +219,11 @@ fn may_be_copied(draft: &Draft<'_>, record: &VmRecord, source: HostId) -> Result
              snapshots. Delete them first (`uncloud vm snapshot delete`)"
         ));
     }
-    let odd = |d: &&Disk| d.id.is_some() || d.bus == DiskBus::Scsi || d.state != DiskState::Attached;
-    if let Some(disk) = record.spec.disks.iter().find(odd) {
+    // Its machine does not have it, so nobody could copy it.
+    if let Some(disk) = record.spec.disks.iter().find(|d| d.state != DiskState::Attached) {
         return refuse(format!(
-            "VM `{name}` has a disk in a pool that only host `{host}` has, and disk `{}` was attached later, is detached, or has the bus \
-             scsi: such a VM cannot be copied to another host while it runs",
+            "VM `{name}` has a disk in a pool that only host `{host}` has, and disk `{}` is detached, so it would stay behind: attach it \
+             (`uncloud vm attach-disk`) or delete it first",
             disk.name
         ));
     }
