@@ -80,7 +80,7 @@ pub enum Problem {
     #[error("the VM has no spec")]
     NoSpec,
     /// What serves its disks has them open.
-    #[error("the disks in pool {0} are served over the network, so they do not grow and have no snapshots")]
+    #[error("the disks in pool {0} are served over the network, and changed by what serves them only")]
     Exported(String),
 }
 

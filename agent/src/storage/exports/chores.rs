@@ -52,6 +52,11 @@ impl Chores {
         matches!(self.busy.get(&vm), Some(Chore::PutBack(_)))
     }
 
+    /// Whether something is being done to a VM's disks.
+    pub(super) fn is_busy(&self, vm: VmId) -> bool {
+        self.busy.contains_key(&vm)
+    }
+
     /// What is to be done now for a VM, if anything is. The caller knows that nobody is served what it concerns.
     pub(super) fn due(&self, vm: VmId, desired: &Desired) -> Option<Chore> {
         if self.busy.contains_key(&vm) || !self.may_try(vm) {

@@ -155,7 +155,16 @@ struct Made {
 #[derive(Debug, Default)]
 struct Making {
     tasks: JoinSet<(VmId, Made)>,
-    vms: BTreeSet<VmId>,
+    /// Whose, and what gives it up.
+    vms: BTreeMap<VmId, CancellationToken>,
+}
+
+impl Making {
+    /// Gives up what nobody waits for any more: a copy may take long.
+    fn give_up(&self, wants: &BTreeMap<VmId, Want>) {
+        let unwanted = self.vms.iter().filter(|(vm, _)| !matches!(wants.get(vm), Some(Want::Serve(_))));
+        unwanted.for_each(|(_, cancel)| cancel.cancel());
+    }
 }
 
 impl Exports {
@@ -217,8 +226,9 @@ impl Exports {
             let wants = self.wants().clone();
             made.retain(|vm, _| wants.contains_key(vm));
             chores.retain(|vm| wants.contains_key(&vm));
+            making.give_up(&wants);
             self.make(&wants, &mut made, &mut making, &storage);
-            match self.pass(&mut daemon, &wants, &made, &mut stuck, (&mut chores, &storage)).await {
+            match self.pass(&mut daemon, &wants, (&made, &making), &mut stuck, (&mut chores, &storage)).await {
                 Ok(()) if trouble.is_empty() => {}
                 Ok(()) => {
                     info!("disks are served again");
@@ -272,12 +282,18 @@ impl Exports {
                 }
                 Some(_) | None => true,
             };
-            if !due || making.vms.len() >= MAKES_AT_ONCE || !making.vms.insert(vm) {
+            if !due || making.vms.len() >= MAKES_AT_ONCE || making.vms.contains_key(&vm) {
                 continue;
             }
+            let cancel = CancellationToken::new();
+            making.vms.insert(vm, cancel.clone());
             let (desired, storage) = (desired.clone(), Arc::clone(storage));
             making.tasks.spawn(async move {
-                let disks = storage.serve(vm, &desired).await.map_err(|e| e.reason());
+                let disks = tokio::select! {
+                    biased;
+                    () = cancel.cancelled() => Err("it is not wanted any more".to_owned()),
+                    made = storage.serve(vm, &desired) => made.map_err(|e| e.reason()),
+                };
                 if let Err(problem) = &disks {
                     warn!(%vm, "its disks cannot be served: {problem}");
                 }
@@ -291,7 +307,7 @@ impl Exports {
         &self,
         daemon: &mut Daemon,
         wants: &BTreeMap<VmId, Want>,
-        made: &BTreeMap<VmId, Made>,
+        (made, making): (&BTreeMap<VmId, Made>, &Making),
         stuck: &mut Stuck,
         (chores, storage): (&mut Chores, &Arc<Storage>),
     ) -> Result<(), daemon::Error> {
@@ -368,7 +384,13 @@ impl Exports {
         }
         // N3: what counts is what the daemon says now.
         let have = daemon.have().await?;
-        let state = |vm, want: &Want| said(vm, want, made.get(&vm), &goals, &have, &problems);
+        let state = |vm, want: &Want| match want {
+            // What is being done could leave a file behind that is deleted now.
+            Want::Nothing { .. } if making.vms.contains_key(&vm) || chores.is_busy(vm) => {
+                Err("its disks are still being made or changed".to_owned())
+            }
+            Want::Nothing { .. } | Want::Serve(_) => said(vm, want, made.get(&vm), &goals, &have, &problems),
+        };
         self.tell(wants, state, |vm, desired| {
             let served = goals.get(&vm).is_some_and(|goal| plan::reached(&have, vm, goal));
             (chores.done(vm, desired, served, with_snapshots.contains(&vm)), chores.trouble(vm))

@@ -73,14 +73,17 @@ impl Real {
         Self { dir, port }
     }
 
-    fn agent(&self) -> Daemon {
-        let options = Options {
+    fn agent_options(&self) -> Options {
+        Options {
             program: "qemu-storage-daemon".into(),
             dir: self.dir.path().join("exports"),
             address: ([127, 0, 0, 1], self.port).into(),
             user: None,
-        };
-        Daemon::new(options, Arc::new(Notify::new()))
+        }
+    }
+
+    fn agent(&self) -> Daemon {
+        Daemon::new(self.agent_options(), Arc::new(Notify::new()))
     }
 
     fn disk(&self) -> Disk {
@@ -89,6 +92,10 @@ impl Real {
 
     /// With a pool `p` that it exports.
     fn storage(&self) -> Arc<Storage> {
+        self.storage_with("qemu-img".into())
+    }
+
+    fn storage_with(&self, qemu_img: std::path::PathBuf) -> Arc<Storage> {
         let path = self.dir.path().join("pool");
         std::fs::create_dir_all(&path).unwrap();
         crate::storage::pools::init(&path, "p", Uuid::from_u128(1)).unwrap();
@@ -97,7 +104,7 @@ impl Real {
             pools: vec![Pool { name: "p".into(), path, kind: Kind::Exported(address) }],
             image_dirs: Vec::new(),
             user: None,
-            qemu_img: "qemu-img".into(),
+            qemu_img,
             uefi_vars: self.dir.path().join("none"),
             host: HostId::from_uuid(Uuid::from_u128(2)),
             http: Err("no network here".into()),
@@ -231,18 +238,27 @@ async fn a_disk_grows_before_it_is_said_to_be_served_and_one_that_cannot_is_serv
     };
     let problem = || exports.served().borrow()[&vm()].problem.clone();
     for size in [1 << 20, 2 << 20] {
-        exports.pass(&mut daemon, &wants, &made(size), &mut stuck, (&mut chores, &storage)).await.unwrap();
+        exports
+            .pass(&mut daemon, &wants, (&made(size), &Making::default()), &mut stuck, (&mut chores, &storage))
+            .await
+            .unwrap();
         assert_eq!((problem(), daemon.sizes().await.unwrap()["d1"]), (String::new(), size));
         assert!(real.reads(&name(1)) && stuck.is_empty());
     }
     let too_large = made(1 << 62);
     for _ in 0..2 {
-        exports.pass(&mut daemon, &wants, &too_large, &mut stuck, (&mut chores, &storage)).await.unwrap();
+        exports
+            .pass(&mut daemon, &wants, (&too_large, &Making::default()), &mut stuck, (&mut chores, &storage))
+            .await
+            .unwrap();
         assert!(problem().contains("disk root does not grow"), "{}", problem());
         assert!(real.reads(&name(1)));
     }
     let since = stuck["d1"].1;
-    exports.pass(&mut daemon, &wants, &too_large, &mut stuck, (&mut chores, &storage)).await.unwrap();
+    exports
+        .pass(&mut daemon, &wants, (&too_large, &Making::default()), &mut stuck, (&mut chores, &storage))
+        .await
+        .unwrap();
     assert_eq!(stuck["d1"].1, since, "it is not tried each time");
 }
 
@@ -270,7 +286,10 @@ impl Serving {
             let disks = self.storage.serve(vm(), desired).await.map_err(|e| e.reason());
             let made = Made { now: Order::of(desired), desired: Box::new(desired.clone()), disks, at: Instant::now() };
             let (made, tools) = (BTreeMap::from([(vm(), made)]), (&mut self.chores, &self.storage));
-            self.exports.pass(&mut self.daemon, &wants, &made, &mut Stuck::new(), tools).await.unwrap();
+            self.exports
+                .pass(&mut self.daemon, &wants, (&made, &Making::default()), &mut Stuck::new(), tools)
+                .await
+                .unwrap();
             self.chores.finished().await;
         }
         self.exports.served().borrow()[&vm()].clone()
@@ -350,4 +369,27 @@ async fn a_disk_comes_is_deleted_and_one_of_the_same_name_comes_again_while_the_
     assert!(!serving.real.reads(&data) && serving.real.reads(&name(1)));
     serving.obey(&with_disks(1, &[("root", Attached, 0), ("data", Attaching, 3)])).await;
     assert!(serving.real.io(&data, "read -P 0 0 4k"), "a new one");
+}
+
+/// Whoever deletes a VM whose disks are being made does not wait for that, and nothing is made after it.
+#[tokio::test]
+async fn what_nobody_waits_for_any_more_is_given_up() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let real = Real::new();
+    let never = real.dir.path().join("never");
+    std::fs::write(&never, "#!/bin/sh\ntouch \"$0.begun\"\nexec sleep 600\n").unwrap();
+    std::fs::set_permissions(&never, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let (exports, storage, cancel) = (Exports::default(), real.storage_with(never.clone()), CancellationToken::new());
+    let options = real.agent_options();
+    let running = tokio::spawn(exports.clone().run(storage, options, cancel.clone()));
+    exports.want(vm(), with_disks(1, &[("root", DiskState::Attached, 0)]));
+    let begun = async {
+        while !never.with_extension("begun").exists() {
+            time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    time::timeout(Duration::from_secs(20), begun).await.expect("it is being made");
+    exports.withdraw(vm(), Incarnation(1), Vec::new()).await.unwrap();
+    cancel.cancel();
+    running.await.unwrap();
 }
