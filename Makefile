@@ -54,8 +54,10 @@ demo: setup
 	$(CARGO) build --workspace
 	$(TARGET)/debug/uncloud dev --demo --demo-kernel $(GUESTS)/vmlinuz --demo-initrd $(GUESTS)/initrd.img
 
-# The programs are built together with the tests, so that both share one build of the dependencies.
+# The programs are built together with the tests, so that both share one build of the dependencies. Tests wait for guests and for
+# time limits more than they compute, so there are more of them at once than processors.
 .PHONY: test
+test: export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 test: setup
 	@$(MAKE) --no-print-directory guests
 	$(CARGO) build --workspace --all-targets

@@ -104,11 +104,11 @@ impl Options {
         self
     }
 
-    /// The leases that the controller has when it is told nothing (6 s and 60 s); and the whole machine, because time is measured.
+    /// The leases that the controller has when it is told nothing (6 s and 60 s); and most of the machine, because time is measured.
     #[must_use]
     pub fn default_leases(mut self) -> Self {
         self.leases.clear();
-        self.share = Share::Whole;
+        self.share = Share::Most;
         self
     }
 
