@@ -63,7 +63,13 @@ fn vm() -> VmRecord {
                     image: Some(image_id()),
                     ..Default::default()
                 },
-                Disk { name: "data".into(), pool: "shared".into(), size_bytes: 1 << 30, ..Default::default() },
+                Disk {
+                    name: "data".into(),
+                    pool: "shared".into(),
+                    size_bytes: 1 << 30,
+                    kept_generation: Some(0),
+                    ..Default::default()
+                },
             ],
             nics: vec![Nic { kind: NicKind::User, mac: "42:00:00:00:00:01".into() }],
             restart: RestartPolicy::OnFailure,
@@ -140,6 +146,7 @@ fn clone_vm() -> VmRecord {
         vm: VmId::from_uuid(uuid(9)),
         name: "web-0".into(),
         disk_generation: 1,
+        kept_generations: [("data".to_owned(), 0)].into(),
         snapshot: Some(uuid(10)),
         home: DiskHome { host: host_id(), pools: [("shared".to_owned(), Some(uuid(4)))].into() },
     });

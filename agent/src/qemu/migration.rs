@@ -101,12 +101,12 @@ pub async fn step(
             credentials(instance, vm_dir, user, secret, "server").await?;
             instance.execute("migrate-set-parameters", Some(json!({ "tls-creds": CREDENTIALS }))).await?;
             // First, so that who sees where memory is taken sees where disks are.
-            mirror::serve(instance, listen, *disks).await?;
+            mirror::serve(instance, listen, disks).await?;
             instance.execute("migrate-incoming", Some(json!({ "uri": listen.uri() }))).await?;
         }
         Step::Send(to) => {
             credentials(instance, vm_dir, user, &to.secret, "client").await?;
-            match to.disks {
+            match &to.disks {
                 Some(disks) => mirror::begin(instance, disks, to.bytes_per_second).await?,
                 None => send(instance, to).await?,
             }

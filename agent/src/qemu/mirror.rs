@@ -26,7 +26,7 @@ use super::{
     process::Instance,
     qmp,
 };
-use crate::vm::migration::{DisksTo, Mirror, Progress};
+use crate::vm::migration::{DisksTo, Mirror, Nodes, Progress};
 
 /// Jobs and nodes of the source begin with this.
 const NAME: &str = "mirror-";
@@ -46,15 +46,18 @@ const END_LIMIT: Duration = Duration::from_secs(3);
 /// How often they are looked at meanwhile.
 const END_LOOK: Duration = Duration::from_millis(5);
 
-/// The nodes of the machine's disks, by QEMU's own word. They have the same names on both sides
-/// ([`places`](super::command_line::places)), also where the source was given one while it ran.
-async fn disk_nodes(instance: &Instance, count: usize) -> Result<Vec<String>, Error> {
-    let found = named(instance, is_disk).await?;
-    if found.len() != count {
-        let found = found.join(", ");
-        return Err(Error::NotCopied(format!("the machine has these disks: {found}; there should be {count}")));
+/// Whether the machine has these disks and no others, by QEMU's own word. They have the same names on both sides
+/// ([`nodes`](crate::vm::desired::Spec::nodes)), also where the source was given one while it ran.
+async fn check_nodes(instance: &Instance, nodes: &Nodes) -> Result<(), Error> {
+    let mut found = named(instance, is_disk).await?;
+    let mut expected: Vec<_> = nodes.copied.iter().chain(&nodes.shared).cloned().collect();
+    found.sort();
+    expected.sort();
+    if found == expected {
+        return Ok(());
     }
-    Ok(found)
+    let (found, expected) = (found.join(", "), expected.join(", "));
+    Err(Error::NotCopied(format!("the machine has these disks: {found}; there should be {expected}")))
 }
 
 fn is_disk(node: &str) -> bool {
@@ -62,19 +65,19 @@ fn is_disk(node: &str) -> bool {
     number.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// The target: serves its disks, `count` of them. What was served before is not any more.
+/// The target: serves those of its disks that are copied. What was served before is not any more.
 ///
 /// # Errors
 ///
 /// QEMU refuses, or no port is free.
-pub(super) async fn serve(instance: &Instance, listen: Listen, count: usize) -> Result<(), Error> {
+pub(super) async fn serve(instance: &Instance, listen: Listen, nodes: &Nodes) -> Result<(), Error> {
     close(instance).await?;
-    if count == 0 {
+    if nodes.copied.is_empty() {
         return Ok(());
     }
-    let nodes = disk_nodes(instance, count).await?;
-    let address = start(instance, listen, count).await?;
-    for node in nodes {
+    check_nodes(instance, nodes).await?;
+    let address = start(instance, listen, nodes.copied.len()).await?;
+    for node in &nodes.copied {
         // The port is part of the id, because QEMU does not tell it otherwise.
         let id = format!("{NAME}{}-{node}", address.port());
         let export = json!({ "type": "nbd", "id": id, "node-name": node, "name": node, "writable": true });
@@ -122,7 +125,7 @@ pub(super) async fn close(instance: &Instance) -> Result<(), qmp::Error> {
 /// # Errors
 ///
 /// QEMU refuses. Nothing is left of it, unless QEMU does not answer.
-pub(super) async fn begin(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> Result<(), Error> {
+pub(super) async fn begin(instance: &Instance, to: &DisksTo, bytes_per_second: u64) -> Result<(), Error> {
     cancel(instance).await?;
     let begun = begin_all(instance, to, bytes_per_second).await;
     if begun.is_err() {
@@ -131,14 +134,14 @@ pub(super) async fn begin(instance: &Instance, to: DisksTo, bytes_per_second: u6
     begun
 }
 
-async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> Result<(), Error> {
+async fn begin_all(instance: &Instance, to: &DisksTo, bytes_per_second: u64) -> Result<(), Error> {
     reach(to.address).await?;
     let server = json!({ "type": "inet", "host": to.address.ip().to_string(), "port": to.address.port().to_string() });
-    let count = u64::try_from(to.count).unwrap_or(u64::MAX).max(1);
+    let count = u64::try_from(to.nodes.copied.len()).unwrap_or(u64::MAX).max(1);
     // 0 stays "no limit".
     let speed = if bytes_per_second == 0 { 0 } else { (bytes_per_second / count).max(1) };
-    let disks = disk_nodes(instance, to.count).await?;
-    for (index, disk) in disks.iter().enumerate() {
+    check_nodes(instance, &to.nodes).await?;
+    for (index, disk) in to.nodes.copied.iter().enumerate() {
         let node = format!("{NAME}{index}");
         let target = json!({
             "driver": "nbd",
@@ -151,7 +154,7 @@ async fn begin_all(instance: &Instance, to: DisksTo, bytes_per_second: u64) -> R
         });
         instance.execute("blockdev-add", Some(target)).await?;
     }
-    for (index, disk) in disks.iter().enumerate() {
+    for (index, disk) in to.nodes.copied.iter().enumerate() {
         let node = format!("{NAME}{index}");
         let job = json!({
             "job-id": node,

@@ -115,7 +115,7 @@ impl Entry {
                 expected_downtime_ms: m.progress.expected_downtime_ms,
                 failure: m.failure.clone(),
                 disks_address: m.disks_address.map(|a| a.to_string()).unwrap_or_default(),
-                disks_sent: m.disks == crate::vm::state::DisksSent::All,
+                disks: u32::try_from(m.disks).unwrap_or(u32::MAX),
             }),
             paused: r.paused,
         }

@@ -24,7 +24,10 @@ fn snapshot(path: &Path) {
 impl Place {
     /// A clone of the VM of the other tests.
     fn clone_of(&self, snapshot: Option<Uuid>) -> Desired {
-        Desired { clone_from: Some(CloneFrom { vm: vm(), disk_generation: 0, snapshot }), ..self.desired() }
+        Desired {
+            clone_from: Some(CloneFrom { vm: vm(), disk_generation: 0, kept_generations: BTreeMap::new(), snapshot }),
+            ..self.desired()
+        }
     }
 
     async fn copy(&self, desired: &Desired) -> Result<(), String> {

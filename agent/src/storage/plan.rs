@@ -274,11 +274,11 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
     plan.firmware_vars = match spec.firmware {
         Firmware::Bios => None,
         Firmware::Uefi => {
-            let first = &spec.disks.first().ok_or(Problem::NoDisk)?.pool;
-            let Found::Here(pool) = find(first, desired, pools)? else {
-                return Err(Problem::VarsInNetworkPool(first.clone()));
+            let first = spec.disks.first().ok_or(Problem::NoDisk)?;
+            let Found::Here(pool) = find(&first.pool, desired, pools)? else {
+                return Err(Problem::VarsInNetworkPool(first.pool.clone()));
             };
-            let (dir, file) = (disks_dir(&pool.path, vm), vars_name(desired.disk_generation));
+            let (dir, file) = (disks_dir(&pool.path, vm), vars_name(generation(first, desired)));
             let temporary = dir.join(format!(".{file}.tmp"));
             Some(VarsPlan { pool: pool.name.clone(), path: dir.join(file), temporary })
         }
@@ -377,13 +377,16 @@ fn disk_in(pool: &Pool, vm: VmId, disk: &Disk, desired: &Desired, plan: &mut Pla
 
 /// What a disk that is yet to be made is a copy of.
 fn origin(pool: &Pool, disk: &Disk, desired: &Desired) -> Result<Option<Origin>, Problem> {
-    Ok(match (desired.disks, desired.clone_from) {
-        (DisksExpected::New, Some(from)) => Some(Origin {
-            vm: from.vm,
-            path: disks_dir(&pool.path, from.vm).join(file_name(disk, from.disk_generation)?),
-            snapshot: from.snapshot,
-            served: matches!(pool.kind, Kind::Exported(_)),
-        }),
+    Ok(match (desired.disks, &desired.clone_from) {
+        (DisksExpected::New, Some(from)) => {
+            let generation = from.kept_generations.get(&disk.name).copied().unwrap_or(from.disk_generation);
+            Some(Origin {
+                vm: from.vm,
+                path: disks_dir(&pool.path, from.vm).join(file_name(disk, generation)?),
+                snapshot: from.snapshot,
+                served: matches!(pool.kind, Kind::Exported(_)),
+            })
+        }
         (DisksExpected::New | DisksExpected::Exist, _) => None,
     })
 }
@@ -395,7 +398,7 @@ fn vars_name(generation: u32) -> String {
 
 fn disk_plan(vm: VmId, disk: &Disk, desired: &Desired, pool: &Pool, base: Option<Base>) -> Result<DiskPlan, Problem> {
     let dir = disks_dir(&pool.path, vm);
-    let file = file_name(disk, desired.disk_generation)?;
+    let file = file_name(disk, generation(disk, desired))?;
     Ok(DiskPlan {
         name: disk.name.clone(),
         pool: pool.name.clone(),
@@ -408,8 +411,16 @@ fn disk_plan(vm: VmId, disk: &Disk, desired: &Desired, pool: &Pool, base: Option
     })
 }
 
-/// P5: one that is new is made; one that comes back is not made anew if it is gone.
+/// M7: the number in its file's name.
+fn generation(disk: &Disk, desired: &Desired) -> u32 {
+    disk.kept_generation.unwrap_or(desired.disk_generation)
+}
+
+/// P5: one that is new is made; one that comes back, or stayed where it was when others were copied, is not made anew if it is gone.
 fn expected(disk: &Disk, desired: &Desired) -> DisksExpected {
+    if disk.kept_generation.is_some() {
+        return DisksExpected::Exist;
+    }
     match disk.state {
         DiskState::Attaching => DisksExpected::New,
         DiskState::Attached => desired.disks,
@@ -551,6 +562,7 @@ mod tests {
         storage::pools::Kind,
         vm::{
             desired::{ImageFile, Kernel},
+            disks::CloneFrom,
             fake,
         },
     };
@@ -624,6 +636,30 @@ mod tests {
         // The file of one is not that of another with its name.
         let old = removal(vm(), &disk("data", "b", None), &later(DiskState::Deleting), &pools()).unwrap();
         assert!(!old.files.iter().any(|f| f.ends_with(file)) && old.files.iter().any(|f| f.ends_with("data.1.qcow2")));
+    }
+
+    #[test]
+    fn m7_what_was_not_copied_keeps_its_name_and_is_never_made_anew() {
+        let kept = Disk { kept_generation: Some(1), ..disk("data", "b", None) };
+        let coming = Desired { disk_generation: 3, ..wanted(vec![disk("root", "a", None), kept], vec![]) };
+        let made = plan(vm(), &coming, &pools()).unwrap().disks;
+        let names: Vec<_> = made.iter().map(|d| d.path.file_name().unwrap().to_str().unwrap()).collect();
+        assert_eq!(names, ["root.3.qcow2", "data.1.qcow2"]);
+        assert_eq!((made[0].expected, made[1].expected), (DisksExpected::New, DisksExpected::Exist));
+        let gone = removals(vm(), &coming, &pools()).unwrap();
+        assert!(gone.iter().any(|r| r.files.iter().any(|f| f.ends_with("data.1.qcow2"))), "{gone:?}");
+        // Copies are made of the very files.
+        let clone_from = CloneFrom {
+            vm: vm(),
+            disk_generation: 3,
+            kept_generations: [("data".to_owned(), 1)].into(),
+            snapshot: None,
+        };
+        let disks = vec![disk("root", "a", None), disk("data", "b", None)];
+        let clone = Desired { clone_from: Some(clone_from), ..wanted(disks, vec![]) };
+        let copied = plan(VmId::from_uuid(Uuid::from_u128(2)), &clone, &pools()).unwrap().disks;
+        let from = copied.iter().map(|d| d.origin.as_ref().unwrap().path.clone());
+        assert!(from.eq(made.iter().map(|d| d.path.clone())));
     }
 
     /// D3

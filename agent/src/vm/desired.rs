@@ -17,7 +17,7 @@ use uuid::Uuid;
 pub use self::parse::{Unusable, identify};
 use super::{
     disks::{CloneFrom, Orders},
-    migration::MigrateTo,
+    migration::{MigrateTo, Nodes},
 };
 use crate::lease::LeaseClass;
 
@@ -311,6 +311,10 @@ pub struct Disk {
     /// Number of what is to be done to it. 0: nothing.
     #[serde(default)]
     pub order: u64,
+    /// Part of its file's name, instead of the VM's `disk_generation`. It has been made, and is not copied when the VM migrates: both
+    /// hosts have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_generation: Option<u32>,
 }
 
 impl Disk {
@@ -519,14 +523,44 @@ impl Desired {
         self.spec.as_ref().map_or(LeaseClass::Fast, |s| s.class.lease())
     }
 
-    /// How many disks are copied here before the guest comes from another host.
+    /// The disks that are copied here before the guest comes from another host.
     #[must_use]
-    pub fn disks_to_copy(&self) -> usize {
+    pub fn disks_to_copy(&self) -> Nodes {
         match (self.disposition, self.disks) {
-            (Disposition::Incoming, DisksExpected::New) => self.spec.as_ref().map_or(0, |s| s.disks.len()),
+            (Disposition::Incoming, DisksExpected::New) => {
+                self.spec.as_ref().map(Spec::nodes_to_copy).unwrap_or_default()
+            }
             (Disposition::Incoming, DisksExpected::Exist)
-            | (Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget, _) => 0,
+            | (Disposition::Run | Disposition::Stop | Disposition::Delete | Disposition::Forget, _) => Nodes::default(),
         }
+    }
+}
+
+impl Spec {
+    /// The machine's disks, each with the name of its block node, which both sides of a migration have. SCSI disks have theirs by their
+    /// target numbers, whatever else comes and goes while the machine runs; the others, which do not change while it runs, by their
+    /// order.
+    pub fn nodes(&self) -> impl Iterator<Item = (&Disk, String)> {
+        let mut others = 0_u32..;
+        self.disks.iter().filter(|d| d.is_in_machine()).map(move |disk| {
+            let node = match disk.bus {
+                DiskBus::Scsi => format!("scsi{}", disk.unit),
+                DiskBus::Virtio | DiskBus::Sata => format!("disk{}", others.next().unwrap_or_default()),
+            };
+            (disk, node)
+        })
+    }
+
+    /// M5: which disks are copied when it migrates with its disks.
+    fn nodes_to_copy(&self) -> Nodes {
+        let mut nodes = Nodes::default();
+        for (disk, node) in self.nodes() {
+            match disk.kept_generation {
+                None => nodes.copied.push(node),
+                Some(_) => nodes.shared.push(node),
+            }
+        }
+        nodes
     }
 }
 

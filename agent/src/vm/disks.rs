@@ -50,12 +50,15 @@ pub struct Revert {
 }
 
 /// Whose disks those of a VM are copies of, as long as they are not made.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CloneFrom {
     /// The VM that they belong to.
     pub vm: VmId,
     /// Part of their file names.
     pub disk_generation: u32,
+    /// The generations of those disks that have another, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub kept_generations: BTreeMap<String, u32>,
     /// The snapshot that is copied. Absent: the disks as they are.
     #[serde(default)]
     pub snapshot: Option<Uuid>,

@@ -24,12 +24,22 @@ pub struct MigrateTo {
 }
 
 /// Where the disks of a VM are to be copied to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DisksTo {
     /// Where the target takes them.
     pub address: SocketAddr,
-    /// How many there are.
-    pub count: usize,
+    /// Which.
+    #[serde(default)]
+    pub nodes: Nodes,
+}
+
+/// The block nodes of a machine's disks.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nodes {
+    /// Of those that are copied when it migrates.
+    pub copied: Vec<String>,
+    /// Of the others: both hosts have them.
+    pub shared: Vec<String>,
 }
 
 /// How far the copying of a guest's disks is.
@@ -63,8 +73,8 @@ pub enum Step {
     Listen {
         /// 64 hexadecimal digits.
         secret: String,
-        /// How many disks are copied to it before the guest comes.
-        disks: usize,
+        /// The disks that are copied to it before the guest comes.
+        disks: Nodes,
     },
     /// The source: send the guest, and stop before the last of it; or begin to copy its disks, if they are to be copied.
     Send(MigrateTo),

@@ -374,3 +374,25 @@ impl Instance for process::Instance {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::{desired::DiskState, fake};
+
+    /// Disks are copied by the names that their nodes have.
+    #[test]
+    fn the_nodes_of_a_spec_are_those_of_its_machine() {
+        let mut spec = fake::desired(1).spec.unwrap();
+        let on = |name: &str, bus, unit| Disk { name: name.into(), bus, unit, ..Disk::default() };
+        let away = Disk { state: DiskState::Detached, ..on("away", DiskBus::Virtio, 0) };
+        let (root, sata) = (on("root", DiskBus::Virtio, 0), on("sata", DiskBus::Sata, 0));
+        spec.disks = vec![root, on("a", DiskBus::Scsi, 3), away, sata, on("b", DiskBus::Scsi, 0)];
+        let place = Place::File { path: "/p".into() };
+        let files: Vec<_> = spec.nodes().map(|(disk, _)| disk_file(disk, place.clone())).collect();
+        let places = command_line::places(&files, Boot::FirstDisk);
+        let nodes: Vec<_> = spec.nodes().map(|(_, node)| node).collect();
+        assert_eq!(nodes, ["disk0", "scsi3", "disk1", "scsi0"]);
+        assert!(nodes.iter().eq(places.iter().map(|p| &p.node)), "{nodes:?}");
+    }
+}

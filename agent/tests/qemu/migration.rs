@@ -12,7 +12,7 @@ use uncloud_agent::{
         migration::{Error, Listen, standing, step},
         process::Instance,
     },
-    vm::migration::{Copies, Guest, MigrateTo, Standing, Step, Transfer},
+    vm::migration::{Copies, Guest, MigrateTo, Nodes, Standing, Step, Transfer},
 };
 use uncloud_proto::ids::Incarnation;
 
@@ -59,7 +59,7 @@ pub(crate) async fn until(instance: &Instance, what: &str, is: impl Fn(&Standing
 async fn send(source: &Host, running: &Instance) -> (Instant, Host, Instance) {
     let target = target(source);
     let waiting = target.start().await;
-    take(&target, &waiting, Step::Listen { secret: SECRET.into(), disks: 0 }).await;
+    take(&target, &waiting, Step::Listen { secret: SECRET.into(), disks: Nodes::default() }).await;
     let listens = until(&waiting, "the target to listen", |s| s.address.is_some()).await;
     let (address, secret) = (listens.address.unwrap(), SECRET.into());
     let began = Instant::now();

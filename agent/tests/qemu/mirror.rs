@@ -7,7 +7,7 @@ use tokio::{net::TcpListener, time};
 use uncloud_agent::{
     qemu::{command_line::Begin, process::Instance},
     storage::place::Place,
-    vm::migration::{DisksTo, Guest, MigrateTo, Mirror, Step},
+    vm::migration::{DisksTo, Guest, MigrateTo, Mirror, Nodes, Step},
 };
 use uncloud_proto::ids::Incarnation;
 
@@ -33,8 +33,12 @@ fn run(program: &str, before: &[&str], path: &Path, after: &[&str]) {
     assert!(done.success(), "{program}: {done}");
 }
 
+fn nodes() -> Nodes {
+    Nodes { copied: vec!["disk0".into()], shared: Vec::new() }
+}
+
 fn send_to(address: SocketAddr) -> Step {
-    let disks = Some(DisksTo { address, count: 1 });
+    let disks = Some(DisksTo { address, nodes: nodes() });
     Step::Send(MigrateTo { incarnation: Incarnation(4), address, secret: SECRET.into(), bytes_per_second: RATE, disks })
 }
 
@@ -44,7 +48,7 @@ async fn target() -> (Host, Instance, SocketAddr) {
     target.spec.begin = Begin::Incoming;
     target.describe();
     let waiting = target.start().await;
-    take(&target, &waiting, Step::Listen { secret: SECRET.into(), disks: 1 }).await;
+    take(&target, &waiting, Step::Listen { secret: SECRET.into(), disks: nodes() }).await;
     let listens = until(&waiting, "the target to take disks", |s| s.disks_address.is_some()).await;
     (target, waiting, listens.disks_address.unwrap())
 }

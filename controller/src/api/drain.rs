@@ -64,6 +64,7 @@ async fn show(context: &Context, leader: &Leader, host: HostId, sink: &Sink<v1::
         let cx = command::Context {
             now: leader.clock.wall(),
             silent: leader.silent_hosts(),
+            arrived: std::sync::Arc::default(),
             cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
             disk_overcommit_percent: leader.settings.disk_overcommit_percent,
         };

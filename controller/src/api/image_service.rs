@@ -96,6 +96,7 @@ fn answered(leader: &Leader, command: &Command) -> Result<Option<v1::Image>, Sta
     let cx = state::command::Context {
         now: leader.clock.wall(),
         silent: Arc::default(),
+        arrived: Arc::default(),
         cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
         disk_overcommit_percent: leader.settings.disk_overcommit_percent,
     };

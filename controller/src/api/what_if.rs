@@ -37,6 +37,7 @@ pub(super) async fn simulate(
     let cx = command::Context {
         now: context.clock.wall(),
         silent,
+        arrived: std::sync::Arc::default(),
         cpu_overcommit_percent: context.cpu_overcommit_percent,
         disk_overcommit_percent: context.disk_overcommit_percent,
     };

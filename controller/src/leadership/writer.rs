@@ -427,6 +427,7 @@ fn fill(batch: &mut Batch, jobs: &mut Received, state: &mut State, leader: &Lead
     let cx = Context {
         now: leader.clock.wall(),
         silent: leader.silent_hosts(),
+        arrived: leader.sessions.arrivals().all(),
         cpu_overcommit_percent: leader.settings.cpu_overcommit_percent,
         disk_overcommit_percent: leader.settings.disk_overcommit_percent,
     };

@@ -56,8 +56,6 @@ pub enum Arrival {
     Preparing,
     /// It listens.
     Listening,
-    /// It has the whole guest, and holds it still.
-    Received,
 }
 
 /// How far a migration is, by the newest report of its source.

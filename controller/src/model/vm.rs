@@ -105,6 +105,9 @@ pub struct CloneOf {
     pub name: String,
     /// Its `disk_generation` then.
     pub disk_generation: u32,
+    /// The `kept_generation` of those disks that had one, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub kept_generations: BTreeMap<String, u32>,
     /// The snapshot that is copied. `null`: the disks as they are, and that VM does not run meanwhile.
     pub snapshot: Option<Uuid>,
     /// Where its disks lie. The copies lie there, too.
@@ -507,6 +510,10 @@ pub struct Disk {
     /// that comes; no machine has one that is to be deleted.
     #[serde(default, skip_serializing_if = "is_default")]
     pub half_done: bool,
+    /// Part of its file's name, instead of the VM's `disk_generation`: it is in a pool that hosts share, and stays there when a migration
+    /// copies the others (M7).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_generation: Option<u32>,
 }
 
 impl Disk {

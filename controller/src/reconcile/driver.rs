@@ -220,6 +220,7 @@ impl Driver<'_> {
             let cx = Context {
                 now: self.leader.clock.wall(),
                 silent: self.leader.health().silent(now),
+                arrived: Arc::default(),
                 cpu_overcommit_percent: self.leader.settings.cpu_overcommit_percent,
                 disk_overcommit_percent: self.leader.settings.disk_overcommit_percent,
             };

@@ -65,7 +65,7 @@ impl Stage {
         match (migration.handed_over, migration.arrival) {
             (Some(_), _) => Self::HandedOver,
             (None, Arrival::Preparing) => Self::Preparing,
-            (None, Arrival::Listening | Arrival::Received) => Self::Sending,
+            (None, Arrival::Listening) => Self::Sending,
         }
     }
 }

@@ -159,6 +159,7 @@ impl World {
         let cx = Context {
             now: WallTime(1),
             silent: Arc::new(self.silent.clone()),
+            arrived: Arc::default(),
             cpu_overcommit_percent: 400,
             disk_overcommit_percent: 200,
         };

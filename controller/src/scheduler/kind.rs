@@ -184,21 +184,18 @@ impl Kind {
                 }
                 Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
             }
-            match &request.home {
-                Home::Anywhere => match request.arrival {
-                    // Disks that only one host has are copied into a pool of the same kind: what is void in it can be removed.
-                    Arrival::Migration { .. } if pool.shared_id.is_some() => {
-                        return Err(Rejection::OtherPool(name.clone()));
-                    }
-                    Arrival::Migration { .. } | Arrival::Start | Arrival::Removal => {}
-                },
-                Home::OnlyHost(_) => {}
+            let shared = match &request.home {
+                Home::Anywhere | Home::OnlyHost(_) => None,
+                Home::SharedPools { ids } => ids.get(name),
+            };
+            match (shared, &request.arrival) {
                 // The same name does not make it the same directory: the id in the marker does.
-                Home::SharedPools { ids } => {
-                    if ids.get(name).is_some_and(|&expected| pool.shared_id != Some(expected)) {
-                        return Err(Rejection::OtherPool(name.clone()));
-                    }
+                (Some(_), _) if pool.shared_id.as_ref() != shared => return Err(Rejection::OtherPool(name.clone())),
+                // Disks that only one host has are copied into a pool of the same kind: what is void in it can be removed.
+                (None, Arrival::Migration { .. }) if pool.shared_id.is_some() => {
+                    return Err(Rejection::OtherPool(name.clone()));
                 }
+                (Some(_), _) | (None, Arrival::Migration { .. } | Arrival::Start | Arrival::Removal) => {}
             }
         }
         Ok(())

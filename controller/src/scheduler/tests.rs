@@ -360,7 +360,7 @@ fn a_guest_that_sees_its_hosts_cpu_goes_on_only_where_there_is_the_same() {
             busy: BTreeSet::new(),
         };
         // Its disks lie where both hosts have them.
-        let home = Home::SharedPools { ids: BTreeMap::new() };
+        let home = Home::SharedPools { ids: BTreeMap::from([("default".into(), POOL)]) };
         explain(&view, &Request { cpu, arrival, home, ..request(1, 1) }, &limits(100)).candidates
     };
     assert_eq!(go(CpuModel::Host, "a"), [host_id(2)]);

@@ -166,6 +166,7 @@ pub(super) fn as_recorded(state: &State, entry: &VmEntry) -> v1::DesiredVm {
         clone_from: record.clone_of.as_ref().filter(|_| !record.disks_exist).map(|c| v1::CloneFrom {
             vm_id: c.vm.to_string(),
             disk_generation: c.disk_generation,
+            kept_generations: c.kept_generations.iter().map(|(name, &generation)| (name.clone(), generation)).collect(),
             snapshot_id: c.snapshot.map(|s| s.to_string()).unwrap_or_default(),
         }),
     }
@@ -238,6 +239,7 @@ mod tests {
         let cx = Context {
             now: WallTime(1),
             silent: Arc::default(),
+            arrived: Arc::default(),
             cpu_overcommit_percent: 400,
             disk_overcommit_percent: 200,
         };

@@ -8,6 +8,7 @@
 //!
 //! It decides nothing about where VMs go or when a host is dead: that is `scheduler/`, `health/` and `reconcile/`.
 
+pub mod arrivals;
 pub mod desired;
 mod job;
 mod outgoing;

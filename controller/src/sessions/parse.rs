@@ -281,7 +281,7 @@ fn migration(check: &mut Checker, field: &str, m: v1::MigrationReport) -> Option
         address: m.address,
         failure: clean(&m.failure),
         disks_address: m.disks_address,
-        disks_sent: m.disks_sent,
+        disks: m.disks,
     })
 }
 

@@ -25,7 +25,7 @@ use uncloud_proto::{
 };
 use uuid::Uuid;
 
-use super::serving::Grants;
+use super::{arrivals::Arrivals, serving::Grants};
 
 /// Orders that may wait for one session. More than this means that the agent does not read.
 const ORDERS: usize = 64;
@@ -38,6 +38,7 @@ pub const PIECES: usize = 16;
 pub struct SessionRegistry {
     inner: Arc<Mutex<Inner>>,
     grants: Grants,
+    arrivals: Arrivals,
 }
 
 impl std::fmt::Debug for SessionRegistry {
@@ -193,6 +194,12 @@ impl SessionRegistry {
     #[must_use]
     pub fn grants(&self) -> &Grants {
         &self.grants
+    }
+
+    /// What the targets of migrations have said to have.
+    #[must_use]
+    pub fn arrivals(&self) -> &Arrivals {
+        &self.arrivals
     }
 
     /// Takes the place of a host's session, and ends an older one of the same machine.

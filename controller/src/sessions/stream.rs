@@ -194,6 +194,7 @@ impl<'a> Session<'a> {
         }
         leader.health().register(entry, leader.clock.now()).map_err(|e| pending(&e))?;
 
+        leader.mirror.read(|state| leader.sessions.arrivals().note(state, host, &vms));
         let mut session = Self {
             leader,
             host,
@@ -277,6 +278,7 @@ impl<'a> Session<'a> {
                     warn!("a report makes no sense and is ignored: {problems}");
                 }
                 self.leader.settings.metrics.reports(reports.len());
+                self.leader.mirror.read(|state| self.leader.sessions.arrivals().note(state, self.host, &reports));
                 self.rules.reported(reports);
                 if self.rules.seen().len() > parse::MAX_VMS {
                     return Err(invalid(format!("a host has at most {} VMs", parse::MAX_VMS)));

@@ -441,6 +441,7 @@ pub(super) fn begin_anew(record: &mut VmRecord) {
     for disk in &mut record.spec.disks {
         if disk.state != DiskState::Deleting {
             disk.half_done = false;
+            disk.kept_generation = None;
         }
         (disk.state, disk.order) = match disk.state {
             DiskState::Attached | DiskState::Attaching | DiskState::Returning => (DiskState::Attached, 0),

@@ -115,12 +115,14 @@ pub(super) fn create(
         vm: source,
         name: record.name.clone(),
         disk_generation: record.disk_generation,
+        kept_generations: disks_kept(record),
         snapshot,
         home: disk_home(record)?,
     };
     let mut spec = record.next_spec();
     // What the machine does not have is not part of the copy.
     spec.disks.retain(Disk::is_in_machine);
+    spec.disks.iter_mut().for_each(|disk| disk.kept_generation = None);
     if spec.nics.len() > clone.macs.len() {
         return Err(Refusal::Precondition(format!("VM `{}` has too many network interfaces", record.name)));
     }
@@ -155,6 +157,10 @@ fn check_stopped(entry: &VmEntry) -> Result<(), Refusal> {
             "VM `{name}` is to run, so its disks cannot be copied as they are; take a snapshot first and name it, or stop the VM"
         ),
     }))
+}
+
+fn disks_kept(record: &VmRecord) -> BTreeMap<String, u32> {
+    record.spec.disks.iter().filter_map(|d| Some((d.name.clone(), d.kept_generation?))).collect()
 }
 
 fn disk_home(record: &VmRecord) -> Result<DiskHome, Refusal> {

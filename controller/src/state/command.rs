@@ -33,6 +33,9 @@ pub struct Context {
     pub now: WallTime,
     /// Hosts on which nothing new is placed because they are silent.
     pub silent: Arc<BTreeSet<HostId>>,
+    /// VMs of which the target of a migration has said that it has the whole guest, with the incarnation there. Not stored, because a
+    /// guest stands still meanwhile: a new leader is told again.
+    pub arrived: Arc<BTreeMap<VmId, Incarnation>>,
     /// vCPUs promised per CPU thread, in percent (400 = four).
     pub cpu_overcommit_percent: u32,
     /// Bytes of disks promised per byte of a pool, in percent (200 = two).
@@ -386,8 +389,8 @@ pub struct MigrationObservation {
     pub failure: String,
     /// Where the target takes disks. Empty: nowhere.
     pub disks_address: String,
-    /// The source: all disks were copied, up to the guest's last write (M6).
-    pub disks_sent: bool,
+    /// The target: how many disks are copied to it. The source: how many were, up to the guest's last write (M6).
+    pub disks: u32,
 }
 
 /// What a VM is on a host. Documented in `agent.proto` (`AgentVmState`).

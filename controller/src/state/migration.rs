@@ -21,6 +21,7 @@
 //! * **M6** There is a hand-over of such a VM only after the source has also said that all of its disks were copied, up to the
 //!   guest's last write.
 //! * **M7** The copies have a generation that was reserved for them. They become the VM's disks by the hand-over, and never without it.
+//!   Its disks in pools that both hosts share are not copied, and keep the generation that they had.
 //!
 //! So after a hand-over only the target can execute, after a give-up only the source, and before either the source alone.
 //! No lease and no time is part of the argument: who is late, cut off or restarted waits for the leader's word.
@@ -28,6 +29,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use uncloud_proto::ids::{HostId, Incarnation, VmId};
+use uuid::Uuid;
 
 use super::{
     VmEntry, absorb,
@@ -40,7 +42,7 @@ use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Liveness, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
-        vm::{DiskState, Placement},
+        vm::{Disk, DiskState, Placement},
     },
     scheduler::{self, Home, Limits, Request, Resources},
 };
@@ -62,7 +64,7 @@ pub(super) enum OwnDisks {
 enum Disks {
     /// It has them, or there are none.
     Shared,
-    /// They are copied, all of them.
+    /// Those are copied that only its host has.
     Copied,
 }
 
@@ -109,6 +111,7 @@ pub(super) fn begin(
         Disks::Copied => {
             // M7
             record.disks_reserved = record.next_disk_generation();
+            keep_shared(&mut record);
             Some(record.disks_reserved)
         }
     };
@@ -141,7 +144,27 @@ fn request(record: &VmRecord, from: &HostRecord, busy: BTreeSet<HostId>, disks: 
     let request = Request { arrival, vcpus, memory_mib, cpu: record.spec.cpu, ..placement::request(record) };
     match disks {
         Disks::Shared => request,
-        Disks::Copied => Request { home: Home::Anywhere, pools: placement::room(record), ..request },
+        Disks::Copied => {
+            let ids: BTreeMap<_, _> = shared_pools(record).collect();
+            let pools = placement::room(record).into_iter();
+            let pools = pools.map(|(pool, bytes)| if ids.contains_key(&pool) { (pool, 0) } else { (pool, bytes) });
+            Request { pools: pools.collect(), home: Home::SharedPools { ids }, ..request }
+        }
+    }
+}
+
+/// The pools of its disks that hosts share, by name, with the id of the directory behind it.
+fn shared_pools(record: &VmRecord) -> impl Iterator<Item = (String, Uuid)> {
+    let pools = record.disk_home.iter().flat_map(|home| &home.pools);
+    pools.filter_map(|(pool, id)| Some((pool.clone(), (*id)?)))
+}
+
+/// M7: what is not copied keeps the name that it has, also when the copies become the VM's disks.
+fn keep_shared(record: &mut VmRecord) {
+    let shared: BTreeSet<String> = shared_pools(record).map(|(pool, _)| pool).collect();
+    let generation = record.disk_generation;
+    for disk in record.spec.disks.iter_mut().filter(|d| shared.contains(&d.pool)) {
+        disk.kept_generation.get_or_insert(generation);
     }
 }
 
@@ -220,19 +243,12 @@ fn may_be_copied(draft: &Draft<'_>, record: &VmRecord, source: HostId) -> Result
         ));
     }
     // Its machine does not have it, so nobody could copy it.
-    if let Some(disk) = record.spec.disks.iter().find(|d| d.state != DiskState::Attached) {
+    let shared: BTreeSet<String> = shared_pools(record).map(|(pool, _)| pool).collect();
+    let own = |disk: &&Disk| !shared.contains(&disk.pool);
+    if let Some(disk) = record.spec.disks.iter().filter(own).find(|d| d.state != DiskState::Attached) {
         return refuse(format!(
             "VM `{name}` has a disk in a pool that only host `{host}` has, and disk `{}` is detached, so it would stay behind: attach it \
              (`uncloud vm attach-disk`) or delete it first",
-            disk.name
-        ));
-    }
-    let home = record.disk_home.as_ref();
-    let shared = |pool: &str| home.is_some_and(|h| h.pools.get(pool).copied().flatten().is_some());
-    if let Some(disk) = record.spec.disks.iter().find(|d| shared(&d.pool)) {
-        return refuse(format!(
-            "VM `{name}` has disk `{}` in a pool that hosts share, and another in a pool that only host `{host}` has; only VMs whose \
-             disks are all of one kind can migrate",
             disk.name
         ));
     }
@@ -328,13 +344,15 @@ pub(super) fn from_target(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObs
                 now.address.clone_from(&seen.address);
                 now.disks_address.clone_from(&seen.disks_address);
                 // M6
-                if now.disk_generation.is_some() && now.disks_address.is_empty() {
-                    let why = format!("host `{}` takes no disks; update its agent", draft.host_name(now.target));
+                let expected = disks_to_copy(&entry.record, &now);
+                if seen.disks != expected || (expected > 0 && now.disks_address.is_empty()) {
+                    let host = draft.host_name(now.target);
+                    let why = format!("host `{host}` takes {} disks, not {expected}; update its agent", seen.disks);
                     return give_up(draft, entry, &why).map(drop);
                 }
             }
         }
-        ObservedState::Received => now.arrival = Arrival::Received,
+        ObservedState::Received => return advance(draft, entry, now, Arrived::Yes).map(drop),
         ObservedState::Running
         | ObservedState::Stopping
         | ObservedState::Stopped
@@ -349,7 +367,7 @@ pub(super) fn from_target(draft: &mut Draft<'_>, entry: &VmEntry, report: &VmObs
             return give_up(draft, entry, &why).map(drop);
         }
     }
-    advance(draft, entry, now).map(drop)
+    advance(draft, entry, now, Arrived::No).map(drop)
 }
 
 /// The host that has the VM reports on it. Returns the VM as it is with what that means for its migration.
@@ -359,7 +377,7 @@ pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     match report.state {
         // M6
         ObservedState::HandedOver
-            if migration.disk_generation.is_some() && seen.is_some_and(|seen| !seen.disks_sent) =>
+            if seen.is_some_and(|seen| seen.disks != disks_to_copy(&entry.record, &migration)) =>
         {
             let failure = seen.map(|seen| seen.failure.clone()).filter(|f| !f.is_empty());
             give_up(
@@ -370,7 +388,9 @@ pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
         }
         ObservedState::HandedOver if seen.is_some() => {
             let handed_over = migration.handed_over.or(Some(draft.cx.now));
-            advance(draft, &entry, Migration { handed_over, ..migration })
+            let arrived = draft.cx.arrived.get(&entry.record.id) == Some(&migration.incarnation);
+            let arrived = if arrived { Arrived::Yes } else { Arrived::No };
+            advance(draft, &entry, Migration { handed_over, ..migration }, arrived)
         }
         ObservedState::Running | ObservedState::HandedOver => match seen {
             Some(seen) if !seen.failure.is_empty() => give_up(draft, &entry, &seen.failure),
@@ -397,9 +417,24 @@ pub(super) fn from_source(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     }
 }
 
-/// The migration is further. When both sides are done, the VM changes hosts in the same write.
-fn advance(draft: &mut Draft<'_>, entry: &VmEntry, migration: Migration) -> Result<VmEntry, Refusal> {
-    if migration.handed_over.is_some() && migration.arrival == Arrival::Received && takes_over(draft, &migration) {
+/// M6: how many disks are copied.
+fn disks_to_copy(record: &VmRecord, migration: &Migration) -> u32 {
+    let copied =
+        record.spec.disks.iter().filter(|d| migration.disk_generation.is_some() && d.kept_generation.is_none());
+    u32::try_from(copied.count()).unwrap_or(u32::MAX)
+}
+
+/// Whether the target has the whole guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrived {
+    Yes,
+    No,
+}
+
+/// The migration is further. When both sides are done, the VM changes hosts in the same write. What the target has is not stored for itself
+/// ([`Context::arrived`](super::command::Context)).
+fn advance(draft: &mut Draft<'_>, entry: &VmEntry, migration: Migration, arrived: Arrived) -> Result<VmEntry, Refusal> {
+    if migration.handed_over.is_some() && arrived == Arrived::Yes && takes_over(draft, &migration) {
         return hand_over(draft, entry, &migration);
     }
     if entry.record.migration.as_ref() == Some(&migration) {

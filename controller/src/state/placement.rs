@@ -142,7 +142,8 @@ pub(super) fn disk_places(vm: &VmRecord) -> BTreeMap<Place, u64> {
             (None, None) => continue,
         };
         let coming = vm.migration.as_ref().filter(|m| m.disk_generation.is_some());
-        let coming = coming.map(|m| Place::OnHost(m.target, disk.pool.clone()));
+        let copied = |place: &Place| matches!(place, Place::OnHost(..));
+        let coming = coming.filter(|_| copied(&place)).map(|m| Place::OnHost(m.target, disk.pool.clone()));
         for place in coming.into_iter().chain([place]) {
             let sum: &mut u64 = places.entry(place).or_default();
             *sum = sum.saturating_add(disk.size_bytes);

@@ -409,7 +409,7 @@ impl Truth {
         if let (true, Some(home)) = (after.disks_exist, &after.disk_home) {
             let disks = after.spec.disks.iter().map(|d| {
                 let pool = home.pools.get(&d.pool).copied().flatten();
-                (pool.unwrap_or(home.host.uuid()), after.disk_generation)
+                (pool.unwrap_or(home.host.uuid()), d.kept_generation.unwrap_or(after.disk_generation))
             });
             self.data = Some(disks.collect());
         }

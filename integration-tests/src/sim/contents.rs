@@ -213,9 +213,11 @@ impl Truth {
     fn new_generation(&mut self, before: &VmRecord, after: &VmRecord) {
         let copied = before.migration.as_ref().is_some_and(|m| m.disk_generation == Some(after.disk_generation));
         if copied {
-            // M5: they were sent along, and must be what they were.
+            // M5: they were sent along, and must be what they were. M7: what both hosts have is where it was.
             let home = after.disk_home.as_ref().map(|h| (h.host.uuid(), after.disk_generation));
-            self.last.values_mut().for_each(|(place, _)| *place = home);
+            let stays: BTreeSet<Key> =
+                after.spec.disks.iter().filter(|d| d.kept_generation.is_some()).map(key).collect();
+            self.last.iter_mut().filter(|(key, _)| !stays.contains(*key)).for_each(|(_, (place, _))| *place = home);
             return;
         }
         let newest = self.newest;

@@ -16,6 +16,7 @@ use uncloud_controller::{
     reconcile::drain::Drains,
     reconcile::migrations::Migrations,
     reconcile::plan::Attempts,
+    sessions::arrivals::Arrivals,
     state::{
         State,
         command::{Answer, Change, Command, Context, Mutation, Refusal},
@@ -91,6 +92,7 @@ pub(crate) struct Lead {
     pub(super) health: HealthTable,
     pub(super) sessions: BTreeMap<u64, Session>,
     pub(super) by_host: BTreeMap<HostId, u64>,
+    pub(super) arrivals: Arrivals,
     pub(super) timings: Timings,
     pub(super) controllers: usize,
     /// A transaction that the process is to send.
@@ -145,6 +147,7 @@ impl Lead {
             health,
             sessions: BTreeMap::new(),
             by_host: BTreeMap::new(),
+            arrivals: Arrivals::default(),
             timings,
             controllers: core.config.controllers,
             to_commit: None,
@@ -293,6 +296,7 @@ impl Lead {
         let cx = Context {
             now: core.wall_of(self.process.0),
             silent,
+            arrived: self.arrivals.all(),
             cpu_overcommit_percent: 400,
             disk_overcommit_percent: 200,
         };

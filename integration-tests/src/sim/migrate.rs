@@ -132,12 +132,12 @@ impl Host {
         let Some(qemu) = self.qemus.get_mut(&vm).filter(|q| q.uid == uid && q.executing && !q.dying) else { return };
         let moving = &mut qemu.moving;
         match step {
-            Step::Listen { disks, .. } => (moving.listens, moving.takes_disks) = (true, disks > 0),
+            Step::Listen { disks, .. } => (moving.listens, moving.takes_disks) = (true, !disks.copied.is_empty()),
             Step::Send(MigrateTo { disks: Some(disks), .. }) => {
                 moving.mirror = Mirror::Copying;
                 let fails = !core.healed && core.rng.permille(50);
                 let delay = core.between(20, 3000);
-                core.after(delay, kernel, boot, What::Wire(vm, uid, Wire::Copied(disks.count, !fails)));
+                core.after(delay, kernel, boot, What::Wire(vm, uid, Wire::Copied(disks.nodes.copied.len(), !fails)));
             }
             Step::Send(MigrateTo { address, disks: None, .. }) | Step::SendMemory(MigrateTo { address, .. }) => {
                 if moving.guest != Guest::Executes

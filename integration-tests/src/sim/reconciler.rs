@@ -164,9 +164,13 @@ impl Lead {
             && self.validity.holds(now)
         {
             let silent = self.health.silent(now);
-            let (cpu_overcommit_percent, disk_overcommit_percent) = (400, 200);
-            let cx =
-                Context { now: core.wall_of(self.process.0), silent, cpu_overcommit_percent, disk_overcommit_percent };
+            let cx = Context {
+                now: core.wall_of(self.process.0),
+                silent,
+                arrived: self.arrivals.all(),
+                cpu_overcommit_percent: 400,
+                disk_overcommit_percent: 200,
+            };
             if let Some(Step { vm, from, how }) = self.driver.drains.next(&self.mirror, &cx, now) {
                 *left -= 1;
                 core.log(format_args!("term {}: {vm} leaves {from}: {how:?}", self.term));

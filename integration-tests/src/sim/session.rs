@@ -166,6 +166,7 @@ impl Lead {
         }
         let host = facts.id;
         self.by_host.insert(host, stream);
+        self.arrivals.note(&self.mirror, host, &greeting.vms);
         let session = Session {
             host,
             boot_id: facts.boot_id,
@@ -304,6 +305,7 @@ impl Lead {
                 if let Some(problems) = problems {
                     core.check.violation(format!("a report is refused: {problems}"));
                 }
+                self.arrivals.note(&self.mirror, session.host, &reports);
                 session.rules.reported(reports);
                 self.replan(core, stream)?;
             }

@@ -33,6 +33,12 @@ use super::{
 
 /// Where the pool is that hosts share.
 const SHARED: &str = "/shared";
+
+/// M7: the number in the name of a disk's file.
+fn generation(path: &Path) -> u32 {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    name.rsplit('.').nth(1).and_then(|digits| digits.parse().ok()).unwrap_or_default()
+}
 /// What is on a disk of which a part was copied before, and another part after it has changed.
 const TORN: u64 = u64::MAX;
 
@@ -111,8 +117,8 @@ impl Host {
     }
 
     /// What a file's place is to the judge.
-    pub(super) fn place(&self, path: &Path, generation: u32) -> Place {
-        if path.starts_with(SHARED) { (self.shared_pool, generation) } else { (self.id.uuid(), generation) }
+    pub(super) fn place(&self, path: &Path) -> Place {
+        if path.starts_with(SHARED) { (self.shared_pool, generation(path)) } else { (self.id.uuid(), generation(path)) }
     }
 
     /// The disks that a machine that is started now has.
@@ -126,7 +132,7 @@ impl Host {
         };
         let open = |(name, found): (String, place::Place)| match found {
             place::Place::File { path } => {
-                let place = self.place(&path, desired.disk_generation);
+                let place = self.place(&path);
                 Some(Open { key: key_of(desired, &name), place, path })
             }
             place::Place::Export { .. } => None,
@@ -166,7 +172,7 @@ impl Host {
         if self.disk_full > 0 {
             return Err("no space left on device".into());
         }
-        let (key, generation) = (key_of(desired, &disk.name), desired.disk_generation);
+        let (key, generation) = (key_of(desired, &disk.name), generation(&disk.path));
         self.add_file(core, disk.path.clone(), File { vm, key, generation, count: 0, snapshots: BTreeMap::new() });
         Ok(())
     }
@@ -204,7 +210,7 @@ impl Host {
             let count = self.read(core, &origin).ok_or("the disk to be copied, or its snapshot, is missing")?;
             let key = key_of(desired, &disk.name);
             // Whoever began before has its file taken away.
-            core.copying.insert((self.place(&disk.path, 0).0, disk.path.clone()), work);
+            core.copying.insert((self.place(&disk.path).0, disk.path.clone()), work);
             copies.push(Copying { disk, origin, key, count });
         }
         Ok(copies)
@@ -242,7 +248,7 @@ impl Host {
             return; // dropped
         }
         for Copying { disk, origin, key, count } in copies {
-            let ours = core.copying.get(&(self.place(&disk.path, 0).0, disk.path.clone())) == Some(&work);
+            let ours = core.copying.get(&(self.place(&disk.path).0, disk.path.clone())) == Some(&work);
             if !ours || self.file(core, &disk.path).is_some() {
                 let problem = VmEvent::PrepareFailed("the file was taken away, or is there".into());
                 return self.done(core, vm, (epoch, work), problem, None);
@@ -250,7 +256,7 @@ impl Host {
             let count = if self.read(core, &origin) == Some(count) { count } else { TORN };
             core.stats.copies += 1;
             core.log(format_args!("host {}: disk {} of {vm} is a copy: {count}", self.index, disk.name));
-            let generation = desired.disk_generation;
+            let generation = generation(&disk.path);
             self.add_file(core, disk.path, File { vm, key, generation, count, snapshots: BTreeMap::new() });
         }
         let prepared = self.finish_prepare(core, vm, desired);
@@ -259,7 +265,7 @@ impl Host {
 
     /// Removes a file, as far as it is there. The judge hears whose it was.
     pub(super) fn remove_file(&mut self, core: &mut Core, path: &Path) -> Option<File> {
-        let pool = self.place(path, 0).0;
+        let pool = self.place(path).0;
         let file = if path.starts_with(SHARED) {
             core.shared_files.get_mut(&self.shared_pool)?.remove(path)?
         } else {

@@ -100,7 +100,7 @@ impl Host {
         let key = key_of(desired, &disk.name);
         let path = plan::disks(vm, desired, &self.pools).map_err(|p| words(&p))?;
         let path = path.into_iter().find(|d| d.name == disk.name).ok_or("it is not in the machine")?.path;
-        let open = Open { key, place: self.place(&path, desired.disk_generation), path };
+        let open = Open { key, place: self.place(&path), path };
         let Some(qemu) = self.qemus.get_mut(&vm) else { return Err("QEMU is gone".into()) };
         if qemu.disks.contains(&open) {
             return Ok(());
@@ -189,7 +189,7 @@ impl Host {
                 file.count = count;
                 core.stats.put_back += 1;
                 core.log(format_args!("host {}: the disks of {vm} are put back, order {number}", self.index));
-                let place = self.place(&disk.path, desired.disk_generation);
+                let place = self.place(&disk.path);
                 core.check.put_back(vm, (&key, place), number, snapshot, count);
             }
         }

@@ -85,7 +85,7 @@ async fn a_vm_takes_its_disks_along_to_and_fro() -> anyhow::Result<()> {
     cluster.finish().await
 }
 
-/// Disks that came while it ran go along with what is on them, on whatever bus.
+/// Disks that came while it ran go along with what is on them, on whatever bus. One in a pool that both hosts have stays where it is.
 #[tokio::test(flavor = "multi_thread")]
 async fn disks_that_were_attached_go_along() -> anyhow::Result<()> {
     let mut cluster = Options::hosts(2).linux().start().await?;
@@ -94,13 +94,20 @@ async fn disks_that_were_attached_go_along() -> anyhow::Result<()> {
     let boot = cluster.checker.wait_beats(id, 1, secs(60)).await?.said.boot;
     let mut console = Console::open(&cluster, id).await?;
     console.says("scsi", "SCSI loaded").await?;
-    for name in ["a", "b"] {
-        let disk = format!("size=1M,name={name},pool={}", specs::LOCAL);
+    for (name, pool) in [("a", specs::LOCAL), ("b", specs::LOCAL), ("c", specs::SHARED)] {
+        let disk = format!("size=1M,name={name},pool={pool}");
         cluster.cli(&["vm", "attach-disk", "loaded", &disk]).await?.success()?;
     }
     let attached = |vm: &Vm| vm.spec.iter().flat_map(|s| &s.disks).all(|d| d.state() == v1::DiskState::Unspecified);
     cluster.api.wait_vm(id, "has its disks", secs(40), attached).await?;
     console.says("word b hello", "WORD b hello is <hello>").await?;
+    console.says("word c stay", "WORD c stay is <stay>").await?;
+    let shared = |cluster: &Cluster| -> anyhow::Result<Vec<_>> {
+        let dir = cluster.pool().join("disks").join(id);
+        fs::read_dir(&dir)?.map(|e| Ok(e?.file_name())).collect()
+    };
+    let stays = shared(&cluster)?;
+    assert_eq!(stays.len(), 1, "{stays:?}");
 
     // What the machine does not have would stay behind.
     cluster.cli(&["vm", "detach-disk", "loaded", "a"]).await?.success()?;
@@ -109,16 +116,19 @@ async fn disks_that_were_attached_go_along() -> anyhow::Result<()> {
     let refused = cluster.cli(&["vm", "migrate", "loaded", other(&vm)]).await?;
     ensure!(refused.code != 0 && refused.stderr.contains("disk `a` is detached"), "{refused:?}");
     cluster.cli(&["vm", "detach-disk", "loaded", "a", "--delete"]).await?.success()?;
-    let gone = |vm: &Vm| vm.spec.as_ref().is_some_and(|s| s.disks.len() == 2);
+    let gone = |vm: &Vm| vm.spec.as_ref().is_some_and(|s| s.disks.len() == 3);
     cluster.api.wait_vm(id, "has one disk less", secs(40), gone).await?;
 
     let vm = migrate(&cluster.api, id, other(&vm)).await?;
     let mut console = Console::open_when_there(&cluster, id).await?;
     console.says("word b ?there", "WORD b ?there is <hello>").await?;
     console.says("word b again", "WORD b again is <again>").await?;
+    console.says("word c ?there", "WORD c ?there is <stay>").await?;
+    console.says("word c still", "WORD c still is <still>").await?;
     let vm = migrate(&cluster.api, id, other(&vm)).await?;
     let mut console = Console::open_when_there(&cluster, id).await?;
     console.says("word b ?back", "WORD b ?back is <again>").await?;
+    console.says("word c ?back", "WORD c ?back is <still>").await?;
     let beat = cluster.checker.wait_beats(id, 1, secs(30)).await?;
     assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&vm), &boot), "the same guest goes on");
     wait_for("the copies that are void are removed", secs(30), async || {
@@ -130,6 +140,21 @@ async fn disks_that_were_attached_go_along() -> anyhow::Result<()> {
     cluster.api.stop(id).await?;
     cluster.api.wait_phase(id, v1::VmPhase::Stopped, secs(40)).await?;
     check(&mut cluster, &vm)?;
+    assert_eq!(shared(&cluster)?, stays, "the same file");
+
+    // A copy has what each of them has, wherever it lies, and takes the rest with it when it goes.
+    cluster.cli(&["vm", "clone", "loaded", "copy", "--wait"]).await?.success()?;
+    let copy = cluster.api.vm("copy").await?;
+    let mut console = Console::open_when_there(&cluster, &copy.id).await?;
+    console.says("scsi", "SCSI loaded").await?;
+    console.says("word b ?copy", "WORD b ?copy is <again>").await?;
+    console.says("word c ?copy", "WORD c ?copy is <still>").await?;
+    for vm in [&vm, &copy] {
+        cluster.api.delete(&vm.id).await?;
+        cluster.api.wait_gone(&vm.id, secs(60)).await?;
+        assert!(files(&mut cluster, vm, host_of(vm))?.is_empty());
+    }
+    assert!(shared(&cluster).is_err(), "{stays:?} and its directory are gone");
     cluster.finish().await
 }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::vm::{
     disks::{CloneFrom, Orders, Revert, SnapshotOrder, Wanted},
-    migration::{DisksTo, MigrateTo},
+    migration::{DisksTo, MigrateTo, Nodes},
 };
 
 /// Why a desired state cannot be used: which field, and what is wrong with it.
@@ -75,7 +75,7 @@ impl Desired {
         }
         let migrate_to = match disposition {
             Disposition::Run => {
-                let disks = spec.as_ref().map_or(0, |s: &Spec| s.disks.len());
+                let disks = spec.as_ref().map(Spec::nodes_to_copy).unwrap_or_default();
                 m.migrate_to.as_ref().map(|m| parse_migrate_to(incarnation, disks, m)).transpose()?
             }
             Disposition::Stop | Disposition::Delete | Disposition::Forget | Disposition::Incoming => None,
@@ -245,7 +245,7 @@ fn parse_cloud_init(c: &v1::CloudInit) -> Result<CloudInit, Unusable> {
     })
 }
 
-fn parse_migrate_to(own: Incarnation, count: usize, m: &v1::MigrateTo) -> Result<MigrateTo, Unusable> {
+fn parse_migrate_to(own: Incarnation, nodes: Nodes, m: &v1::MigrateTo) -> Result<MigrateTo, Unusable> {
     let address = m
         .address
         .parse()
@@ -262,7 +262,7 @@ fn parse_migrate_to(own: Incarnation, count: usize, m: &v1::MigrateTo) -> Result
             let address = address.map_err(|_| {
                 unusable("migrate_to.disks_address", format!("is `{}`, not IP:PORT", text.escape_debug()))
             })?;
-            Some(DisksTo { address, count })
+            Some(DisksTo { address, nodes })
         }
     };
     Ok(MigrateTo { incarnation, address, secret, bytes_per_second: m.bytes_per_second, disks })
@@ -299,7 +299,11 @@ fn parse_clone_from(c: &v1::CloneFrom) -> Result<CloneFrom, Unusable> {
         "" => None,
         id => Some(Uuid::try_parse(id).map_err(|e| unusable("clone_from.snapshot_id", format!("{e}")))?),
     };
-    Ok(CloneFrom { vm, disk_generation: c.disk_generation, snapshot })
+    if c.kept_generations.len() > MAX_DISKS {
+        return Err(unusable("clone_from.kept_generations", format!("has more than {MAX_DISKS} entries")));
+    }
+    let kept_generations = c.kept_generations.iter().map(|(name, &generation)| (name.clone(), generation)).collect();
+    Ok(CloneFrom { vm, disk_generation: c.disk_generation, kept_generations, snapshot })
 }
 
 /// It ends up in a file that QEMU reads line by line.
@@ -370,8 +374,19 @@ fn parse_disk(i: usize, d: &v1::Disk) -> Result<Disk, Unusable> {
         "" => None,
         id => Some(Uuid::try_parse(id).map_err(|e| unusable(field("id"), format!("{e}")))?),
     };
-    let (name, pool) = (d.name.clone(), d.pool.clone());
-    Ok(Disk { name, pool, size_bytes: d.size_bytes, image, bus, cache, unit: d.unit, id, state, order: d.order })
+    Ok(Disk {
+        name: d.name.clone(),
+        pool: d.pool.clone(),
+        size_bytes: d.size_bytes,
+        image,
+        bus,
+        cache,
+        unit: d.unit,
+        id,
+        state,
+        order: d.order,
+        kept_generation: d.kept_generation,
+    })
 }
 
 fn parse_nic(i: usize, n: &v1::Nic) -> Result<Nic, Unusable> {

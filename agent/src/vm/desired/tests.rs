@@ -77,12 +77,22 @@ fn what_could_climb_or_inject_is_refused_and_the_field_is_named() {
 #[test]
 fn only_disks_that_are_not_made_are_copied() {
     let id = "00000000-0000-4000-8000-000000000005";
-    let from = v1::CloneFrom { vm_id: id.into(), disk_generation: 2, snapshot_id: id.into() };
+    let from = v1::CloneFrom {
+        vm_id: id.into(),
+        disk_generation: 2,
+        kept_generations: [("data".to_owned(), 1)].into(),
+        snapshot_id: id.into(),
+    };
     let with = |clone_from: &v1::CloneFrom| v1::DesiredVm { clone_from: Some(clone_from.clone()), ..good() };
     let read = |m: &v1::DesiredVm| Desired::from_proto(Incarnation(1), m).unwrap().clone_from;
     let uuid = Uuid::try_parse(id).unwrap();
-    let expected = CloneFrom { vm: VmId::from_uuid(uuid), disk_generation: 2, snapshot: Some(uuid) };
-    assert_eq!(read(&with(&from)), Some(expected));
+    let expected = CloneFrom {
+        vm: VmId::from_uuid(uuid),
+        disk_generation: 2,
+        kept_generations: [("data".to_owned(), 1)].into(),
+        snapshot: Some(uuid),
+    };
+    assert_eq!(read(&with(&from)), Some(expected.clone()));
     let as_it_is = v1::CloneFrom { snapshot_id: String::new(), ..from.clone() };
     assert_eq!(read(&with(&as_it_is)), Some(CloneFrom { snapshot: None, ..expected }));
     assert_eq!(read(&v1::DesiredVm { disks_exist: true, ..with(&from) }), None);

@@ -179,7 +179,7 @@ impl VmState {
         let desired = &self.record.desired;
         // What an earlier migration has left is put right before `moving` says so of this one.
         let none = match desired.disposition {
-            Disposition::Incoming => desired.disks_to_copy() == 0,
+            Disposition::Incoming => desired.disks_to_copy().copied.is_empty(),
             Disposition::Run => desired
                 .migrate_to
                 .as_ref()
@@ -222,10 +222,10 @@ impl VmState {
     /// What of a migration under way is on its way.
     pub(super) fn phase(&self) -> Phase {
         let order = self.record.desired.migrate_to.as_ref();
-        let disks = order.filter(|o| self.record.moving == Some(o.incarnation)).and_then(|o| o.disks);
+        let disks = order.filter(|o| self.record.moving == Some(o.incarnation)).and_then(|o| o.disks.as_ref());
         match disks {
-            Some(to) if self.record.sending == self.record.moving => Phase::Memory { disks: to.count },
-            Some(to) => Phase::Disks { count: to.count },
+            Some(to) if self.record.sending == self.record.moving => Phase::Memory { disks: to.nodes.copied.len() },
+            Some(to) => Phase::Disks { count: to.nodes.copied.len() },
             None => Phase::Memory { disks: 0 },
         }
     }

@@ -49,7 +49,7 @@ use uncloud_proto::{
 };
 
 pub use self::{
-    report::{DisksSent, MigrationReport, Report, ReportState},
+    report::{MigrationReport, Report, ReportState},
     words::{Effect, Event, Skipped},
 };
 use super::{

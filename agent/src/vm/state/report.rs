@@ -55,17 +55,8 @@ pub struct MigrationReport {
     pub failure: String,
     /// Where the target takes disks.
     pub disks_address: Option<SocketAddr>,
-    /// Which of its disks the source has copied.
-    pub disks: DisksSent,
-}
-
-/// Which of a guest's disks were copied to its target before the guest was sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DisksSent {
-    /// None, or not all of it yet.
-    No,
-    /// All of them, up to the guest's last write.
-    All,
+    /// The target: how many disks are copied to it. The source: how many were, up to the guest's last write, when it was sent.
+    pub disks: usize,
 }
 
 /// What a VM is on a host. The same as in the protocol.
@@ -120,7 +111,7 @@ impl VmState {
         };
         if let Some(x) = &self.execution {
             if x.role == Role::Incoming {
-                report_incoming(x, &mut report);
+                report_incoming(x, self.record.desired.disks_to_copy().copied.len(), &mut report);
                 return report;
             }
             let order = self.record.desired.migrate_to.as_ref().map(|m| m.incarnation);
@@ -136,8 +127,8 @@ impl VmState {
                 let failure = x.send_failure(phase);
                 let disks = match phase {
                     // M6
-                    Phase::Memory { disks: 1.. } if x.is_sent() => DisksSent::All,
-                    Phase::Disks { .. } | Phase::Memory { .. } => DisksSent::No,
+                    Phase::Memory { disks } if x.is_sent() => disks,
+                    Phase::Disks { .. } | Phase::Memory { .. } => 0,
                 };
                 let (address, disks_address) = (None, None);
                 report.migration =
@@ -227,7 +218,7 @@ impl VmState {
 }
 
 /// The target of a migration. Nothing of it has ever executed, so nothing that says so is reported.
-fn report_incoming(x: &Execution, report: &mut Report) {
+fn report_incoming(x: &Execution, copied: usize, report: &mut Report) {
     let Some(standing) = x.standing.as_ref().filter(|_| x.ending.is_none()) else { return };
     let migration = MigrationReport {
         incarnation: x.incarnation,
@@ -235,7 +226,7 @@ fn report_incoming(x: &Execution, report: &mut Report) {
         progress: Progress::default(),
         failure: String::new(),
         disks_address: standing.disks_address,
-        disks: DisksSent::No,
+        disks: standing.disks_address.map_or(0, |_| copied),
     };
     report.state = match standing.guest {
         Guest::Awaited if standing.address.is_some() => ReportState::Incoming,

@@ -218,6 +218,7 @@ fn disk(disk: &Disk) -> v1::Disk {
         unit: disk.unit,
         id: disk.id.map(|id| id.to_string()).unwrap_or_default(),
         order: disk.order,
+        kept_generation: disk.kept_generation,
     }
 }
 
@@ -231,7 +232,7 @@ fn nic(nic: &Nic) -> v1::Nic {
 
 fn migration(state: &State, migration: &Migration, status: Option<&VmStatusRecord>) -> v1::VmMigration {
     let stage = match (migration.handed_over, migration.arrival) {
-        (Some(_), _) | (None, Arrival::Received) => v1::MigrationStage::HandingOver,
+        (Some(_), _) => v1::MigrationStage::HandingOver,
         (None, Arrival::Listening) => v1::MigrationStage::Sending,
         (None, Arrival::Preparing) => v1::MigrationStage::Preparing,
     };

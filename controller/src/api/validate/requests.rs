@@ -211,6 +211,7 @@ pub(crate) fn attach_disk(request: v1::AttachDiskRequest, id: Uuid) -> Result<(V
             ("unit", disk.unit != 0),
             ("id", !disk.id.is_empty()),
             ("order", disk.order != 0),
+            ("kept_generation", disk.kept_generation.is_some()),
         ],
     );
     if !disk.image.is_empty() {

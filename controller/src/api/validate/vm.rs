@@ -377,6 +377,7 @@ fn check_disks(check: &mut Checker, disks: Vec<v1::Disk>, images: &mut Vec<(Imag
                 ("unit", disk.unit != 0),
                 ("id", !disk.id.is_empty()),
                 ("order", disk.order != 0),
+                ("kept_generation", disk.kept_generation.is_some()),
             ],
         );
         let bus = disk_bus(check, &at("bus"), disk.bus).unwrap_or_default();

@@ -160,6 +160,8 @@ pub(super) struct World {
     pub(super) state: State,
     pub(super) now: u64,
     pub(super) silent: BTreeSet<HostId>,
+    /// As the sessions note it.
+    pub(super) arrived: BTreeMap<VmId, Incarnation>,
     pub(super) stored: BTreeMap<Key, (Record, Revision)>,
     /// The newest change.
     pub(super) last: Change,
@@ -174,6 +176,7 @@ impl World {
             state: State::default(),
             now: 1_000_000,
             silent: BTreeSet::new(),
+            arrived: BTreeMap::new(),
             stored: BTreeMap::new(),
             last: Change::default(),
             events: Vec::new(),
@@ -189,6 +192,7 @@ impl World {
         Context {
             now: WallTime(self.now),
             silent: Arc::new(self.silent.clone()),
+            arrived: Arc::new(self.arrived.clone()),
             cpu_overcommit_percent: 400,
             disk_overcommit_percent: 200,
         }
@@ -196,6 +200,10 @@ impl World {
 
     pub(super) fn run(&mut self, command: Command) -> Result<Answer, Refusal> {
         self.now += 1;
+        if let Command::Report { reports, .. } = &command {
+            let received = reports.iter().filter(|r| r.state == ObservedState::Received);
+            self.arrived.extend(received.map(|r| (r.vm, r.incarnation)));
+        }
         let decision = self.state.decide(&command, &self.cx())?;
         self.commit(decision.change);
         Ok(decision.answer)
@@ -437,7 +445,7 @@ pub(super) fn seen(incarnation: u64, address: &str) -> MigrationObservation {
         address: address.to_owned(),
         failure: String::new(),
         disks_address: String::new(),
-        disks_sent: false,
+        disks: 0,
     }
 }
 

@@ -15,6 +15,7 @@ use crate::{
         vm::VmSpec,
     },
     reconcile::migrations::Migrations,
+    sessions::{arrivals::Arrivals, parse::Reported},
     state::{
         MIGRATIONS_PER_HOST,
         command::{Command, HostFacts, Lapsed, ObservedState, PowerChange, Refusal, VmObservation},
@@ -92,6 +93,7 @@ fn m1_when_both_sides_are_done_the_vm_changes_hosts_in_one_write() {
         if target_first {
             world.target_says(vm, ObservedState::Received);
             assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(source), 1), "the source has not said so yet");
+            assert!(world.last.mutations.is_empty(), "the hand-over need not wait for a write");
             world.source_says(vm, ObservedState::HandedOver, 2, "");
         } else {
             world.source_says(vm, ObservedState::HandedOver, 2, "");
@@ -139,6 +141,54 @@ fn m1_what_was_given_up_is_never_handed_over() {
     assert!(world.record(vm).migration.is_some(), "that was the first migration");
     world.source_says(vm, ObservedState::HandedOver, 3, "");
     assert_eq!((world.host_of(vm), world.incarnation(vm)), (Some(target), 3));
+}
+
+#[test]
+fn m1_what_arrived_in_an_earlier_migration_or_term_has_not_arrived_now() {
+    let mut world = World::with_hosts(2);
+    let vm = world.migrating(1);
+    let (source, target) = (world.host_of(vm).unwrap(), other(world.host_of(vm).unwrap()));
+    world.target_says(vm, ObservedState::Incoming);
+    world.target_says(vm, ObservedState::Received);
+    world.ok(Command::CancelMigration { vm });
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, Some(target)));
+    world.target_says(vm, ObservedState::Incoming);
+    world.source_says(vm, ObservedState::HandedOver, 3, "");
+    assert_eq!(world.host_of(vm), Some(source), "the target has nothing yet");
+    world.target_says(vm, ObservedState::Received);
+    assert_eq!(world.host_of(vm), Some(target));
+
+    world.report(vm, ObservedState::Running);
+    world.ok(begin(vm, Some(source)));
+    world.target_says(vm, ObservedState::Received);
+    // A new leader.
+    world.arrived.clear();
+    world.source_says(vm, ObservedState::HandedOver, 4, "");
+    assert_eq!(world.host_of(vm), Some(target), "it has not been told");
+    world.target_says(vm, ObservedState::Received);
+    assert_eq!(world.host_of(vm), Some(source));
+}
+
+/// What the sessions remember of it: no more than there are migrations, and only what their targets say.
+#[test]
+fn only_targets_say_what_has_arrived() {
+    let mut world = World::with_hosts(2);
+    let (first, second) = (world.migrating(1), world.migrating(2));
+    let target = other(world.host_of(first).unwrap());
+    let arrivals = Arrivals::default();
+    let says = |world: &World, host, vm, incarnation, state| {
+        let seen = VmObservation { incarnation: Incarnation(incarnation), ..world.observation(vm, state) };
+        arrivals.note(&world.state, host, &[Reported { sequence: 1, seen }]);
+        arrivals.all().iter().map(|(vm, incarnation)| (*vm, incarnation.0)).collect::<Vec<_>>()
+    };
+    assert_eq!(says(&world, other(target), first, 2, ObservedState::Received), []);
+    assert_eq!(says(&world, target, first, 1, ObservedState::Received), []);
+    assert_eq!(says(&world, target, first, 2, ObservedState::Incoming), []);
+    assert_eq!(says(&world, target, first, 2, ObservedState::Received), [(first, 2)]);
+    world.ok(Command::CancelMigration { vm: first });
+    let target = world.record(second).migration.as_ref().unwrap().target;
+    assert_eq!(says(&world, target, second, 2, ObservedState::Received), [(second, 2)]);
 }
 
 /// M2: no other way to a host uses a number that a target may have.

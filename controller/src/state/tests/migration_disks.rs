@@ -14,7 +14,7 @@ use crate::{
     sessions::desired::{Wanted, message},
     state::{
         Prospect,
-        command::{Command, DisksObservation, Lapsed, ObservedState, VmObservation},
+        command::{Command, DisksObservation, Lapsed, NewClone, ObservedState, PowerChange, VmObservation},
     },
 };
 
@@ -43,6 +43,7 @@ impl World {
         let migration = self.record(vm).migration.clone().expect("it migrates");
         let mut seen = seen(migration.incarnation.0, ADDRESS);
         seen.disks_address = disks_address.to_owned();
+        seen.disks = if disks_address.is_empty() { 0 } else { 1 };
         let incarnation = migration.incarnation;
         let report = VmObservation { incarnation, migration: Some(seen), ..self.observation(vm, state) };
         self.ok(Command::Report { host: migration.target, reports: vec![report] });
@@ -51,7 +52,7 @@ impl World {
     fn source_has_sent(&mut self, vm: VmId, copied: Copied) {
         let host = self.host_of(vm).unwrap();
         let mut seen = seen(self.record(vm).migration.as_ref().unwrap().incarnation.0, "");
-        seen.disks_sent = matches!(copied, Copied::All);
+        seen.disks = if matches!(copied, Copied::All) { 1 } else { 0 };
         let report = VmObservation { migration: Some(seen), ..self.observation(vm, ObservedState::HandedOver) };
         self.ok(Command::Report { host, reports: vec![report] });
     }
@@ -138,7 +139,15 @@ fn m6_nothing_is_handed_over_to_a_target_that_has_not_the_disks() {
     world.ok(begin(vm, None));
     world.target_reports(vm, ObservedState::Incoming, "");
     let (result, reason) = world.how_it_ended(vm);
-    assert!(result == MigrationResult::GivenUp && reason.contains("takes no disks"), "{reason}");
+    assert!(result == MigrationResult::GivenUp && reason.contains("takes 0 disks, not 1"), "{reason}");
+
+    // One that does not know that a disk stays would make another in its place.
+    let more = Disk { name: "data".into(), ..disk("shared") };
+    let vm = world.running(2, VmSpec { disks: vec![disk("local"), disk("local"), more], ..spec() });
+    world.ok(begin(vm, None));
+    world.target_reports(vm, ObservedState::Incoming, DISKS);
+    let (result, reason) = world.how_it_ended(vm);
+    assert!(result == MigrationResult::GivenUp && reason.contains("takes 1 disks, not 2"), "{reason}");
 }
 
 /// P5: until the hand-over the disks are the source's, whatever the target has by then.
@@ -167,16 +176,66 @@ fn a_pool_that_disks_are_copied_into_must_have_room_for_them() {
     assert!(refusal.contains("local"), "{refusal}");
 }
 
+/// Of a VM with disks of both kinds only those are copied that its host has alone. The others keep the name that they have, whatever
+/// becomes of the migration, so both hosts find them.
 #[test]
-fn what_cannot_be_copied_is_refused_in_words() {
+fn m7_what_hosts_share_is_not_copied_and_keeps_its_name() {
     let mut world = World::with_hosts(2);
-    let mixed = VmSpec {
-        disks: vec![disk("local"), crate::model::vm::Disk { name: "disk1".into(), ..disk("shared") }],
-        ..spec()
+    let more = |name: &str, state| Disk {
+        name: name.into(),
+        bus: DiskBus::Scsi,
+        unit: if state == DiskState::Attached { 0 } else { 1 },
+        id: Some(uuid::Uuid::from_u128(7)),
+        state,
+        ..disk("shared")
     };
-    let vm = world.running(1, mixed);
-    let refusal = world.refused(begin(vm, None)).to_string();
-    assert!(refusal.contains("all of one kind"), "{refusal}");
+    let disks = vec![disk("local"), more("data", DiskState::Attached), more("spare", DiskState::Detached)];
+    let vm = world.running(1, VmSpec { disks, ..spec() });
+    let source = world.host_of(vm).unwrap();
+    let kept = |world: &World| -> Vec<_> { world.record(vm).spec.disks.iter().map(|d| d.kept_generation).collect() };
+    let told = |world: &World, host| {
+        let told = message(&world.state, host, vm, Wanted::AsRecorded(Default::default())).unwrap();
+        let kept: Vec<_> = told.spec.unwrap().disks.iter().map(|d| d.kept_generation).collect();
+        (told.disks_exist, told.disk_generation, kept)
+    };
+    world.ok(begin(vm, None));
+    let all = vec![None, Some(0), Some(0)];
+    assert_eq!(kept(&world), all, "what both are told from the beginning");
+    assert_eq!(told(&world, other(source)), (false, 1, all.clone()));
+    assert_eq!(told(&world, source), (true, 0, all.clone()));
+    world.ok(Command::CancelMigration { vm });
+    assert_eq!((world.record(vm).disk_generation, kept(&world)), (0, all.clone()), "the same files");
+
+    for generation in [2, 3] {
+        world.ok(begin(vm, None));
+        world.arrives(vm);
+        world.report(vm, ObservedState::Running);
+        assert_eq!((world.record(vm).disk_generation, kept(&world)), (generation, all.clone()));
+    }
+    let home = world.record(vm).disk_home.clone().unwrap();
+    assert_eq!((home.host, home.pools["local"], home.pools["shared"].is_some()), (source, None, true));
+
+    // A clone of it has to know where everything is, and has nothing of that itself.
+    world.set(vm, PowerChange::Stop);
+    world.report(vm, ObservedState::Stopped);
+    let clone = NewClone { id: vm_id(2), name: "copy".into(), macs: Vec::new() };
+    world.ok(Command::CloneVm { request: None, source: vm, snapshot: None, clone: Box::new(clone) });
+    let record = world.record(vm_id(2));
+    let of = record.clone_of.clone().unwrap();
+    assert_eq!(
+        (of.disk_generation, of.kept_generations.get("data"), of.kept_generations.get("root")),
+        (3, Some(&0), None)
+    );
+    assert!(record.spec.disks.iter().all(|d| d.kept_generation.is_none()));
+}
+
+/// The room is needed where disks are made, and only there.
+#[test]
+fn what_is_not_copied_needs_no_room() {
+    let mut world = World::with_hosts(2);
+    let huge = Disk { name: "data".into(), size_bytes: 3 << 39, ..disk("shared") };
+    let vm = world.running(1, VmSpec { disks: vec![disk("local"), huge], ..spec() });
+    world.ok(begin(vm, None));
 }
 
 /// A drain does not copy disks by itself, and sends nobody to a command that would be refused.

@@ -430,6 +430,7 @@ proptest! {
                 state: world.state.clone(),
                 now: world.now,
                 silent: world.silent.clone(),
+                arrived: world.arrived.clone(),
                 stored: BTreeMap::new(),
                 last: world.last.clone(),
                 events: Vec::new(),

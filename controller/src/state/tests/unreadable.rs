@@ -60,6 +60,7 @@ fn clone(world: &World) -> World {
         state: world.state.clone(),
         now: world.now,
         silent: world.silent.clone(),
+        arrived: world.arrived.clone(),
         stored: world.stored.clone(),
         last: world.last.clone(),
         events: world.events.clone(),
