@@ -12,7 +12,7 @@ use super::{
     process::{Instance, InstanceEvent},
     qmp,
 };
-use crate::vm::disks::{Done, Orders, SnapshotOrder, Wanted};
+use crate::vm::disks::{Done, Holds, Orders, SnapshotOrder, Wanted};
 
 /// A busy guest has used a disk by then that has grown on its storage host. Longer, and the VM's task, which does nothing else meanwhile,
 /// is late for a stop; guests that take longer are looked at again later.
@@ -108,6 +108,16 @@ pub async fn snapshots(instance: &Instance, nodes: &[&str], orders: &Orders) -> 
         }
     }
     Ok(done)
+}
+
+/// For snapshots that another host takes: the guest holds its file systems still, if it can, from before that host is told until nothing is
+/// to be taken any more.
+pub async fn hold_for_snapshots(instance: &Instance, orders: &Orders) -> Done {
+    let holds = match orders.ids(Wanted::There).next() {
+        Some(_) => Holds { now: instance.hold().await, lasted: None },
+        None => Holds { now: None, lasted: instance.let_go().await },
+    };
+    Done { holds, ..orders.done() }
 }
 
 /// QEMU's command for [`SnapshotStep::Remove`].

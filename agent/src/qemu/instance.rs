@@ -19,11 +19,12 @@ use std::{
 use serde_json::Value;
 use tokio::{
     net::UnixStream,
-    sync::{Notify, watch},
+    sync::{Mutex as AsyncMutex, Notify, watch},
     task::AbortHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use uncloud_proto::ids::{Incarnation, VmId};
+use uuid::Uuid;
 
 use super::{
     command_line::{QMP_SOCKETS, qmp_socket},
@@ -41,6 +42,8 @@ const LINK_LIMIT: Duration = Duration::from_secs(2);
 const LINK_PAUSE: Duration = Duration::from_millis(200);
 /// In the VM's directory: its guest's file systems may be held still.
 const FROZEN: &str = "frozen";
+/// How long a guest holds its file systems still at the most for a snapshot that another host takes. Its programs wait when they write.
+const HOLD_LIMIT: Duration = Duration::from_secs(10);
 /// How often a guest is told at once to let its file systems go on. Then every few seconds, while its agent has the channel open.
 const THAW_TRIES: usize = 2;
 /// How long QEMU may outlive its keeper before it is killed once more and that is worth a line in the log. It takes
@@ -86,6 +89,22 @@ pub struct Instance {
     record: KeeperRecord,
     agent_open: watch::Receiver<bool>,
     watcher: AbortHandle,
+    held: AsyncMutex<Option<Held>>,
+}
+
+/// A guest that holds its file systems still.
+#[derive(Debug)]
+struct Held {
+    id: Uuid,
+    /// It is let go then, whatever becomes of what it is held for.
+    until: Instant,
+    timer: AbortHandle,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.timer.abort();
+    }
 }
 
 impl Instance {
@@ -115,6 +134,7 @@ impl Instance {
             record,
             agent_open,
             watcher,
+            held: AsyncMutex::new(None),
         }
     }
 
@@ -223,6 +243,41 @@ impl Instance {
             self.facts.thaw_due.store(true, Ordering::SeqCst);
             self.facts.thaw.notify_one();
         }
+    }
+
+    /// Has the guest hold its file systems still until [`Instance::let_go`], or for [`HOLD_LIMIT`]. Returns which hold stands; none, if the
+    /// guest cannot, or the one that stood has been over for that long.
+    pub(super) async fn hold(&self) -> Option<Uuid> {
+        let mut held = self.held.lock().await;
+        if let Some(held) = &*held {
+            return (Instant::now() < held.until).then_some(held.id);
+        }
+        let until = Instant::now() + HOLD_LIMIT;
+        match self.freeze().await {
+            GuestThen::Frozen => {
+                let facts = Arc::clone(&self.facts);
+                let timer = tokio::spawn(async move {
+                    sleep_until(until).await;
+                    facts.thaw_due.store(true, Ordering::SeqCst);
+                    facts.thaw.notify_one();
+                });
+                let id = Uuid::new_v4();
+                *held = Some(Held { id, until, timer: timer.abort_handle() });
+                Some(id)
+            }
+            GuestThen::Ran | GuestThen::Off => {
+                self.thaw().await;
+                None
+            }
+        }
+    }
+
+    /// Lets the guest's file systems go on. Returns the hold that stood until now.
+    pub(super) async fn let_go(&self) -> Option<Uuid> {
+        let held = self.held.lock().await.take()?;
+        let stood = Instant::now() < held.until;
+        self.thaw().await;
+        stood.then_some(held.id)
     }
 
     /// The next thing that happens. Cancel safe. After [`InstanceEvent::Ended`] it pends for ever.

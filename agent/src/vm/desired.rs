@@ -523,6 +523,13 @@ impl Desired {
         self.spec.as_ref().map_or(LeaseClass::Fast, |s| s.class.lease())
     }
 
+    /// Whether another host, or this one as that, serves its disks. All of them lie in a network pool, or none.
+    #[must_use]
+    pub fn has_served_disks(&self) -> bool {
+        let mut disks = self.spec.iter().flat_map(|s| &s.disks);
+        disks.any(|d| self.network_pools.contains_key(&d.pool))
+    }
+
     /// The disks that are copied here before the guest comes from another host.
     #[must_use]
     pub fn disks_to_copy(&self) -> Nodes {

@@ -88,6 +88,18 @@ pub struct Done {
     pub reverted: u64,
     /// Numbers of what was done to single disks.
     pub disks: Vec<u64>,
+    /// What the guest does for snapshots that another host takes.
+    pub holds: Holds,
+}
+
+/// Holds of a guest's file systems, under which another host takes snapshots of its disks. Each has an id of its own: nobody takes one for
+/// another that came later.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holds {
+    /// The one that stands.
+    pub now: Option<Uuid>,
+    /// The newest one, if it lasted until nothing was to be taken any more.
+    pub lasted: Option<Uuid>,
 }
 
 impl Orders {
@@ -111,6 +123,7 @@ impl Orders {
             removed: self.ids(Wanted::Gone).collect(),
             reverted: self.revert.map_or(0, |r| r.number),
             disks: self.disks.clone(),
+            holds: Holds::default(),
         }
     }
 }

@@ -147,6 +147,9 @@ impl Hypervisor for Qemu {
         let sizes: Vec<_> =
             here.iter().zip(&places).map(|(d, p)| (d.name.as_str(), p.node.as_str(), d.size_bytes)).collect();
         disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
+        if desired.has_served_disks() {
+            return Ok(disks::hold_for_snapshots(instance, &desired.orders).await);
+        }
         let nodes: Vec<&str> = places.iter().map(|p| p.node.as_str()).collect();
         disks::snapshots(instance, &nodes, &desired.orders).await.map_err(|e| e.to_string())
     }
@@ -174,9 +177,7 @@ impl Qemu {
     /// Has disks come and go.
     async fn change_disks(&self, vm: VmId, instance: &process::Instance, desired: &Desired) -> Result<(), String> {
         let Some(spec) = &desired.spec else { return Ok(()) };
-        // All disks of a VM lie in a network pool, or none.
-        let served = spec.disks.iter().any(|d| desired.network_pools.contains_key(&d.pool));
-        if !served {
+        if !desired.has_served_disks() {
             self.storage.make_attached(vm, desired).await.map_err(|e| e.reason())?;
         }
         let files = |disk: &Disk| self.storage.files_of(vm, disk, desired).map_err(|e| e.reason());

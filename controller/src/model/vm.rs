@@ -128,6 +128,10 @@ pub struct Snapshot {
     /// What the guest did when it was taken, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<SnapshotGuest>,
+    /// In a network pool, whose storage host takes it: the hold of the guest's file systems under which it does, or the nil UUID if there is
+    /// none. Absent: the VM's host has not said yet, and the storage host waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hold: Option<Uuid>,
 }
 
 /// What a guest did when a snapshot was taken.

@@ -195,6 +195,8 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
                 removed: snapshot_ids(&vm.snapshots_removed),
                 reverted: vm.reverted,
                 orders: vm.disk_orders_done.into_iter().take(MAX_DISKS).collect(),
+                hold: Uuid::try_parse(&vm.hold).ok(),
+                held: Uuid::try_parse(&vm.held).ok(),
             },
             migration: vm.migration.and_then(|m| migration(check, &format!("vms[{i}].migration"), m)),
         };
@@ -207,10 +209,10 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
 pub fn served_disks(said: &v1::ServedVm) -> DisksObservation {
     DisksObservation {
         made: snapshot_ids(&said.snapshots_made),
-        guests: BTreeMap::new(),
         removed: snapshot_ids(&said.snapshots_removed),
         reverted: said.reverted,
         orders: said.disk_orders_done.iter().copied().take(MAX_DISKS).collect(),
+        ..DisksObservation::default()
     }
 }
 

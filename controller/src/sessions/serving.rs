@@ -32,7 +32,11 @@ use uncloud_proto::{
 
 use super::desired::{self, Plan, Wanted};
 use crate::{
-    model::{Desired, VmRecord, host::PoolAccess, vm::DiskState},
+    model::{
+        Desired, VmRecord,
+        host::PoolAccess,
+        vm::{DiskState, GuestAgent, Snapshot, SnapshotState},
+    },
     state::{
         State, VmEntry,
         command::{DisksObservation, ServedObservation},
@@ -200,7 +204,9 @@ pub fn complete(
 
 /// D5, R4: leaves the VM's host what its machine has to do with; the rest is its storage host's.
 fn keep_machine(record: &VmRecord, message: &mut v1::DesiredVm) {
-    message.snapshots.clear();
+    // A guest with an agent holds its file systems still until they are taken.
+    let holds = message.disposition() == v1::Disposition::Run && record.spec.guest_agent == GuestAgent::Enabled;
+    message.snapshots.retain(|snapshot| holds && !snapshot.remove);
     (message.revert, message.clone_from) = (None, None);
     let stops = message.disposition() == v1::Disposition::Stop;
     for (disk, told) in record.spec.disks.iter().zip(message.spec.iter_mut().flat_map(|s| &mut s.disks)) {
@@ -226,6 +232,9 @@ fn keep_files(record: &VmRecord, message: &mut v1::DesiredVm) {
     if record.revert.is_none_or(|r| !r.at_rest) {
         message.revert = None;
     }
+    let waits = |s: &Snapshot| s.state == SnapshotState::Creating && s.hold.is_none();
+    let waiting: Vec<String> = record.snapshots.iter().filter(|s| waits(s)).map(|s| s.id.to_string()).collect();
+    message.snapshots.retain(|order| !waiting.contains(&order.id));
     for (disk, told) in record.spec.disks.iter().zip(message.spec.iter_mut().flat_map(|s| &mut s.disks)) {
         // It is served as long as a machine may have it (N6).
         if disk.state == DiskState::Detaching || disk.state == DiskState::Deleting && !disk.half_done {

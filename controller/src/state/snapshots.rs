@@ -32,7 +32,7 @@ use super::{
 use crate::{
     model::{
         Desired, EventType, Phase, VmRecord,
-        vm::{Disk, Revert, Snapshot, SnapshotGuest, SnapshotState},
+        vm::{Disk, GuestAgent, Revert, Snapshot, SnapshotGuest, SnapshotState},
     },
     scheduler::Choice,
 };
@@ -126,9 +126,48 @@ pub(super) fn create(draft: &mut Draft<'_>, vm: VmId, id: Uuid, name: &str) -> R
         created: draft.cx.now,
         state: SnapshotState::Creating,
         guest: None,
+        hold: first_hold(draft, &entry),
     });
     draft.vm_event(&record, EventType::SnapshotRequested, format!("a user wants snapshot `{name}`"));
     Ok(Answer::Vm(draft.put_vm(record)?))
+}
+
+/// The storage host of a VM in a network pool waits until the guest is ready, if there is one that could hold its file systems still.
+fn first_hold(draft: &Draft<'_>, entry: &VmEntry) -> Option<Uuid> {
+    let runs = entry.current_status().is_some_and(|s| s.phase == Phase::Running && !s.paused);
+    let can = entry.record.spec.guest_agent == GuestAgent::Enabled && runs;
+    let served = exports::network_pool(draft.state, &entry.record).is_some();
+    (served && !can).then_some(Uuid::nil())
+}
+
+/// What the VM's host says of the holds under which its storage host takes snapshots.
+fn take_holds(draft: &mut Draft<'_>, record: &mut VmRecord, report: &VmObservation) {
+    let said = &report.disks;
+    let mut words = Vec::new();
+    for snapshot in &mut record.snapshots {
+        match (snapshot.state, snapshot.hold) {
+            // What does not run need not hold still.
+            (SnapshotState::Creating, None) if report.state != ObservedState::Running => {
+                snapshot.hold = Some(Uuid::nil());
+            }
+            (SnapshotState::Creating, None) if said.made.contains(&snapshot.id) => {
+                snapshot.hold = Some(said.hold.unwrap_or_default());
+            }
+            (SnapshotState::Ready, Some(hold)) if !hold.is_nil() && snapshot.guest.is_none() => {
+                if said.held == Some(hold) {
+                    snapshot.guest = Some(SnapshotGuest::Frozen);
+                    words.push(format!("the guest held its file systems still for snapshot `{}`", snapshot.name));
+                } else if said.hold != Some(hold) {
+                    snapshot.guest = Some(SnapshotGuest::Running);
+                    words.push(format!("the disks are in snapshot `{}` as after a power cut", snapshot.name));
+                }
+            }
+            (SnapshotState::Creating | SnapshotState::Ready | SnapshotState::Deleting, _) => {}
+        }
+    }
+    for words in words {
+        draft.vm_event(record, EventType::SnapshotTaken, words);
+    }
 }
 
 /// A user deletes a snapshot.
@@ -179,7 +218,8 @@ fn is_at_rest(entry: &VmEntry) -> bool {
 
 /// What the VM's host, under its present incarnation, says that it has done.
 pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObservation) -> Result<VmEntry, Refusal> {
-    if !entry.record.has_disk_orders() {
+    let unsettled = |s: &Snapshot| s.guest.is_none() && s.hold.is_some_and(|hold| !hold.is_nil());
+    if !entry.record.has_disk_orders() && !entry.record.snapshots.iter().any(unsettled) {
         return Ok(entry);
     }
     let mut record = (*entry.record).clone();
@@ -195,6 +235,7 @@ pub(super) fn take_report(draft: &mut Draft<'_>, entry: VmEntry, report: &VmObse
     if let (Some(revert), Executes::No) = (&mut record.revert, executes) {
         revert.at_rest = true;
     }
+    take_holds(draft, &mut record, report);
     attach::take_report(draft, &mut record, &report.disks.orders, By::Machine(executes));
     take_done(draft, entry, record, &DisksObservation::default())
 }
@@ -212,7 +253,13 @@ pub(super) fn take_served(draft: &mut Draft<'_>, entry: VmEntry, said: &ServedOb
     }
     let idle = record.desired == Desired::Stopped && is_at_rest(&entry);
     let guest = if is_at_rest(&entry) { SnapshotGuest::Off } else { SnapshotGuest::Running };
-    done.guests = done.made.iter().map(|&id| (id, guest)).collect();
+    // What is taken under a hold is worth what the VM's host says that it lasted.
+    let held = record.snapshots.iter().filter(|s| s.hold.is_some_and(|hold| !hold.is_nil())).map(|s| s.id);
+    let held: Vec<Uuid> = held.collect();
+    // It was told nothing before.
+    let waits = |id: &Uuid| record.snapshots.iter().any(|s| s.id == *id && s.hold.is_none());
+    done.made.retain(|id| !waits(id));
+    done.guests = done.made.iter().filter(|id| !held.contains(id)).map(|&id| (id, guest)).collect();
     attach::take_report(
         draft,
         &mut record,

@@ -494,6 +494,51 @@ async fn a_guest_is_put_back_and_copied_on_its_storage_host() -> anyhow::Result<
     stage.cluster.finish().await
 }
 
+/// The guest is on another host than what takes its snapshots: it holds its file systems still from before until after that, and no longer
+/// than some seconds, and the snapshot says what it is worth.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_holds_still_for_a_snapshot_on_its_storage_host_but_not_for_long() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let in_pool = |s: &mut v1::VmSpec| {
+        s.disks[0].pool = POOL.into();
+        s.guest_agent = v1::GuestAgentMode::Enabled.into();
+    };
+    let vm = stage.cluster.run(specs::with(specs::linux("still"), in_pool)).await?;
+    let id = vm.id.as_str();
+    let answers = |vm: &Vm| vm.status.as_ref().is_some_and(|s| !s.addresses.is_empty());
+    stage.cluster.api.wait_vm(id, "has addresses", secs(40), answers).await?;
+    let worth = |vm: &Vm, name: &str| vm.snapshots.iter().find(|s| s.name == name).map(v1::Snapshot::guest);
+    let known = |vm: &Vm, name: &str| {
+        let ready = vm.snapshots.iter().any(|s| s.name == name && s.state() == v1::SnapshotState::Ready);
+        ready && worth(vm, name) != Some(v1::SnapshotGuest::Unspecified)
+    };
+
+    let since = Instant::now();
+    stage.cluster.cli(&["vm", "snapshot", "create", "still", "clean"]).await?.success()?;
+    let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(30), |vm| known(vm, "clean")).await?;
+    assert_eq!(worth(&vm, "clean"), Some(v1::SnapshotGuest::Frozen));
+    stage.cluster.checker.wait_line(id, "FROZEN", since, secs(10)).await?;
+    stage.cluster.checker.wait_line(id, "THAWED", since, secs(10)).await?;
+
+    // Whoever is to take it does not answer.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    let since = Instant::now();
+    stage.cluster.cli(&["vm", "snapshot", "create", "still", "late"]).await?.success()?;
+    stage.cluster.checker.wait_line(id, "FROZEN", since, secs(20)).await?;
+    stage.cluster.checker.wait_line(id, "THAWED", since, secs(40)).await?;
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(40), |vm| known(vm, "late")).await?;
+    assert_eq!(worth(&vm, "late"), Some(v1::SnapshotGuest::Running), "as after a power cut");
+
+    // What does not run need not hold still.
+    stage.cluster.api.stop(id).await?;
+    stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;
+    stage.cluster.cli(&["vm", "snapshot", "create", "still", "off"]).await?.success()?;
+    let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(30), |vm| known(vm, "off")).await?;
+    assert_eq!(worth(&vm, "off"), Some(v1::SnapshotGuest::Off));
+    stage.cluster.finish().await
+}
+
 /// N5: the guest goes on with all that it wrote, and what it came from has no disk any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_migrates_and_from_the_handover_on_only_its_new_host_has_the_disk() -> anyhow::Result<()> {

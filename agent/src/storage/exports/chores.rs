@@ -153,10 +153,10 @@ impl Chores {
         };
         Done {
             made: orders.ids(Wanted::There).filter(|_| snapshots).collect(),
-            guests: BTreeMap::new(),
             removed: orders.ids(Wanted::Gone).filter(|_| snapshots).collect(),
             reverted: orders.revert.filter(|r| r.number == reverted).map_or(0, |r| r.number),
             disks: disks.filter(|d| is_done(d.state, d.order)).map(|d| d.order).collect(),
+            ..Done::default()
         }
     }
 }

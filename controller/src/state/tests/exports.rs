@@ -11,7 +11,7 @@ use crate::{
     model::{
         Desired, DrainHow,
         host::{Pool, PoolAccess},
-        vm::{DiskHotplug, DiskState, SnapshotGuest, SnapshotState, VmSpec},
+        vm::{DiskHotplug, DiskState, GuestAgent, SnapshotGuest, SnapshotState, VmSpec},
     },
     sessions::{
         desired::{self, Plan},
@@ -419,6 +419,61 @@ fn the_storage_host_takes_and_removes_snapshots_and_the_host_of_the_vm_hears_not
     assert!(serving::order(&world.state, host_id(3), vm).unwrap().snapshots[0].remove);
     storage_has_done(&mut world, vm, 1, DisksObservation { removed: vec![id], ..Default::default() });
     assert!(world.record(vm).snapshots.is_empty());
+}
+
+/// The guest holds its file systems still before the storage host is told, and until its own host has heard that the snapshot is taken. What is not
+/// known to have stood all that time is worth no more than after a power cut.
+#[test]
+fn a_guest_with_an_agent_holds_still_before_its_storage_host_takes_a_snapshot() {
+    let (mut world, grants) = (world(), Grants::default());
+    let vm = running(&mut world, &grants, 1, VmSpec { guest_agent: GuestAgent::Enabled, ..with_disk("net") });
+    let says = |world: &mut World, state, disks| {
+        let report = VmObservation { disks, ..world.observation(vm, state) };
+        world.ok(Command::Report { host: world.host_of(vm).unwrap(), reports: vec![report] });
+    };
+    let ordered = |world: &World| serving::order(&world.state, host_id(3), vm).unwrap().snapshots.len();
+    let worth = |world: &World, n: usize| world.record(vm).snapshots[n].guest;
+    let (hold, later) = (Some(Uuid::from_u128(0xa1)), Some(Uuid::from_u128(0xa2)));
+    // Which hold stands, and which has stood to the end, when its host has heard that it is taken.
+    let ends = [
+        (hold, None, hold, Some(SnapshotGuest::Frozen)),
+        (hold, None, None, Some(SnapshotGuest::Running)),
+        // Its agent was started again meanwhile.
+        (hold, None, later, Some(SnapshotGuest::Running)),
+        (hold, later, None, Some(SnapshotGuest::Running)),
+        // The guest does not answer.
+        (None, None, None, Some(SnapshotGuest::Running)),
+        (None, None, later, Some(SnapshotGuest::Running)),
+    ];
+    for (n, (first, now, held, expected)) in ends.into_iter().enumerate() {
+        let id = Uuid::from_u128(0x50 + n as u128);
+        let made = || DisksObservation { made: vec![id], ..Default::default() };
+        world.ok(Command::CreateSnapshot { vm, id, name: format!("s{n}") });
+        assert_eq!(told(&world, &grants, vm).unwrap().snapshots.len(), 1, "{n}");
+        assert_eq!(ordered(&world), 0, "{n}: it waits");
+        storage_has_done(&mut world, vm, 1, made());
+        assert_eq!(world.record(vm).snapshots[n].state, SnapshotState::Creating, "{n}: it was not told");
+        says(&mut world, ObservedState::Running, DisksObservation { hold: first, ..made() });
+        assert_eq!(ordered(&world), 1, "{n}");
+        storage_has_done(&mut world, vm, 1, made());
+        assert_eq!(world.record(vm).snapshots[n].state, SnapshotState::Ready, "{n}");
+        assert_eq!(told(&world, &grants, vm).unwrap().snapshots, [], "{n}: it need not hold still any more");
+        assert_eq!(worth(&world, n).is_none(), first.is_some(), "{n}");
+        // What it said before it heard of that.
+        says(&mut world, ObservedState::Running, DisksObservation { hold: first, ..Default::default() });
+        assert_eq!(worth(&world, n).is_none(), first.is_some(), "{n}");
+        says(&mut world, ObservedState::Running, DisksObservation { hold: now, held, ..Default::default() });
+        assert_eq!(worth(&world, n), expected, "{n}");
+    }
+    // What stops, or does not run, does not hold still.
+    world.ok(Command::CreateSnapshot { vm, id: Uuid::from_u128(0x60), name: "stops".into() });
+    assert_eq!(ordered(&world), 0);
+    world.set(vm, PowerChange::Stop);
+    assert_eq!(told(&world, &grants, vm).unwrap().snapshots, []);
+    says(&mut world, ObservedState::Stopped, DisksObservation::default());
+    assert_eq!(ordered(&world), 1);
+    world.ok(Command::CreateSnapshot { vm, id: Uuid::from_u128(0x61), name: "stopped".into() });
+    assert_eq!(ordered(&world), 2);
 }
 
 /// R4
