@@ -112,7 +112,7 @@ pub struct FirmwareFiles {
     /// The firmware itself, shared by all.
     pub code: PathBuf,
     /// The machine's own variables.
-    pub vars: PathBuf,
+    pub vars: Place,
 }
 
 /// A disk.
@@ -367,16 +367,7 @@ impl Argv {
             "read-only": true,
             "file": { "driver": "file", "filename": firmware.code.to_string_lossy(), "read-only": true },
         });
-        let vars = json!({
-            "driver": "raw",
-            "node-name": "firmware-vars",
-            "file": {
-                "driver": "file",
-                "filename": firmware.vars.to_string_lossy(),
-                "locking": "on",
-                "cache": { "direct": true },
-            },
-        });
+        let vars = firmware.vars.flash("firmware-vars");
         self.option("-blockdev", code.to_string());
         self.option("-blockdev", vars.to_string());
     }
@@ -643,8 +634,8 @@ mod tests {
 
     #[test]
     fn uefi_has_variables_and_cloud_init_a_seed() {
-        let firmware =
-            FirmwareFiles { code: "/usr/share/OVMF/CODE.fd".into(), vars: "/pool/disks/vm/uefi-vars.0.fd".into() };
+        let vars = Place::File { path: "/pool/disks/vm/uefi-vars.0.fd".into() };
+        let firmware = FirmwareFiles { code: "/usr/share/OVMF/CODE.fd".into(), vars };
         let seed = Some("../seed.img".into());
         golden("uefi-seed.txt", &MachineSpec { firmware: Some(firmware), seed, nics: vec![], ..spec() });
     }

@@ -51,7 +51,7 @@ use self::{
     source::Roots,
 };
 use crate::vm::{
-    desired::{Desired, DisksExpected, Disposition},
+    desired::{Desired, DisksExpected, Disposition, Format},
     disks::{Done, Orders},
     runner::chain,
     starts::{Starts, Turn},
@@ -344,13 +344,21 @@ impl Storage {
             }
         }
         self.make(&plan).await?;
+        let node = |name: &str| plan::node_of(vm, name, desired.disk_generation);
         let served = |d: &plan::DiskPlan| exports::plan::Disk {
             name: d.name.clone(),
-            node: plan::node_of(vm, &d.name, desired.disk_generation),
+            node: node(&d.name),
             path: d.path.clone(),
+            format: Format::Qcow2,
             size_bytes: d.size_bytes,
         };
-        Ok(plan.disks.iter().map(served).collect())
+        let mut served: Vec<_> = plan.disks.iter().map(served).collect();
+        if let Some(vars) = &plan.firmware_vars {
+            disks::make_vars(vars, self.user, &self.uefi_vars).await?;
+            let (name, path) = (plan::VARS.to_owned(), vars.path.clone());
+            served.push(exports::plan::Disk { node: node(&name), name, path, format: Format::Raw, size_bytes: 0 });
+        }
+        Ok(served)
     }
 
     /// Puts those disks of a VM back that lie in pools that this host exports. Nobody has them open. Idempotent, and may be dropped.

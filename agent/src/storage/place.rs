@@ -16,7 +16,7 @@ const RECONNECT_SECONDS: u32 = 30 * 24 * 3600;
 /// Where a disk is for QEMU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A qcow2 file on this host.
+    /// A file on this host: qcow2, or the variables of UEFI.
     File {
         /// Its path.
         path: PathBuf,
@@ -31,7 +31,16 @@ pub enum Place {
 }
 
 impl Place {
-    /// What QEMU is told of it, as the block node `node`.
+    /// What QEMU is told of it, as the block node `node`, if it is the variables of UEFI.
+    #[must_use]
+    pub fn flash(&self, node: &str) -> Value {
+        match self {
+            Self::File { path } => raw(node, &path.to_string_lossy()),
+            Self::Export { .. } => self.blockdev(node, DiskCache::None),
+        }
+    }
+
+    /// What QEMU is told of it, as the block node `node`, if it is a disk.
     #[must_use]
     pub fn blockdev(&self, node: &str, cache: DiskCache) -> Value {
         match self {
@@ -73,6 +82,16 @@ pub fn qcow2(node: &str, path: &str) -> Value {
             "cache": { "direct": true },
             "discard": "unmap",
         },
+    })
+}
+
+/// A file as it is as a block node, likewise.
+#[must_use]
+pub fn raw(node: &str, path: &str) -> Value {
+    json!({
+        "driver": "raw",
+        "node-name": node,
+        "file": { "driver": "file", "filename": path, "locking": "on", "cache": { "direct": true } },
     })
 }
 

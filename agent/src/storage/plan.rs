@@ -27,6 +27,9 @@ use super::{
 use crate::vm::desired::{Desired, Disk, DiskCache, DiskState, DisksExpected, Firmware, Format, Image, Role, Spec};
 use sha2::{Digest, Sha256};
 
+/// What the variables of UEFI are called where disks have names. No disk is called so.
+pub const VARS: &str = ".uefi-vars";
+
 /// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
 const MOST_GENERATIONS: u32 = 1000;
 
@@ -66,11 +69,6 @@ pub enum Problem {
         "pool {0} is one that this host exports, and the leader has not said that its disks are served; this is tried again"
     )]
     NotServed(String),
-    /// What must be a file cannot lie there.
-    #[error(
-        "the VM boots by UEFI, whose variables cannot lie in the network pool {0}; put the first disk elsewhere, or boot it by BIOS"
-    )]
-    VarsInNetworkPool(String),
     /// D3
     #[error(
         "a disk in pool {0}, which other hosts have, too, cannot have the cache mode writeback; choose none or writethrough"
@@ -95,8 +93,10 @@ pub struct Plan {
     pub places: Vec<(String, Place)>,
     /// The kernel.
     pub kernel: Option<KernelPlan>,
-    /// What UEFI keeps its variables in.
+    /// What UEFI keeps its variables in, if that is made here.
     pub firmware_vars: Option<VarsPlan>,
+    /// Where that is for QEMU.
+    pub vars_place: Option<Place>,
 }
 
 /// A variable store of UEFI that must be in a pool.
@@ -271,25 +271,33 @@ pub fn plan(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Resu
         plan.places.push((disk.name.clone(), place));
     }
     plan.kernel = kernel(spec, desired, pools, &mut plan)?;
-    plan.firmware_vars = match spec.firmware {
-        Firmware::Bios => None,
-        Firmware::Uefi => {
-            let first = spec.disks.first().ok_or(Problem::NoDisk)?;
-            let Found::Here(pool) = find(&first.pool, desired, pools)? else {
-                return Err(Problem::VarsInNetworkPool(first.pool.clone()));
-            };
-            let (dir, file) = (disks_dir(&pool.path, vm), vars_name(generation(first, desired)));
-            let temporary = dir.join(format!(".{file}.tmp"));
-            Some(VarsPlan { pool: pool.name.clone(), path: dir.join(file), temporary })
-        }
-    };
+    if spec.firmware == Firmware::Uefi {
+        let first = spec.disks.first().ok_or(Problem::NoDisk)?;
+        plan.vars_place = Some(match find(&first.pool, desired, pools)? {
+            Found::Here(pool) => {
+                let vars = plan.firmware_vars.insert(vars_plan(vm, first, desired, pool));
+                Place::File { path: vars.path.clone() }
+            }
+            Found::Served(address) => served_as(vm, VARS.to_owned(), desired, address),
+        });
+    }
     Ok(plan)
+}
+
+fn vars_plan(vm: VmId, first: &Disk, desired: &Desired, pool: &Pool) -> VarsPlan {
+    let (dir, file) = (disks_dir(&pool.path, vm), vars_name(generation(first, desired)));
+    let temporary = dir.join(format!(".{file}.tmp"));
+    VarsPlan { pool: pool.name.clone(), path: dir.join(file), temporary }
 }
 
 fn export(vm: VmId, disk: &Disk, desired: &Desired, address: SocketAddr) -> Result<Place, Problem> {
     let disk = checked("the name of a disk", &disk.name)?.to_owned();
+    Ok(served_as(vm, disk, desired, address))
+}
+
+fn served_as(vm: VmId, disk: String, desired: &Desired, address: SocketAddr) -> Place {
     let name = Name { vm, incarnation: desired.incarnation, disk };
-    Ok(Place::Export { address, export: name.to_string() })
+    Place::Export { address, export: name.to_string() }
 }
 
 /// Where QEMU finds a disk that a storage host serves. Absent: it lies in files of this host.
@@ -344,7 +352,15 @@ pub fn exported(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
             plan.disks.push(made);
         }
     }
+    plan.firmware_vars = exported_vars(spec, pools).map(|(first, pool)| vars_plan(vm, first, desired, pool));
     Ok(plan)
+}
+
+/// The first disk of a VM that boots by UEFI, beside which its variables lie, and its pool, if this host exports that.
+fn exported_vars<'a>(spec: &'a Spec, pools: &'a BTreeMap<String, Pool>) -> Option<(&'a Disk, &'a Pool)> {
+    let first = spec.disks.first().filter(|_| spec.firmware == Firmware::Uefi)?;
+    let pool = pools.get(&first.pool).filter(|p| matches!(p.kind, Kind::Exported(_)))?;
+    Some((first, pool))
 }
 
 /// The block node by which the daemon that serves disks knows a disk: no two have the same. QEMU allows 31 characters.
@@ -359,7 +375,9 @@ pub fn node_of(vm: VmId, disk: &str, generation: u32) -> String {
 pub fn exported_nodes(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Vec<String> {
     let disks = desired.spec.iter().flat_map(|s| &s.disks);
     let ours = |disk: &&Disk| pools.get(&disk.pool).is_some_and(|p| matches!(p.kind, Kind::Exported(_)));
-    disks.filter(ours).map(|disk| node_of(vm, &disk.name, desired.disk_generation)).collect()
+    let vars = desired.spec.as_ref().and_then(|spec| exported_vars(spec, pools)).map(|_| VARS);
+    let names = disks.filter(ours).map(|disk| disk.name.as_str()).chain(vars);
+    names.map(|name| node_of(vm, name, desired.disk_generation)).collect()
 }
 
 fn disk_in(pool: &Pool, vm: VmId, disk: &Disk, desired: &Desired, plan: &mut Plan) -> Result<DiskPlan, Problem> {
@@ -758,6 +776,21 @@ mod tests {
         let in_pool = |name: &str| removals.iter().find(|r| r.pool == name).unwrap().files.clone();
         assert!(in_pool("b").contains(&dir.join("uefi-vars.0.fd")) && in_pool("b").contains(&vars.temporary));
         assert!(!in_pool("a").iter().any(|f| f.to_str().unwrap().contains("uefi")));
+        // Where the first disk is served over the network, they are, too: made by the host that exports it, and by no other.
+        let address: SocketAddr = "10.0.0.3:10809".parse().unwrap();
+        let root = || vec![disk("root", "net", None)];
+        let mut netted = Desired { network_pools: [("net".to_owned(), address)].into(), ..wanted(root(), vec![]) };
+        netted.spec.as_mut().unwrap().firmware = Firmware::Uefi;
+        let found = plan(vm(), &netted, &pools()).unwrap();
+        let export = format!("vm-{}.1.{VARS}", vm());
+        assert_eq!((found.firmware_vars, found.vars_place), (None, Some(Place::Export { address, export })));
+        let exporter =
+            [("net".to_owned(), Pool { name: "net".into(), path: "/net".into(), kind: Kind::Exported(address) })]
+                .into();
+        let made = exported(vm(), &netted, &exporter).unwrap().firmware_vars.unwrap();
+        assert_eq!(made.path, PathBuf::from(format!("/net/disks/{}/uefi-vars.1.fd", vm())));
+        assert_eq!(exported_nodes(vm(), &netted, &exporter).len(), 2);
+        assert!(names::check(VARS).is_err(), "no disk can be called so");
         desired.spec.as_mut().unwrap().disks.clear();
         assert_eq!(plan(vm(), &desired, &pools()), Err(Problem::NoDisk));
     }

@@ -86,11 +86,8 @@ impl Hypervisor for Qemu {
         lease_generation: u16,
     ) -> Result<process::Instance, LaunchError> {
         let mut spec = machine(vm, desired, &prepared, self.accelerator)?;
-        spec.firmware = prepared
-            .plan
-            .firmware_vars
-            .as_ref()
-            .map(|vars| FirmwareFiles { code: self.uefi_code.clone(), vars: vars.path.clone() });
+        let vars = prepared.plan.vars_place.clone();
+        spec.firmware = vars.map(|vars| FirmwareFiles { code: self.uefi_code.clone(), vars });
         spec.seed = self.seed(vm, desired).await.map_err(LaunchError::Failed)?;
         let pass = connect(vm, desired, &mut spec).map_err(LaunchError::Failed)?;
         let launch = Launch {

@@ -539,6 +539,36 @@ async fn a_guest_holds_still_for_a_snapshot_on_its_storage_host_but_not_for_long
     stage.cluster.finish().await
 }
 
+/// What UEFI remembers lies on the storage host, too, goes along when the VM migrates, and goes when it is deleted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_boots_by_uefi_has_its_variables_on_its_storage_host() -> anyhow::Result<()> {
+    let mut stage = Stage::with(Options::hosts(1).namespaces().linux()).await?;
+    let since = Instant::now();
+    let by_uefi = |s: &mut v1::VmSpec| {
+        s.disks[0].pool = POOL.into();
+        s.firmware = v1::Firmware::Uefi.into();
+        s.memory_mib = 192;
+    };
+    let vm = stage.cluster.api.create(specs::with(specs::linux("efi"), by_uefi)).await?;
+    let id = vm.id.as_str();
+    let vm = stage.cluster.api.wait_running(id, secs(60)).await?;
+    stage.cluster.checker.wait_line(id, "FIRMWARE uefi", since, secs(180)).await?;
+    let boot = stage.cluster.checker.wait_beats(id, 1, secs(60)).await?.said.boot;
+    let template = fs::read("/usr/share/OVMF/OVMF_VARS_4M.fd")?;
+    let kept = fs::read(stage.disks.join(id).join("uefi-vars.0.fd"))?;
+    assert_eq!(kept.len(), template.len());
+    ensure!(kept != template, "the firmware has written nothing into its variables");
+
+    let moved = migrate(&stage.cluster.api, id, other(&vm)).await?;
+    let beat = stage.cluster.checker.wait_beats(id, 2, secs(60)).await?;
+    assert_eq!((beat.host.as_str(), &beat.said.boot), (host_of(&moved), &boot), "the same guest goes on");
+    stage.wait_served(&moved, &[2, 2]).await?;
+    stage.cluster.api.delete(id).await?;
+    stage.cluster.api.wait_gone(id, secs(60)).await?;
+    assert!(!stage.disks.join(id).exists());
+    stage.cluster.finish().await
+}
+
 /// N5: the guest goes on with all that it wrote, and what it came from has no disk any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_migrates_and_from_the_handover_on_only_its_new_host_has_the_disk() -> anyhow::Result<()> {

@@ -39,7 +39,7 @@ use crate::{
         disks::{self, SnapshotStep},
         qmp::{self, Client},
     },
-    vm::disks::SnapshotOrder,
+    vm::{desired::Format, disks::SnapshotOrder},
 };
 
 /// The daemon is ready after some 50 ms.
@@ -227,7 +227,11 @@ impl Daemon {
     ///
     /// It could not be made.
     pub async fn add(&mut self, name: &Name, disk: &Disk) -> Result<(), Error> {
-        let file = place::qcow2(&disk.node, &disk.path.to_string_lossy());
+        let path = disk.path.to_string_lossy();
+        let file = match disk.format {
+            Format::Qcow2 => place::qcow2(&disk.node, &path),
+            Format::Raw => place::raw(&disk.node, &path),
+        };
         match self.execute("blockdev-add", Some(file)).await {
             Ok(_) => {}
             // The disk is open already: its node has this name, and no other has. Otherwise the export is refused, too.

@@ -48,7 +48,7 @@ use self::{
 };
 use super::Storage;
 use crate::vm::{
-    desired::{Desired, DiskState},
+    desired::{Desired, DiskState, Format},
     disks::Done,
     runner::chain,
 };
@@ -471,7 +471,9 @@ async fn snapshots(daemon: &mut Daemon, desired: &Desired, disks: &[Disk]) -> Re
     if orders.is_empty() {
         return Ok(false);
     }
-    let nodes: Vec<&str> = disks.iter().map(|d| d.node.as_str()).collect();
+    // The variables of UEFI are not part of a snapshot.
+    let disks = disks.iter().filter(|d| d.format == Format::Qcow2);
+    let nodes: Vec<&str> = disks.map(|d| d.node.as_str()).collect();
     daemon.snapshots(&nodes, orders).await.map(|()| true)
 }
 

@@ -26,6 +26,8 @@ use std::{
 
 use uncloud_proto::ids::{Incarnation, VmId};
 
+use crate::vm::desired::Format;
+
 /// Name of an export: whom it serves what. Both sides make it from what they know.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Name {
@@ -67,8 +69,10 @@ pub struct Disk {
     pub name: String,
     /// The block node that the daemon has for it. The same disk always has the same, and no other has it.
     pub node: String,
-    /// Its qcow2 file.
+    /// Its file.
     pub path: PathBuf,
+    /// What that is: the variables of UEFI are as they are, everything else is qcow2.
+    pub format: Format,
     /// How large it should be at least, in bytes. 0: that is not said.
     pub size_bytes: u64,
 }
@@ -230,7 +234,7 @@ mod tests {
 
     fn disk(vm_n: u128, name: &str) -> Disk {
         let (node, path) = (format!("node-{vm_n}-{name}"), format!("/p/{vm_n}/{name}").into());
-        Disk { name: name.to_owned(), node, path, size_bytes: 1024 }
+        Disk { name: name.to_owned(), node, path, format: Format::Qcow2, size_bytes: 1024 }
     }
 
     fn have(exports: &[(u128, u64, &str)]) -> Have {

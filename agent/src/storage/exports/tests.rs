@@ -16,7 +16,7 @@ use super::{
 use crate::{
     storage::pools::{Kind, Pool},
     vm::{
-        desired::Disk as Wanted,
+        desired::{Disk as Wanted, Format},
         disks::{Orders, Revert, SnapshotOrder, Wanted as There},
         fake,
         starts::Starts,
@@ -87,7 +87,13 @@ impl Real {
     }
 
     fn disk(&self) -> Disk {
-        Disk { name: "root".into(), node: "d1".into(), path: self.dir.path().join("disk"), size_bytes: 1 << 20 }
+        Disk {
+            name: "root".into(),
+            node: "d1".into(),
+            path: self.dir.path().join("disk"),
+            format: Format::Qcow2,
+            size_bytes: 1 << 20,
+        }
     }
 
     /// With a pool `p` that it exports.
