@@ -110,14 +110,22 @@ pub async fn snapshots(instance: &Instance, nodes: &[&str], orders: &Orders) -> 
     Ok(done)
 }
 
+/// Whether the guest is to hold its file systems still for snapshots that another host takes.
+#[must_use]
+pub fn is_to_hold(orders: &Orders) -> bool {
+    orders.ids(Wanted::There).next().is_some()
+}
+
 /// For snapshots that another host takes: the guest holds its file systems still, if it can, from before that host is told until nothing is
 /// to be taken any more.
 pub async fn hold_for_snapshots(instance: &Instance, orders: &Orders) -> Done {
-    let holds = match orders.ids(Wanted::There).next() {
-        Some(_) => Holds { now: instance.hold().await, lasted: None },
-        None => Holds { now: None, lasted: instance.let_go().await },
+    let holds = if is_to_hold(orders) {
+        Holds { ready: orders.ids(Wanted::There).collect(), now: instance.hold().await, lasted: None }
+    } else {
+        Holds { lasted: instance.let_go().await, ..Holds::default() }
     };
-    Done { holds, ..orders.done() }
+    // None of them is taken here.
+    Done { made: Vec::new(), holds, ..orders.done() }
 }
 
 /// QEMU's command for [`SnapshotStep::Remove`].

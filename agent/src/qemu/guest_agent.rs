@@ -59,21 +59,21 @@ pub(super) async fn addresses(vm_dir: &Path, record: &KeeperRecord) -> io::Resul
 ///
 /// It does not say that it has. It may have, or be about to.
 pub(super) async fn freeze(vm_dir: &Path, record: &KeeperRecord) -> io::Result<()> {
-    obeyed(&ask(vm_dir, record, "guest-fsfreeze-freeze", STILL_LIMIT).await?)
+    obeyed(&ask(vm_dir, record, "guest-fsfreeze-freeze", STILL_LIMIT).await?).map(drop)
 }
 
-/// Lets the guest's file systems go on. Of those that go on already: nothing.
+/// Lets the guest's file systems go on. Of those that go on already: nothing. Returns how many stood still until now.
 ///
 /// # Errors
 ///
 /// It does not say that they do.
-pub(super) async fn thaw(vm_dir: &Path, record: &KeeperRecord) -> io::Result<()> {
+pub(super) async fn thaw(vm_dir: &Path, record: &KeeperRecord) -> io::Result<u64> {
     obeyed(&ask(vm_dir, record, "guest-fsfreeze-thaw", STILL_LIMIT).await?)
 }
 
-fn obeyed(answer: &Value) -> io::Result<()> {
+fn obeyed(answer: &Value) -> io::Result<u64> {
     match answer["return"].as_u64() {
-        Some(_) => Ok(()),
+        Some(file_systems) => Ok(file_systems),
         None => {
             let words: String = answer["error"]["desc"].as_str().unwrap_or("no answer").chars().take(200).collect();
             Err(io::Error::other(words))

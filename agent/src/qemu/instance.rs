@@ -101,12 +101,6 @@ struct Held {
     timer: AbortHandle,
 }
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.timer.abort();
-    }
-}
-
 impl Instance {
     /// Takes up the watch.
     pub(super) fn watch(vm_dir: &Path, record: KeeperRecord, processes: Processes, link: Option<Link>) -> Self {
@@ -220,6 +214,8 @@ impl Instance {
         if !*self.agent_open.borrow() {
             return GuestThen::Ran;
         }
+        // What was due of an earlier time is not due of this one.
+        self.facts.thaw_due.store(false, Ordering::SeqCst);
         // An agent that is started again lets them go on (`ask_guest`).
         if let Err(e) = std::fs::write(self.vm_dir.join(FROZEN), "") {
             tracing::warn!(vm = %self.record.vm, "the guest's file systems are not held still: {e}");
@@ -234,14 +230,18 @@ impl Instance {
         }
     }
 
-    /// Lets the guest's file systems go on, if they may be held still.
-    pub(super) async fn thaw(&self) {
+    /// Lets the guest's file systems go on, if they may be held still. Returns whether the guest says that they were until now.
+    pub(super) async fn thaw(&self) -> bool {
         if !self.vm_dir.join(FROZEN).exists() {
-            return;
+            return false;
         }
-        if !thawed(&self.vm_dir, &self.record).await {
-            self.facts.thaw_due.store(true, Ordering::SeqCst);
-            self.facts.thaw.notify_one();
+        match thawed(&self.vm_dir, &self.record).await {
+            Some(file_systems) => file_systems > 0,
+            None => {
+                self.facts.thaw_due.store(true, Ordering::SeqCst);
+                self.facts.thaw.notify_one();
+                false
+            }
         }
     }
 
@@ -272,12 +272,14 @@ impl Instance {
         }
     }
 
-    /// Lets the guest's file systems go on. Returns the hold that stood until now.
-    pub(super) async fn let_go(&self) -> Option<Uuid> {
-        let held = self.held.lock().await.take()?;
-        let stood = Instant::now() < held.until;
-        self.thaw().await;
-        stood.then_some(held.id)
+    /// Lets the guest's file systems go on. Returns the hold that stood until now: a guest that was started again meanwhile, or that gave up
+    /// by itself, says that nothing stood still.
+    pub async fn let_go(&self) -> Option<Uuid> {
+        let Held { id, until, timer } = self.held.lock().await.take()?;
+        timer.abort();
+        let in_time = Instant::now() < until;
+        let stood = self.thaw().await;
+        (in_time && stood).then_some(id)
     }
 
     /// The next thing that happens. Cancel safe. After [`InstanceEvent::Ended`] it pends for ever.
@@ -310,6 +312,9 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
+        if let Some(held) = self.held.get_mut() {
+            held.timer.abort();
+        }
         self.watcher.abort();
     }
 }
@@ -478,7 +483,7 @@ impl Watcher {
             }
             // First of all: a guest that was held still by an agent that died.
             let due = self.facts.thaw_due.load(Ordering::SeqCst);
-            let thawed = !due || thawed(&self.vm_dir, &self.record).await;
+            let thawed = !due || thawed(&self.vm_dir, &self.record).await.is_some();
             if due && thawed {
                 self.facts.thaw_due.store(false, Ordering::SeqCst);
             }
@@ -502,18 +507,18 @@ impl Watcher {
     }
 }
 
-/// Lets the guest's file systems go on. Returns whether it says that they do.
-async fn thawed(vm_dir: &Path, record: &KeeperRecord) -> bool {
+/// Lets the guest's file systems go on. If it says that they do: how many stood still until now.
+async fn thawed(vm_dir: &Path, record: &KeeperRecord) -> Option<u64> {
     for _ in 0..THAW_TRIES {
         match guest_agent::thaw(vm_dir, record).await {
-            Ok(()) => {
+            Ok(file_systems) => {
                 let _ = std::fs::remove_file(vm_dir.join(FROZEN));
-                return true;
+                return Some(file_systems);
             }
             Err(e) => tracing::warn!(vm = %record.vm, "the guest does not say that its file systems go on: {e}"),
         }
     }
-    false
+    None
 }
 
 /// What one of QEMU's events means for the VM. Those that the agent caused itself mean nothing new.

@@ -106,6 +106,7 @@ impl Entry {
             snapshots_removed: r.disks.removed.iter().map(ToString::to_string).collect(),
             reverted: r.disks.reverted,
             disk_orders_done: r.disks.disks.clone(),
+            snapshots_ready: r.disks.holds.ready.iter().map(ToString::to_string).collect(),
             hold: r.disks.holds.now.map(|id| id.to_string()).unwrap_or_default(),
             held: r.disks.holds.lasted.map(|id| id.to_string()).unwrap_or_default(),
             migration: r.migration.as_ref().map(|m| v1::MigrationReport {

@@ -30,7 +30,8 @@ use sha2::{Digest, Sha256};
 /// What the variables of UEFI are called where disks have names. No disk is called so.
 pub const VARS: &str = ".uefi-vars";
 
-/// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks.
+/// So many older generations of a disk are looked for when it is deleted. Each stands for one loss of all disks, or for one migration that
+/// copied them.
 const MOST_GENERATIONS: u32 = 1000;
 
 /// Why there is no plan.
@@ -434,6 +435,13 @@ fn generation(disk: &Disk, desired: &Desired) -> u32 {
     disk.kept_generation.unwrap_or(desired.disk_generation)
 }
 
+/// The generations that a disk may have files of here.
+fn generations(disk: &Disk, desired: &Desired) -> impl Iterator<Item = u32> + use<> {
+    let newest = desired.disk_generation;
+    let oldest = newest.saturating_sub(MOST_GENERATIONS);
+    disk.kept_generation.filter(|&kept| kept < oldest).into_iter().chain(oldest..=newest)
+}
+
 /// P5: one that is new is made; one that comes back, or stayed where it was when others were copied, is not made anew if it is gone.
 fn expected(disk: &Disk, desired: &Desired) -> DisksExpected {
     if disk.kept_generation.is_some() {
@@ -463,9 +471,8 @@ fn file_name(disk: &Disk, generation: u32) -> Result<String, Problem> {
 pub fn removal(vm: VmId, disk: &Disk, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Removal, Problem> {
     let pool = pool(&disk.pool, pools)?;
     let dir = disks_dir(&pool.path, vm);
-    let newest = desired.disk_generation;
     let mut files = Vec::new();
-    for generation in newest.saturating_sub(MOST_GENERATIONS)..=newest {
+    for generation in generations(disk, desired) {
         let file = file_name(disk, generation)?;
         files.push(dir.join(format!(".{file}.tmp")));
         files.push(dir.join(file));
@@ -541,7 +548,6 @@ fn kernel(
 /// A pool is not there: nobody can say whether the disk is.
 pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> Result<Vec<Removal>, Problem> {
     let spec = desired.spec.as_ref().ok_or(Problem::NoSpec)?;
-    let newest = desired.disk_generation;
     let mut removals: BTreeMap<&str, Removal> = BTreeMap::new();
     for (i, disk) in spec.disks.iter().enumerate() {
         let pool = match pool(&disk.pool, pools) {
@@ -556,7 +562,7 @@ pub fn removals(vm: VmId, desired: &Desired, pools: &BTreeMap<String, Pool>) -> 
             files: Vec::new(),
             dir: dir.clone(),
         });
-        for generation in newest.saturating_sub(MOST_GENERATIONS)..=newest {
+        for generation in generations(disk, desired) {
             let file = file_name(disk, generation)?;
             let vars = (i == 0 && spec.firmware == Firmware::Uefi).then(|| vars_name(generation));
             for file in [Some(file), vars].into_iter().flatten() {
@@ -665,6 +671,9 @@ mod tests {
         assert_eq!(names, ["root.3.qcow2", "data.1.qcow2"]);
         assert_eq!((made[0].expected, made[1].expected), (DisksExpected::New, DisksExpected::Exist));
         let gone = removals(vm(), &coming, &pools()).unwrap();
+        assert!(gone.iter().any(|r| r.files.iter().any(|f| f.ends_with("data.1.qcow2"))), "{gone:?}");
+        let long_after = Desired { disk_generation: 5000, ..coming.clone() };
+        let gone = removals(vm(), &long_after, &pools()).unwrap();
         assert!(gone.iter().any(|r| r.files.iter().any(|f| f.ends_with("data.1.qcow2"))), "{gone:?}");
         // Copies are made of the very files.
         let clone_from = CloneFrom {

@@ -94,8 +94,10 @@ pub struct Done {
 
 /// Holds of a guest's file systems, under which another host takes snapshots of its disks. Each has an id of its own: nobody takes one for
 /// another that came later.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Holds {
+    /// Snapshots that may be taken now: the guest holds still, or cannot.
+    pub ready: Vec<Uuid>,
     /// The one that stands.
     pub now: Option<Uuid>,
     /// The newest one, if it lasted until nothing was to be taken any more.

@@ -127,6 +127,10 @@ impl Hypervisor for Qemu {
 
     async fn step(&self, vm: VmId, instance: &process::Instance, step: Step) -> Result<(), String> {
         let vm_dir = self.dirs.dir(vm);
+        // The target does not know that the guest stands still for a snapshot, and would never let it go on.
+        if let Step::Send(_) = step {
+            instance.let_go().await;
+        }
         migration::step(instance, &vm_dir, self.user, self.migration, &step).await.map_err(|e| e.to_string())
     }
 
@@ -143,8 +147,13 @@ impl Hypervisor for Qemu {
         let places = command_line::places(&files, boot(spec));
         let sizes: Vec<_> =
             here.iter().zip(&places).map(|(d, p)| (d.name.as_str(), p.node.as_str(), d.size_bytes)).collect();
+        let holds = desired.has_served_disks();
+        // What has to be used by the guest before it grows must not keep a snapshot waiting.
+        if holds && disks::is_to_hold(&desired.orders) {
+            return Ok(disks::hold_for_snapshots(instance, &desired.orders).await);
+        }
         disks::grow(instance, &sizes).await.map_err(|e| e.to_string())?;
-        if desired.has_served_disks() {
+        if holds {
             return Ok(disks::hold_for_snapshots(instance, &desired.orders).await);
         }
         let nodes: Vec<&str> = places.iter().map(|p| p.node.as_str()).collect();
@@ -338,6 +347,8 @@ impl Instance for process::Instance {
     }
 
     async fn power_down(&self) -> Result<(), String> {
+        // What stands still could not write what it has to.
+        self.let_go().await;
         self.power_down().await.map_err(|e| e.to_string())
     }
 

@@ -55,6 +55,8 @@ pub enum Arrival {
     #[default]
     Preparing,
     /// It listens.
+    // `received` was stored once. Now a new leader is told of it.
+    #[serde(alias = "received")]
     Listening,
 }
 

@@ -195,6 +195,7 @@ fn check_vms(check: &mut Checker, vms: Vec<v1::VmReport>) -> Vec<Reported> {
                 removed: snapshot_ids(&vm.snapshots_removed),
                 reverted: vm.reverted,
                 orders: vm.disk_orders_done.into_iter().take(MAX_DISKS).collect(),
+                ready: snapshot_ids(&vm.snapshots_ready),
                 hold: Uuid::try_parse(&vm.hold).ok(),
                 held: Uuid::try_parse(&vm.held).ok(),
             },

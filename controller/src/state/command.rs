@@ -363,7 +363,9 @@ pub struct DisksObservation {
     pub reverted: u64,
     /// Numbers of what was done to single disks.
     pub orders: Vec<u64>,
-    /// For snapshots that a storage host takes: the hold under which the guest's file systems stand still.
+    /// Snapshots that a storage host may take now.
+    pub ready: Vec<Uuid>,
+    /// The hold under which the guest's file systems stand still.
     pub hold: Option<Uuid>,
     /// The newest such hold, if it lasted until nothing was to be taken any more.
     pub held: Option<Uuid>,

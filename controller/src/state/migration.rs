@@ -464,7 +464,11 @@ fn hand_over(draft: &mut Draft<'_>, entry: &VmEntry, migration: &Migration) -> R
         // M7: in the same write its disks are the copies, and the old ones are not its disks any more.
         record.disks_copied_from.get_or_insert(record.disk_generation);
         record.disk_generation = generation;
-        record.disk_home = Some(reports::disk_home(draft, &record, migration.target));
+        // What hosts share is what it was, also while the target has trouble with it.
+        let shared: Vec<_> = shared_pools(&record).collect();
+        let mut home = reports::disk_home(draft, &record, migration.target);
+        home.pools.extend(shared.into_iter().map(|(pool, id)| (pool, Some(id))));
+        record.disk_home = Some(home);
     }
     draft.vm_event(&record, EventType::Migrated, format!("from host `{from}` to host `{to}`"));
     let status = VmStatusRecord {

@@ -143,21 +143,22 @@ fn first_hold(draft: &Draft<'_>, entry: &VmEntry) -> Option<Uuid> {
 /// What the VM's host says of the holds under which its storage host takes snapshots.
 fn take_holds(draft: &mut Draft<'_>, record: &mut VmRecord, report: &VmObservation) {
     let said = &report.disks;
+    let can = record.spec.guest_agent == GuestAgent::Enabled;
     let mut words = Vec::new();
     for snapshot in &mut record.snapshots {
         match (snapshot.state, snapshot.hold) {
-            // What does not run need not hold still.
-            (SnapshotState::Creating, None) if report.state != ObservedState::Running => {
+            // What does not run need not hold still, and what has no agent cannot.
+            (SnapshotState::Creating, None) if report.state != ObservedState::Running || !can => {
                 snapshot.hold = Some(Uuid::nil());
             }
-            (SnapshotState::Creating, None) if said.made.contains(&snapshot.id) => {
+            (SnapshotState::Creating, None) if said.ready.contains(&snapshot.id) => {
                 snapshot.hold = Some(said.hold.unwrap_or_default());
             }
             (SnapshotState::Ready, Some(hold)) if !hold.is_nil() && snapshot.guest.is_none() => {
                 if said.held == Some(hold) {
                     snapshot.guest = Some(SnapshotGuest::Frozen);
                     words.push(format!("the guest held its file systems still for snapshot `{}`", snapshot.name));
-                } else if said.hold != Some(hold) {
+                } else if said.hold != Some(hold) || report.state != ObservedState::Running {
                     snapshot.guest = Some(SnapshotGuest::Running);
                     words.push(format!("the disks are in snapshot `{}` as after a power cut", snapshot.name));
                 }

@@ -151,7 +151,7 @@ impl VmState {
             removed: orders.ids(There::Gone).filter(|id| done.removed.contains(id)).collect(),
             disks: orders.disks.iter().filter(|order| done.disks.contains(order)).copied().collect(),
             reverted: orders.revert.filter(|r| r.number == done.reverted).map_or(0, |r| r.number),
-            holds: done.holds,
+            holds: done.holds.clone(),
         }
     }
 

@@ -453,7 +453,11 @@ fn a_guest_with_an_agent_holds_still_before_its_storage_host_takes_a_snapshot() 
         assert_eq!(ordered(&world), 0, "{n}: it waits");
         storage_has_done(&mut world, vm, 1, made());
         assert_eq!(world.record(vm).snapshots[n].state, SnapshotState::Creating, "{n}: it was not told");
-        says(&mut world, ObservedState::Running, DisksObservation { hold: first, ..made() });
+        says(
+            &mut world,
+            ObservedState::Running,
+            DisksObservation { ready: vec![id], hold: first, ..Default::default() },
+        );
         assert_eq!(ordered(&world), 1, "{n}");
         storage_has_done(&mut world, vm, 1, made());
         assert_eq!(world.record(vm).snapshots[n].state, SnapshotState::Ready, "{n}");
@@ -465,6 +469,15 @@ fn a_guest_with_an_agent_holds_still_before_its_storage_host_takes_a_snapshot() 
         says(&mut world, ObservedState::Running, DisksObservation { hold: now, held, ..Default::default() });
         assert_eq!(worth(&world, n), expected, "{n}");
     }
+    // It stops before its host has heard that the snapshot is taken.
+    let id = Uuid::from_u128(0x5f);
+    world.ok(Command::CreateSnapshot { vm, id, name: "last".into() });
+    says(&mut world, ObservedState::Running, DisksObservation { ready: vec![id], hold, ..Default::default() });
+    storage_has_done(&mut world, vm, 1, DisksObservation { made: vec![id], ..Default::default() });
+    says(&mut world, ObservedState::Stopping, DisksObservation { hold, ..Default::default() });
+    assert_eq!(world.record(vm).snapshots.last().unwrap().guest, Some(SnapshotGuest::Running));
+    world.report(vm, ObservedState::Running);
+
     // What stops, or does not run, does not hold still.
     world.ok(Command::CreateSnapshot { vm, id: Uuid::from_u128(0x60), name: "stops".into() });
     assert_eq!(ordered(&world), 0);

@@ -8,6 +8,7 @@ use uncloud_proto::{
 use super::fixtures::*;
 use crate::{
     model::{
+        host::Pool,
         migration::MigrationResult,
         vm::{Disk, DiskBus, DiskState, VmSpec},
     },
@@ -208,7 +209,12 @@ fn m7_what_hosts_share_is_not_copied_and_keeps_its_name() {
 
     for generation in [2, 3] {
         world.ok(begin(vm, None));
+        // The target has trouble with what they share, for a moment.
+        let target = world.record(vm).migration.as_ref().unwrap().target;
+        let pools = |shared_id| vec![local("local"), Pool { shared_id, ..shared("shared") }];
+        world.ok(Command::UpdatePools { host: target, pools: pools(None) });
         world.arrives(vm);
+        world.ok(Command::UpdatePools { host: target, pools: pools(shared("shared").shared_id) });
         world.report(vm, ObservedState::Running);
         assert_eq!((world.record(vm).disk_generation, kept(&world)), (generation, all.clone()));
     }
