@@ -384,9 +384,13 @@ impl User {
 fn spec(core: &mut Core) -> VmSpec {
     let rng = &mut core.rng;
     let pool = rng.pick(&["local", "shared", "shared", ""]);
+    let disk =
+        |name: &str, pool: &str| Disk { name: name.into(), pool: pool.into(), size_bytes: 1 << 30, ..Disk::default() };
     let disks = match pool {
         "" => Vec::new(),
-        pool => vec![Disk { name: "disk0".into(), pool: pool.into(), size_bytes: 1 << 30, ..Disk::default() }],
+        // Those of a migrating VM that hosts share stay, and the others are copied (M7).
+        "local" if rng.permille(400) => vec![disk("disk0", "local"), disk("disk1", "shared")],
+        pool => vec![disk("disk0", pool)],
     };
     let nics = if rng.permille(500) { vec![Nic { kind: NicKind::User, mac: String::new() }] } else { Vec::new() };
     VmSpec {
