@@ -249,6 +249,7 @@ fn host() -> HostRecord {
         mode: HostMode::Cordoned,
         mode_reason: "new memory".into(),
         drain_how: Default::default(),
+        drain_disks: Default::default(),
         liveness: Liveness::FastLapsed,
         liveness_since: AT,
         migration_address: "10.0.0.1".into(),

@@ -24,6 +24,9 @@ pub(crate) struct Arguments {
     /// Stops VMs that cannot migrate live, and starts them on other hosts. Without this they stay.
     #[arg(long)]
     stop_and_move: bool,
+    /// Migrates VMs with disks that only this host has, too, by copying the disks. Without this they stay.
+    #[arg(long)]
+    copy_disks: bool,
     /// Why, for those who wonder.
     #[arg(long, default_value = "", hide_default_value = true)]
     reason: String,
@@ -33,8 +36,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<(), Error> {
-    let Arguments { host, stop_and_move, reason, no_wait } = arguments;
-    let request = v1::DrainHostRequest { host, reason, stop_and_move, watch_only: false };
+    let Arguments { host, stop_and_move, copy_disks, reason, no_wait } = arguments;
+    let request = v1::DrainHostRequest { host, reason, stop_and_move, watch_only: false, copy_disks };
     let mut drain = Drain { context, moved_before: 0, last: None, stream: None, request };
     if no_wait {
         let first = drain.next().await?;

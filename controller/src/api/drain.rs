@@ -34,8 +34,8 @@ pub(super) async fn open(context: &Context, wanted: DrainHost) -> Result<watch::
     let leader = context.leader()?;
     let host = context.read(|_, state| Ok(state.resolve_host(&wanted.host)?)).await?;
     match wanted.what {
-        Drain::Begin { how, reason } => {
-            context.submit(&leader, Command::DrainHost { host, how, reason }).await?;
+        Drain::Begin { how, disks, reason } => {
+            context.submit(&leader, Command::DrainHost { host, how, disks, reason }).await?;
         }
         Drain::Watch => {
             let is_draining =

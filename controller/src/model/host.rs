@@ -35,6 +35,9 @@ pub struct HostRecord {
     /// How it is being emptied, while it is.
     #[serde(default, skip_serializing_if = "DrainHow::is_live_only")]
     pub drain_how: DrainHow,
+    /// What becomes of disks that only it has, while it is being emptied.
+    #[serde(default, skip_serializing_if = "OwnDisks::stay")]
+    pub drain_disks: OwnDisks,
     /// What the leader has declared about it.
     pub liveness: Liveness,
     /// Since when, ms since 1970.
@@ -164,6 +167,24 @@ impl DrainHow {
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
     const fn is_live_only(&self) -> bool {
         matches!(self, Self::LiveOnly)
+    }
+}
+
+/// What becomes of disks that only a VM's host has, if somebody moves the VM while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OwnDisks {
+    /// They stay, so the VM does.
+    #[default]
+    Stay,
+    /// They are copied.
+    Copied,
+}
+
+impl OwnDisks {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+    const fn stay(&self) -> bool {
+        matches!(self, Self::Stay)
     }
 }
 

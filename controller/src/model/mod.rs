@@ -18,7 +18,7 @@ use uncloud_proto::ids::VmId;
 
 pub use cluster::{ClusterRecord, FailoverOff, LeaderRecord, RequestAnswer, RequestRecord};
 pub use event::{EventRecord, EventType, Subject};
-pub use host::{DrainHow, HostMode, HostRecord, Liveness};
+pub use host::{DrainHow, HostMode, HostRecord, Liveness, OwnDisks};
 pub use image::ImageRecord;
 pub use keys::Key;
 pub use vm::{Desired, Phase, VmRecord, VmStatusRecord};

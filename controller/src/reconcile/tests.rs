@@ -49,6 +49,7 @@ fn host(n: u128, memory_mib: u64, liveness: Liveness) -> HostRecord {
         mode: HostMode::Active,
         mode_reason: String::new(),
         drain_how: Default::default(),
+        drain_disks: Default::default(),
         liveness,
         liveness_since: WallTime(0),
         migration_address: "127.0.0.1".into(),

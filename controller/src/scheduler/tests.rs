@@ -48,6 +48,7 @@ fn host(n: u128, vcpus: u32, memory_mib: u64) -> HostRecord {
         accelerator: Accelerator { kind: AcceleratorKind::Kvm, why: String::new() },
         mode: HostMode::Active,
         drain_how: Default::default(),
+        drain_disks: Default::default(),
         mode_reason: String::new(),
         liveness: Liveness::Up,
         liveness_since: WallTime(0),

@@ -16,7 +16,7 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use crate::model::{
-    Desired, DrainHow, HostMode, ImageRecord, Key, Record, VmRecord,
+    Desired, DrainHow, HostMode, ImageRecord, Key, OwnDisks, Record, VmRecord,
     host::{Accelerator, Cpu, Pool},
     image::ImageFile,
     migration::MigrationProgress,
@@ -87,7 +87,7 @@ pub enum Command {
     /// A user cordons or uncordons a host.
     SetHostMode { host: HostId, mode: HostMode, reason: String },
     /// A user has a host emptied. [`Command::SetHostMode`] ends that.
-    DrainHost { host: HostId, how: DrainHow, reason: String },
+    DrainHost { host: HostId, how: DrainHow, disks: OwnDisks, reason: String },
     /// The next step of emptying a host. Refused if the host is not being drained any more.
     DrainVm { vm: VmId, from: HostId, step: DrainStep },
     /// A user removes a host that is down and empty.

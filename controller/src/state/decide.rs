@@ -9,11 +9,11 @@ use super::{
     command::{Answer, Change, Command, Context, Decision, Refusal, RequestId},
     disks,
     draft::Draft,
-    drain, exports, hosts, images,
-    migration::{self, OwnDisks},
-    placement, reports, snapshots, update, vms,
+    drain, exports, hosts, images, migration, placement, reports, snapshots, update, vms,
 };
-use crate::model::{DrainHow, Extra, HostMode, Key, Record, RequestAnswer, RequestRecord, Subject, image::ImageState};
+use crate::model::{
+    DrainHow, Extra, HostMode, Key, OwnDisks, Record, RequestAnswer, RequestRecord, Subject, image::ImageState,
+};
 
 /// How many VMs one command places or moves. A move writes a record, a status and up to two events; 25 of them and the
 /// host's record stay under the 128 operations that etcd takes in one transaction.
@@ -69,10 +69,10 @@ impl State {
                 migration::cannot_go_on(&mut draft, *vm, *migration, why)?
             }
             Command::SetHostMode { host, mode, reason } => {
-                hosts::set_mode(&mut draft, *host, *mode, DrainHow::LiveOnly, reason)?
+                hosts::set_mode(&mut draft, *host, *mode, (DrainHow::LiveOnly, OwnDisks::Stay), reason)?
             }
-            Command::DrainHost { host, how, reason } => {
-                hosts::set_mode(&mut draft, *host, HostMode::Draining, *how, reason)?
+            Command::DrainHost { host, how, disks, reason } => {
+                hosts::set_mode(&mut draft, *host, HostMode::Draining, (*how, *disks), reason)?
             }
             Command::DrainVm { vm, from, step } => drain::step(&mut draft, *vm, *from, step)?,
             Command::RemoveHost { host } => hosts::remove(&mut draft, *host)?,

@@ -24,11 +24,11 @@ use super::{
     State, VmEntry, absorb,
     command::{Answer, Context, DrainStep, Refusal},
     draft::Draft,
-    migration::{self, MIGRATIONS_PER_HOST, OwnDisks},
+    migration::{self, MIGRATIONS_PER_HOST},
     placement,
 };
 use crate::{
-    model::{Desired, DrainHow, EventType, HostMode, HostRecord, Liveness, Phase, VmRecord},
+    model::{Desired, DrainHow, EventType, HostMode, HostRecord, Liveness, OwnDisks, Phase, VmRecord},
     scheduler::{self, ClusterView, Home, Limits},
 };
 
@@ -122,15 +122,21 @@ fn of_running(draft: &mut Draft<'_>, entry: &VmEntry, host: &HostRecord) -> Pros
         return Prospect::Waits("waits for its turn".into());
     }
     // Nothing of this is written.
-    let refusal = match migration::begin(&mut Draft::new(draft.state, draft.cx), record.id, None, "", 0, OwnDisks::Stay)
-    {
-        Ok(_) => return Prospect::CanMigrate,
-        Err(refusal) => refusal.to_string(),
-    };
+    let refusal =
+        match migration::begin(&mut Draft::new(draft.state, draft.cx), record.id, None, "", 0, host.drain_disks) {
+            Ok(_) => return Prospect::CanMigrate,
+            Err(refusal) => refusal.to_string(),
+        };
     if !record.disks_exist && !record.spec.disks.is_empty() {
         return Prospect::Waits("its disks are not known to be made yet".into());
     }
-    if !matches!(placement::home(record), Home::OnlyHost(_)) && migration::could_later(draft, record, host) {
+    let may_be_moved = match placement::home(record) {
+        Home::OnlyHost(_) => {
+            host.drain_disks == OwnDisks::Copied && migration::may_be_copied(draft, record, host.id).is_ok()
+        }
+        Home::Anywhere | Home::SharedPools { .. } => true,
+    };
+    if may_be_moved && migration::could_later(draft, record, host) {
         return Prospect::Waits(refusal);
     }
     of_unmovable(draft, record, refusal)
@@ -184,7 +190,7 @@ pub(super) fn step(draft: &mut Draft<'_>, vm: VmId, from: HostId, step: &DrainSt
         return Err(Refusal::Precondition(format!("VM `{name}` is not on host `{}` any more", host.name)));
     }
     match step {
-        DrainStep::Migrate { secret } => migration::begin(draft, vm, None, secret, 0, OwnDisks::Stay),
+        DrainStep::Migrate { secret } => migration::begin(draft, vm, None, secret, 0, host.drain_disks),
         DrainStep::Stop => {
             if host.drain_how != DrainHow::StopAndMove {
                 let message = format!("the VMs of host `{}` may not be stopped to empty it", host.name);

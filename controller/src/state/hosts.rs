@@ -14,8 +14,8 @@ use super::{
     placement::{self, mark_unreachable, placing_order},
 };
 use crate::model::{
-    ClusterRecord, Desired, DrainHow, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, Record,
-    Subject, host::Pool, vm::Failover,
+    ClusterRecord, Desired, DrainHow, EventType, Extra, FailoverOff, HostMode, HostRecord, Key, Liveness, OwnDisks,
+    Record, Subject, host::Pool, vm::Failover,
 };
 
 pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answer, Refusal> {
@@ -44,6 +44,7 @@ pub(super) fn register(draft: &mut Draft<'_>, facts: &HostFacts) -> Result<Answe
             mode: HostMode::Active,
             mode_reason: String::new(),
             drain_how: DrainHow::LiveOnly,
+            drain_disks: OwnDisks::Stay,
             liveness: Liveness::Up,
             liveness_since: now,
             agent_version: facts.agent_version.clone(),
@@ -130,17 +131,17 @@ pub(super) fn update_pools(draft: &mut Draft<'_>, host: HostId, pools: &[Pool]) 
     Ok(Answer::Done)
 }
 
-/// `drain_how` counts for [`HostMode::Draining`] only.
+/// How it is emptied counts for [`HostMode::Draining`] only.
 pub(super) fn set_mode(
     draft: &mut Draft<'_>,
     host: HostId,
     mode: HostMode,
-    drain_how: DrainHow,
+    drain: (DrainHow, OwnDisks),
     reason: &str,
 ) -> Result<Answer, Refusal> {
     let before = draft.host(host)?;
-    let drain_how = if mode == HostMode::Draining { drain_how } else { DrainHow::LiveOnly };
-    let record = HostRecord { mode, mode_reason: reason.to_owned(), drain_how, ..(*before).clone() };
+    let (drain_how, drain_disks) = if mode == HostMode::Draining { drain } else { Default::default() };
+    let record = HostRecord { mode, mode_reason: reason.to_owned(), drain_how, drain_disks, ..(*before).clone() };
     if record == *before {
         return Ok(Answer::Done);
     }
@@ -155,7 +156,11 @@ pub(super) fn set_mode(
             ),
         },
     };
-    let message = if reason.is_empty() { what.to_owned() } else { format!("{what}: {reason}") };
+    let what = match drain_disks {
+        OwnDisks::Stay => what.to_owned(),
+        OwnDisks::Copied => format!("{what}; disks that only it has are copied"),
+    };
+    let message = if reason.is_empty() { what } else { format!("{what}: {reason}") };
     draft.host_event(&record, event, message);
     draft.put_host(record)?;
     Ok(Answer::Done)

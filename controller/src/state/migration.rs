@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     model::{
-        Desired, EventType, Extra, HostRecord, Liveness, Phase, VmRecord, VmStatusRecord,
+        Desired, EventType, Extra, HostRecord, Liveness, OwnDisks, Phase, VmRecord, VmStatusRecord,
         migration::{Arrival, Migration, MigrationEnd, MigrationResult},
         vm::{Disk, DiskState, Placement},
     },
@@ -49,15 +49,6 @@ use crate::{
 
 /// Migrations that a host may be part of at once, as source or as target: more only share its network, and each takes longer.
 pub const MIGRATIONS_PER_HOST: usize = 2;
-
-/// What becomes of disks that only a VM's host has, if it migrates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OwnDisks {
-    /// They are copied.
-    Copied,
-    /// They stay, so the VM does.
-    Stay,
-}
 
 /// How a VM's disks get to the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,9 +161,13 @@ fn keep_shared(record: &mut VmRecord) {
 
 /// Whether there is a host that could take the VM from `from` if it were not busy or silent at the moment.
 pub(super) fn could_later(draft: &mut Draft<'_>, record: &VmRecord, from: &HostRecord) -> bool {
+    let disks = match placement::home(record) {
+        Home::OnlyHost(_) => Disks::Copied,
+        Home::Anywhere | Home::SharedPools { .. } => Disks::Shared,
+    };
     let silent = BTreeSet::new();
     let limits = Limits { silent: &silent, ..draft.limits() };
-    scheduler::place(draft.view(), &request(record, from, BTreeSet::new(), Disks::Shared), &limits).is_ok()
+    scheduler::place(draft.view(), &request(record, from, BTreeSet::new(), disks), &limits).is_ok()
 }
 
 fn refuse<T>(message: String) -> Result<T, Refusal> {
@@ -220,7 +215,7 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry, own: OwnDisks) -> Result<(HostI
                 OwnDisks::Copied => Ok((source, Disks::Copied)),
                 OwnDisks::Stay => refuse(format!(
                     "VM `{name}` has a disk in a pool that only host `{}` has, and is not moved with it by itself; `uncloud vm \
-                     migrate` copies its disks to another host while it runs",
+                     migrate` copies its disks to another host while it runs, and so does a drain with `--copy-disks`",
                     draft.host_name(source)
                 )),
             }
@@ -233,7 +228,7 @@ fn may_leave(draft: &Draft<'_>, entry: &VmEntry, own: OwnDisks) -> Result<(HostI
 }
 
 /// M5: whether a VM's disks can be copied while it runs, or why not.
-fn may_be_copied(draft: &Draft<'_>, record: &VmRecord, source: HostId) -> Result<(), Refusal> {
+pub(super) fn may_be_copied(draft: &Draft<'_>, record: &VmRecord, source: HostId) -> Result<(), Refusal> {
     let name = &record.name;
     let host = draft.host_name(source);
     if !record.snapshots.is_empty() {

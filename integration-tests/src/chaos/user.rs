@@ -392,6 +392,7 @@ impl Work {
             reason: "the user said so".into(),
             stop_and_move: how == How::StopAndMove,
             watch_only: false,
+            copy_disks: self.rng.random_bool(0.5),
         };
         self.told(|t| t.drains.asked(&host, how, Instant::now()));
         let outcome = self.write(Changes::Perhaps, self.client.drain_host(request)).await;

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use uncloud_controller::{
     leadership::WriteError,
     model::{
-        Desired, DrainHow, HostMode,
+        Desired, DrainHow, HostMode, OwnDisks,
         vm::{
             Disk, DiskHotplug, Display, Failover, GuestAgent, Machine, Nic, NicKind, OnDiskLoss, RestartPolicy, VmSpec,
         },
@@ -185,8 +185,9 @@ impl User {
                     self.mode(core, host, HostMode::Cordoned);
                 } else {
                     let how = core.rng.pick(&[DrainHow::LiveOnly, DrainHow::StopAndMove]);
-                    core.log(format_args!("user: drain {host} {how:?}"));
-                    self.call(core, Doing::Mode, Command::DrainHost { host, how, reason: String::new() }, 0);
+                    let disks = core.rng.pick(&[OwnDisks::Stay, OwnDisks::Copied]);
+                    core.log(format_args!("user: drain {host} {how:?}, own disks: {disks:?}"));
+                    self.call(core, Doing::Mode, Command::DrainHost { host, how, disks, reason: String::new() }, 0);
                 }
             }
             10 if core.rng.permille(300) => match failover {

@@ -196,3 +196,19 @@ async fn guests_that_cannot_migrate_are_started_elsewhere_if_that_is_allowed() -
     assert!(beat.host == "host-2" && beat.said.n > counted, "P5: it goes on from its disk: {beat:?}");
     cluster.finish().await
 }
+
+/// Told to, a drain copies the disks that only its host has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_copies_disks_if_it_is_told_to() -> anyhow::Result<()> {
+    let cluster = Options::hosts(2).start().await?;
+    let vm = cluster.run(specs::with(specs::micro("rooted"), |s| s.disks[0].pool = specs::LOCAL.into())).await?;
+    let boot = cluster.checker.wait_beats(&vm.id, 2, secs(20)).await?.said.boot;
+    let from = host_of(&vm).to_owned();
+    let stuck = cluster.cli(&["host", "drain", &from]).await?;
+    ensure!(stuck.code == 4 && stuck.stderr.contains("--copy-disks"), "{stuck:?}");
+    cluster.cli(&["host", "drain", &from, "--copy-disks"]).await?.success()?;
+    let beat = cluster.checker.wait_beats(&vm.id, 2, secs(20)).await?;
+    assert_ne!(beat.host, from);
+    assert_eq!(beat.said.boot, boot, "the same guest goes on");
+    cluster.finish().await
+}

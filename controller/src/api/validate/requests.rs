@@ -14,7 +14,7 @@ use super::{
     vm::{check_disk_size, check_set_by_cluster, disk_bus, disk_cache},
 };
 use crate::{
-    model::DrainHow,
+    model::{DrainHow, OwnDisks},
     state::command::{DetachHow, DiskToAttach, FailoverChange},
 };
 
@@ -103,6 +103,8 @@ pub(crate) enum Drain {
     Begin {
         /// What may be done.
         how: DrainHow,
+        /// What becomes of disks that only it has.
+        disks: OwnDisks,
         /// Why.
         reason: String,
     },
@@ -112,12 +114,13 @@ pub(crate) enum Drain {
 
 /// A drain.
 pub(crate) fn drain_host(request: v1::DrainHostRequest) -> Result<DrainHost, Violations> {
-    let v1::DrainHostRequest { host, reason, stop_and_move, watch_only } = request;
+    let v1::DrainHostRequest { host, reason, stop_and_move, watch_only, copy_disks } = request;
     let mut check = Checker::default();
     let host = check.reference("host", host);
     check.text("reason", &reason, MAX_REASON);
     if watch_only {
-        for (field, is_set) in [("reason", !reason.is_empty()), ("stop_and_move", stop_and_move)] {
+        let others = [("reason", !reason.is_empty()), ("stop_and_move", stop_and_move), ("copy_disks", copy_disks)];
+        for (field, is_set) in others {
             if is_set {
                 check.fail(field, "does not go with watch_only, which changes nothing");
             }
@@ -125,7 +128,8 @@ pub(crate) fn drain_host(request: v1::DrainHostRequest) -> Result<DrainHost, Vio
         return check.finish(DrainHost { host, what: Drain::Watch });
     }
     let how = if stop_and_move { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
-    check.finish(DrainHost { host, what: Drain::Begin { how, reason } })
+    let disks = if copy_disks { OwnDisks::Copied } else { OwnDisks::Stay };
+    check.finish(DrainHost { host, what: Drain::Begin { how, disks, reason } })
 }
 
 /// How long failover may be off, in seconds. Longer, and it is forgotten.
@@ -483,10 +487,12 @@ mod tests {
     #[test]
     fn a_drain_that_is_only_shown_changes_nothing() {
         let request = v1::DrainHostRequest { host: "h".into(), reason: "fan".into(), ..Default::default() };
-        let begin = Drain::Begin { how: DrainHow::LiveOnly, reason: "fan".into() };
-        assert_eq!(drain_host(request.clone()).unwrap().what, begin);
-        let both = v1::DrainHostRequest { watch_only: true, stop_and_move: true, ..request };
-        assert_eq!(fields(drain_host(both)), ["reason", "stop_and_move"]);
+        let begin = |disks| Drain::Begin { how: DrainHow::LiveOnly, disks, reason: "fan".into() };
+        assert_eq!(drain_host(request.clone()).unwrap().what, begin(OwnDisks::Stay));
+        let copies = v1::DrainHostRequest { copy_disks: true, ..request.clone() };
+        assert_eq!(drain_host(copies).unwrap().what, begin(OwnDisks::Copied));
+        let all = v1::DrainHostRequest { watch_only: true, stop_and_move: true, copy_disks: true, ..request };
+        assert_eq!(fields(drain_host(all)), ["reason", "stop_and_move", "copy_disks"]);
         let show = v1::DrainHostRequest { host: "h".into(), watch_only: true, ..Default::default() };
         assert_eq!(drain_host(show).unwrap().what, Drain::Watch);
         assert_eq!(fields(drain_host(v1::DrainHostRequest::default())), ["host"]);

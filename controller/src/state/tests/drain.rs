@@ -9,7 +9,7 @@ use uncloud_proto::{
 
 use super::fixtures::*;
 use crate::{
-    model::{DrainHow, EventType, HostMode, Phase, vm::VmSpec},
+    model::{DrainHow, EventType, HostMode, OwnDisks, Phase, vm::VmSpec},
     reconcile::drain::{Drains, How, LeftState, Progress, Stage, Step, Watch},
     state::{
         MIGRATIONS_PER_HOST, Prospect,
@@ -44,7 +44,7 @@ impl World {
         for n in 2..=hosts {
             self.mode(n, HostMode::Active);
         }
-        self.ok(Command::DrainHost { host: host_id(1), how, reason: "a new fan".into() });
+        self.ok(Command::DrainHost { host: host_id(1), how, disks: OwnDisks::Stay, reason: "a new fan".into() });
     }
 
     fn next(&mut self, drains: &mut Drains, secs: u64) -> Option<Step> {
@@ -309,7 +309,12 @@ fn nothing_is_stopped_that_could_migrate_a_little_later_or_start_nowhere() {
         let secret = "ab".repeat(32);
         world.ok(Command::MigrateVm { vm, to: Some(host_id(2)), secret, bytes_per_second: 0 });
     }
-    world.ok(Command::DrainHost { host: host_id(3), how: DrainHow::StopAndMove, reason: String::new() });
+    world.ok(Command::DrainHost {
+        host: host_id(3),
+        how: DrainHow::StopAndMove,
+        disks: OwnDisks::Stay,
+        reason: String::new(),
+    });
     let Prospect::Waits(why) = world.prospect(vm) else { panic!("{:?}", world.prospect(vm)) };
     assert!(why.contains("try again later"), "{why}");
     assert_eq!(world.next(&mut Drains::default(), 1), None);

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{
-        Desired, DrainHow,
+        Desired, DrainHow, OwnDisks,
         host::{Pool, PoolAccess},
         vm::{DiskHotplug, DiskState, GuestAgent, SnapshotGuest, SnapshotState, VmSpec},
     },
@@ -339,7 +339,7 @@ fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stay
         facts.pools.push(net(PoolAccess::Network));
         world.ok(Command::RegisterHost { host: Box::new(facts) });
     }
-    let drain = |how| Command::DrainHost { host, how, reason: String::new() };
+    let drain = |how| Command::DrainHost { host, how, disks: OwnDisks::Stay, reason: String::new() };
     let step = Command::DrainVm { vm, from: host, step: DrainStep::Stop };
     world.ok(drain(DrainHow::LiveOnly));
     let Prospect::CanStop(why) = world.state.prospect(vm, &world.cx()) else { panic!() };
@@ -361,7 +361,7 @@ fn a_drain_stops_and_moves_a_vm_with_disks_in_a_network_pool_or_says_why_it_stay
     // Nowhere to go.
     world.report(vm, ObservedState::Running);
     let host = other(host);
-    world.ok(Command::DrainHost { host, how: DrainHow::StopAndMove, reason: String::new() });
+    world.ok(Command::DrainHost { host, how: DrainHow::StopAndMove, disks: OwnDisks::Stay, reason: String::new() });
     assert!(matches!(world.state.prospect(vm, &world.cx()), Prospect::Stuck(_)));
     assert!(
         world.refused(Command::DrainVm { vm, from: host, step: DrainStep::Stop }).to_string().contains("cannot leave")

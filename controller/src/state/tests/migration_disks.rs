@@ -8,6 +8,7 @@ use uncloud_proto::{
 use super::fixtures::*;
 use crate::{
     model::{
+        DrainHow, OwnDisks,
         host::Pool,
         migration::MigrationResult,
         vm::{Disk, DiskBus, DiskState, VmSpec},
@@ -15,7 +16,7 @@ use crate::{
     sessions::desired::{Wanted, message},
     state::{
         Prospect,
-        command::{Command, DisksObservation, Lapsed, NewClone, ObservedState, PowerChange, VmObservation},
+        command::{Command, DisksObservation, DrainStep, Lapsed, NewClone, ObservedState, PowerChange, VmObservation},
     },
 };
 
@@ -242,6 +243,44 @@ fn what_is_not_copied_needs_no_room() {
     let huge = Disk { name: "data".into(), size_bytes: 3 << 39, ..disk("shared") };
     let vm = world.running(1, VmSpec { disks: vec![disk("local"), huge], ..spec() });
     world.ok(begin(vm, None));
+}
+
+/// A drain that is told to copies disks; what cannot be copied stays, and what has no turn waits for it.
+#[test]
+fn a_drain_that_may_copy_disks_moves_vms_with_own_disks() {
+    let mut world = World::with_hosts(1);
+    let vms = [1, 2, 3].map(|n| world.running(n, with_disk("local")));
+    let snapshotted = world.running(4, with_disk("local"));
+    let id = uuid::Uuid::from_u128(7);
+    world.ok(Command::CreateSnapshot { vm: snapshotted, id, name: "s1".into() });
+    world.ok(Command::RegisterHost { host: Box::new(facts(2)) });
+    let host = host_id(1);
+    let drain = |disks| Command::DrainHost { host, how: DrainHow::LiveOnly, disks, reason: String::new() };
+    world.ok(drain(OwnDisks::Stay));
+    let stuck = world.state.prospect(vms[0], &world.cx());
+    assert!(matches!(&stuck, Prospect::Stuck(why) if why.contains("`--copy-disks`")), "{stuck:?}");
+    world.ok(drain(OwnDisks::Copied));
+    assert!(world.events.last().unwrap().1.contains("are copied"), "{:?}", world.events.last());
+    for vm in &vms[..2] {
+        assert_eq!(world.state.prospect(*vm, &world.cx()), Prospect::CanMigrate);
+        let step = DrainStep::Migrate { secret: "ab".repeat(32) };
+        world.ok(Command::DrainVm { vm: *vm, from: host, step });
+        assert!(world.record(*vm).migration.as_ref().unwrap().disk_generation.is_some());
+    }
+    let waits = world.state.prospect(vms[2], &world.cx());
+    assert!(matches!(waits, Prospect::Waits(_)), "{waits:?}");
+    let waits = world.state.prospect(snapshotted, &world.cx());
+    assert!(matches!(&waits, Prospect::Waits(_)), "{waits:?}");
+    for vm in &vms[..2] {
+        world.arrives(*vm);
+        world.report(*vm, ObservedState::Running);
+    }
+    // The other host is only silent for a moment.
+    world.silent.insert(host_id(2));
+    let waits = world.state.prospect(vms[2], &world.cx());
+    assert!(matches!(waits, Prospect::Waits(_)), "{waits:?}");
+    let stuck = world.state.prospect(snapshotted, &world.cx());
+    assert!(matches!(&stuck, Prospect::Stuck(why) if why.contains("snapshots")), "{stuck:?}");
 }
 
 /// A drain does not copy disks by itself, and sends nobody to a command that would be refused.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{
-        Desired, DrainHow, HostMode,
+        Desired, DrainHow, HostMode, OwnDisks,
         vm::{Failover, OnDiskLoss, SnapshotState, VmSpec},
     },
     state::{
@@ -150,7 +150,7 @@ impl Step {
             }
             Self::Drain { host: n, stop } => {
                 let how = if *stop { DrainHow::StopAndMove } else { DrainHow::LiveOnly };
-                Command::DrainHost { host: host(n), how, reason: String::new() }
+                Command::DrainHost { host: host(n), how, disks: OwnDisks::Copied, reason: String::new() }
             }
             Self::DrainVm { vm: n, stop } => {
                 let from = world.state.vm(vm(n))?.record.placement.host?;

@@ -282,6 +282,7 @@ fn host(n: u32, pod: u32, random: &mut StdRng) -> HostRecord {
         },
         mode_reason: String::new(),
         drain_how: Default::default(),
+        drain_disks: Default::default(),
         liveness: if random.random_bool(0.995) { Liveness::Up } else { Liveness::Dead },
         liveness_since: WallTime(0),
         agent_version: "1".into(),
