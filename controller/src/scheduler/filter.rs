@@ -59,6 +59,8 @@ pub enum Rejection {
     NotItsFiles(String),
     /// It has this pool over the network, and then all disks of a VM must lie there.
     MixedPools(String),
+    /// Its pool of this name is not its alone, and a disk there has the cache mode writeback.
+    Writeback(String),
     /// The VM's disks are on another host and only there.
     NotHome,
     /// It has a VM of the same anti-affinity group.
@@ -111,6 +113,9 @@ impl Rejection {
             Self::NotItsFiles(pool) => format!("{does} not have the files of pool `{pool}`"),
             Self::MixedPools(pool) => {
                 format!("{has} pool `{pool}` over the network, and then all disks of a VM must lie in it")
+            }
+            Self::Writeback(pool) => {
+                format!("{has} pool `{pool}` in common with others, where no disk can have the cache mode writeback")
             }
             Self::NotHome => format!("{does} not have its disks"),
             Self::Group(group) => format!("{has} a VM of group `{group}`"),

@@ -184,6 +184,14 @@ impl Kind {
                 }
                 Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
             }
+            let alone = !networked && pool.shared_id.is_none();
+            match request.arrival {
+                // D3
+                Arrival::Start | Arrival::Migration { .. } if !alone && request.writeback_pools.contains(name) => {
+                    return Err(Rejection::Writeback(name.clone()));
+                }
+                Arrival::Start | Arrival::Removal | Arrival::Migration { .. } => {}
+            }
             let shared = match &request.home {
                 Home::Anywhere | Home::OnlyHost(_) => None,
                 Home::SharedPools { ids } => ids.get(name),

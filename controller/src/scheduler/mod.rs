@@ -54,6 +54,8 @@ pub struct Request {
     pub memory_mib: u64,
     /// The pools that its disks lie in, or will; and how large the disks may become that are yet to be made there, in bytes.
     pub pools: BTreeMap<String, u64>,
+    /// Those of them in which it has disks that are written late (`DiskCache::Writeback`): no other host may have such a pool (D3).
+    pub writeback_pools: BTreeSet<String>,
     /// The bridges that its network interfaces are ports of.
     pub bridges: BTreeSet<String>,
     /// Labels that the host must have, each with exactly this value.

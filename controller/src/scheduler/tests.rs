@@ -76,6 +76,7 @@ fn request(vcpus: u32, memory_mib: u64) -> Request {
         vcpus,
         memory_mib,
         pools: BTreeMap::from([("default".to_owned(), 0)]),
+        writeback_pools: BTreeSet::new(),
         bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,

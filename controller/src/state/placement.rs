@@ -28,7 +28,7 @@ use super::{VmEntry, attach, command::Refusal, draft::Draft, exports, migration,
 use crate::{
     model::{
         Desired, EventType, Extra, HostRecord, Key, Liveness, Phase, VmRecord, VmStatusRecord,
-        vm::{CpuModel, DiskHome, Failover, OnDiskLoss, Placement},
+        vm::{CpuModel, DiskCache, DiskHome, DiskState, Failover, OnDiskLoss, Placement},
     },
     scheduler::{self, Arrival, Choice, Home, Place, Request, Unplaceable},
 };
@@ -92,6 +92,7 @@ pub fn request(vm: &VmRecord) -> Request {
         vcpus: next.vcpus,
         memory_mib: next.memory_mib,
         pools: pools(vm),
+        writeback_pools: writeback_pools(vm),
         bridges: next.bridges(),
         host_labels: vm.spec.host_labels.clone(),
         group: vm.spec.anti_affinity_group.clone(),
@@ -116,6 +117,15 @@ pub(super) fn room(vm: &VmRecord) -> BTreeMap<String, u64> {
         *sum = sum.saturating_add(disk.size_bytes);
     }
     pools
+}
+
+/// The pools in which it has disks that are written late. What a user wants to go need not fit any more.
+fn writeback_pools(vm: &VmRecord) -> BTreeSet<String> {
+    let disks = vm.spec.disks.iter().filter(|disk| match disk.state {
+        DiskState::Attached | DiskState::Attaching | DiskState::Returning => disk.cache == DiskCache::Writeback,
+        DiskState::Detaching | DiskState::Detached | DiskState::Deleting => false,
+    });
+    disks.map(|disk| disk.pool.clone()).collect()
 }
 
 /// The pools of its disks, and how much of each is for disks that are not there yet.
@@ -418,6 +428,7 @@ pub(super) fn deletion_request(vm: &VmRecord, home: Home) -> Request {
         memory_mib: 0,
         // Nothing is made any more.
         pools: pools(vm).into_keys().map(|pool| (pool, 0)).collect(),
+        writeback_pools: BTreeSet::new(),
         bridges: BTreeSet::new(),
         host_labels: BTreeMap::new(),
         group: None,

@@ -16,7 +16,7 @@
 //
 // If the machine has a channel to a guest agent, it answers there like one that knows a few commands: the synchronisation, the
 // network's interfaces, which it makes up (10.0.2.15 and fd00::15 on eth0, and what nobody should be shown), and to freeze and thaw
-// its file systems, of which it only says that it was told: FROZEN, THAWED.
+// its file systems, of which it only says that it was told, FROZEN, THAWED, and remembers until it is started again.
 //
 // With `dirty=KIB` it writes into each page of so much memory again and again, `rate=KIB` of it in a second (default: all of it
 // in each second): a guest that is not easy to migrate. Each time it looks whether what it wrote the last time is there:
@@ -276,6 +276,9 @@ static int open_agent_port(void) {
 // The agent hears and says nothing.
 static int deaf;
 
+// How many of its file systems stand still.
+static int frozen;
+
 static void asked(int port, const char *line) {
   if (deaf) return;
   char answer[600];
@@ -288,8 +291,10 @@ static void asked(int port, const char *line) {
              "{\"name\": \"eth0\", \"ip-addresses\": [{\"ip-address\": \"fe80::1\"}, {\"ip-address\": \"10.0.2.15\"}, "
              "{\"ip-address\": \"fd00::15\"}, {\"ip-address\": \"no address\"}]}]}\n");
   else if (strstr(line, "guest-fsfreeze-")) {
-    say(strstr(line, "-thaw") ? "THAWED" : "FROZEN");
-    snprintf(answer, sizeof answer, "{\"return\": 1}\n");
+    int thaw = strstr(line, "-thaw") != NULL;
+    say(thaw ? "THAWED" : "FROZEN");
+    snprintf(answer, sizeof answer, "{\"return\": %d}\n", thaw ? frozen : 1);
+    frozen = !thaw;
   } else
     snprintf(answer, sizeof answer, "{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not known\"}}\n");
   if (write(port, answer, strlen(answer)) < 0) say("AGENT: %s", strerror(errno));

@@ -530,6 +530,17 @@ async fn a_guest_holds_still_for_a_snapshot_on_its_storage_host_but_not_for_long
     let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(40), |vm| known(vm, "late")).await?;
     assert_eq!(worth(&vm, "late"), Some(v1::SnapshotGuest::Running), "as after a power cut");
 
+    // It starts again while it stands still, and when it is let go nothing of it did.
+    stage.cluster.host("host-2")?.signal(Signal::STOP)?;
+    let since = Instant::now();
+    stage.cluster.cli(&["vm", "snapshot", "create", "still", "reset"]).await?.success()?;
+    stage.cluster.checker.wait_line(id, "FROZEN", since, secs(20)).await?;
+    Console::open_when_there(&stage.cluster, id).await?.type_line("reboot").await?;
+    stage.cluster.checker.wait_line(id, "READY", since, secs(20)).await?;
+    stage.cluster.host("host-2")?.signal(Signal::CONT)?;
+    let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(40), |vm| known(vm, "reset")).await?;
+    assert_eq!(worth(&vm, "reset"), Some(v1::SnapshotGuest::Running), "it was another that stood still");
+
     // What does not run need not hold still.
     stage.cluster.api.stop(id).await?;
     stage.cluster.api.wait_phase(id, VmPhase::Stopped, secs(40)).await?;

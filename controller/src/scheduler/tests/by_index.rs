@@ -123,18 +123,22 @@ fn home() -> impl Strategy<Value = Home> {
 fn any_request() -> impl Strategy<Value = Request> {
     let size = (any_vm_id(), 0..5u32, select(vec![0u64, 1, 512, 513, 2048]));
     let asks = (
-        prop::collection::btree_map(select(vec!["default".to_owned(), "fast".to_owned()]), 0..20u64, 0..3),
+        (
+            prop::collection::btree_map(select(vec!["default".to_owned(), "fast".to_owned()]), 0..20u64, 0..3),
+            prop::option::weighted(0.2, select(vec!["default".to_owned(), "fast".to_owned()])),
+        ),
         prop_oneof![3 => Just(None), 1 => Just(Some("br0")), 1 => Just(Some("br9"))],
         prop_oneof![3 => Just(None), 2 => Just(Some("a")), 1 => Just(Some("c"))],
         prop_oneof![2 => Just(None), 1 => Just(Some("db")), 1 => Just(Some("web"))],
         prop_oneof![4 => Just(CpuModel::V2), 1 => Just(CpuModel::V3), 1 => Just(CpuModel::V4), 1 => Just(CpuModel::Host)],
     );
     (size, asks, home(), prop::option::weighted(0.2, any_host_id()), arrival()).prop_map(
-        |((vm, vcpus, memory_mib), (pools, bridge, zone, group, cpu), home, prefer, arrival)| Request {
+        |((vm, vcpus, memory_mib), ((pools, writeback), bridge, zone, group, cpu), home, prefer, arrival)| Request {
             vm,
             vcpus,
             memory_mib,
             pools,
+            writeback_pools: writeback.into_iter().collect(),
             bridges: bridge.into_iter().map(str::to_owned).collect(),
             host_labels: zone.into_iter().map(|zone| ("zone".to_owned(), zone.to_owned())).collect(),
             group: group.map(str::to_owned),

@@ -220,6 +220,24 @@ fn writeback_is_for_pools_that_one_host_has_alone() {
     assert_eq!(field(refused), "spec.disks[0].cache");
 }
 
+/// Nobody knew the pool when the disk came: whoever has it with others is no host for the VM (D3), and the disk can go.
+#[test]
+fn a_vm_with_a_writeback_disk_waits_for_a_host_that_has_the_pool_alone() {
+    let mut world = World::with_hosts(0);
+    let cached = DiskToAttach { cache: Some(DiskCache::Writeback), ..new("data") };
+    let vm = vm_id(1);
+    world.ok(Command::CreateVm { request: None, vm: Box::new(new_vm(1, hotplug())) });
+    world.ok(attach(vm, cached));
+    world.ok(Command::RegisterHost { host: Box::new(facts(1)) });
+    world.ok(Command::Place { vms: vec![vm] });
+    assert_eq!(world.host_of(vm), None);
+    let why = &world.record(vm).placement.why;
+    assert!(why.contains("1 has pool `shared` in common with others"), "{why}");
+    world.ok(detach(vm, "data", DetachHow::Delete));
+    world.ok(Command::Place { vms: vec![vm] });
+    assert_eq!(world.host_of(vm), Some(host_id(1)));
+}
+
 /// What the machine does not have is no part of a copy.
 #[test]
 fn a_clone_has_the_disks_that_the_machine_has() {

@@ -238,6 +238,7 @@ impl Site {
             vcpus,
             memory_mib: u64::from(vcpus) * memory_per_vcpu,
             pools: BTreeMap::from([(pool.to_owned(), random.random_range(10..100) << 30)]),
+            writeback_pools: BTreeSet::new(),
             bridges: BTreeSet::from([bridge.to_owned()]),
             host_labels: zone.map(|zone| ("zone".to_owned(), format!("z{zone}"))).into_iter().collect(),
             group,
