@@ -535,7 +535,8 @@ async fn a_guest_holds_still_for_a_snapshot_on_its_storage_host_but_not_for_long
     let since = Instant::now();
     stage.cluster.cli(&["vm", "snapshot", "create", "still", "reset"]).await?.success()?;
     stage.cluster.checker.wait_line(id, "FROZEN", since, secs(20)).await?;
-    Console::open_when_there(&stage.cluster, id).await?.type_line("reboot").await?;
+    let console = Console::open_when_there(&stage.cluster, id).await?;
+    console.type_line("reboot").await?;
     stage.cluster.checker.wait_line(id, "READY", since, secs(20)).await?;
     stage.cluster.host("host-2")?.signal(Signal::CONT)?;
     let vm = stage.cluster.api.wait_vm(id, "has its snapshot", secs(40), |vm| known(vm, "reset")).await?;
