@@ -30,6 +30,10 @@ pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
 /// Metadata key in which a controller that does not lead names the address of the one that does.
 pub const LEADER_METADATA_KEY: &str = "uncloud-leader";
 
+/// Metadata key in which an agent that opens a session names the controllers, with commas, that it has lost or not reached since it was
+/// last welcomed. One that knows of no other leader than these lets it wait for a moment, instead of sending it there again.
+pub const UNREACHED_METADATA_KEY: &str = "uncloud-unreached";
+
 /// Metadata key by which a read says how new its answer must be: `linearizable` (the default: it shows everything that was
 /// acknowledged before it was asked for, on whichever controller) or `stale` (whatever this controller has at hand).
 pub const READ_METADATA_KEY: &str = "uncloud-read";

@@ -13,7 +13,7 @@ use uncloud_proto::dial::Dial;
 
 use super::{
     dialer::{Dialer, Outcome},
-    pump::{End, Session},
+    pump::{End, Opening, Session},
 };
 use crate::vm::hypervisor::Hypervisor;
 
@@ -36,7 +36,10 @@ pub async fn run<H: Hypervisor>(
     loop {
         let address = dialer.address().to_owned();
         let end = match channel(&mut channels, &dial, &address) {
-            Ok(channel) => session.run(channel, &cancel, |controllers| dialer.welcomed(controllers)).await,
+            Ok(channel) => {
+                let opening = Opening { unreached: dialer.unreached(), patience: dialer.patience() };
+                session.run(channel, opening, &cancel, |controllers| dialer.welcomed(controllers)).await
+            }
             Err(problem) => End::Unreachable(problem),
         };
         let outcome = match end {
@@ -57,6 +60,10 @@ pub async fn run<H: Hypervisor>(
                 warn!(controller = address, "no session: {reason}");
                 Outcome::Unreachable
             }
+            End::Unanswered => {
+                warn!(controller = address, "no session: the controller does not answer Hello");
+                Outcome::Unanswered
+            }
             End::Refused(reason) => {
                 error!(controller = address, "the controller does not take this host: {reason}");
                 Outcome::Refused
@@ -76,15 +83,23 @@ fn channel(channels: &mut BTreeMap<String, Channel>, dial: &Dial, address: &str)
     if let Some(channel) = channels.get(address) {
         return Ok(channel.clone());
     }
+    let channel = dial.lazily(endpoint(address)?);
+    channels.insert(address.to_owned(), channel.clone());
+    Ok(channel)
+}
+
+/// How an agent connects to a controller.
+///
+/// # Errors
+///
+/// In words: it is no address.
+pub fn endpoint(address: &str) -> Result<Endpoint, String> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|e| format!("{} is no address: {e}", address.escape_debug()))?;
-    let endpoint = endpoint
+    Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE_EVERY)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-        .keep_alive_while_idle(true);
-    let channel = dial.lazily(endpoint);
-    channels.insert(address.to_owned(), channel.clone());
-    Ok(channel)
+        .keep_alive_while_idle(true))
 }

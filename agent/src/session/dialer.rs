@@ -1,6 +1,6 @@
-//! Which controller to dial next, and after what wait. Pure.
+//! Which controller to dial next, after what wait, and how long to wait for its Welcome. Pure.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// Shortest and longest wait between two dials. The longest is a small part of the short lease, because what a host that
 /// lost its leader has left of it after the election of the next one is little.
@@ -10,6 +10,13 @@ const LONGEST: Duration = Duration::from_millis(700);
 const HINTS_AT_ONCE: u32 = 2;
 /// After a controller refused this host for good, so long until it is asked again.
 const AFTER_REFUSAL: Duration = Duration::from_secs(5);
+/// How long a controller may take to answer `Hello`. The leader stores the host first, after a takeover it has many of them, and one that
+/// comes again has waited for nothing.
+const WELCOME: Duration = Duration::from_secs(4);
+/// So often that is doubled, once for each `Hello` that was not answered in time: a leader that cannot keep up is not asked more.
+const DOUBLED: u32 = 2;
+/// So many controllers are named as not reached.
+const UNREACHED: usize = 8;
 
 /// How a session ended, as far as the next dial is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +29,8 @@ pub enum Outcome {
     NotLeader(Option<String>),
     /// It could not be reached.
     Unreachable,
+    /// It took the Hello, and did not answer it in time.
+    Unanswered,
     /// It wants nothing to do with this host as it is.
     Refused,
 }
@@ -35,19 +44,43 @@ pub struct Dialer {
     hints_followed: u32,
     failures: u32,
     refused: bool,
+    unanswered: u32,
+    /// Controllers that were lost or not reached since the last Welcome.
+    unreached: BTreeSet<String>,
 }
 
 impl Dialer {
     /// With the configured addresses, at least one.
     #[must_use]
     pub fn new(addresses: Vec<String>) -> Self {
-        Self { known: addresses, current: 0, hint: None, hints_followed: 0, failures: 0, refused: false }
+        Self {
+            known: addresses,
+            current: 0,
+            hint: None,
+            hints_followed: 0,
+            failures: 0,
+            refused: false,
+            unanswered: 0,
+            unreached: BTreeSet::new(),
+        }
     }
 
     /// The address to dial now.
     #[must_use]
     pub fn address(&self) -> &str {
         self.hint.as_deref().unwrap_or_else(|| &self.known[self.current % self.known.len()])
+    }
+
+    /// Controllers where no leader was found: [`uncloud_proto::UNREACHED_METADATA_KEY`]. Empty: none.
+    #[must_use]
+    pub fn unreached(&self) -> String {
+        self.unreached.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+    }
+
+    /// How long the next controller may take to answer `Hello`.
+    #[must_use]
+    pub fn patience(&self) -> Duration {
+        WELCOME * (1 << self.unanswered.min(DOUBLED))
     }
 
     /// The leader took the session; these are all controllers, as it says.
@@ -60,12 +93,23 @@ impl Dialer {
         }
         self.current = self.known.iter().position(|a| *a == address).unwrap_or(0);
         (self.hint, self.hints_followed, self.failures, self.refused) = (None, 0, 0, false);
+        self.unanswered = 0;
+        self.unreached.clear();
     }
 
     /// A session, or the attempt at one, ended.
     pub fn ended(&mut self, outcome: Outcome) {
+        let address = self.address().to_owned();
         self.hint = None;
         self.refused = outcome == Outcome::Refused;
+        match outcome {
+            Outcome::Served | Outcome::Silent | Outcome::Unreachable | Outcome::Unanswered => {
+                if self.unreached.len() < UNREACHED {
+                    self.unreached.insert(address);
+                }
+            }
+            Outcome::NotLeader(_) | Outcome::Refused => {}
+        }
         match outcome {
             // Perhaps it is back in a moment; if not, the next failure goes on to the others.
             Outcome::Served => self.failures = 1,
@@ -73,7 +117,8 @@ impl Dialer {
                 self.hints_followed += 1;
                 self.hint = Some(leader);
             }
-            Outcome::NotLeader(_) | Outcome::Silent | Outcome::Unreachable | Outcome::Refused => {
+            Outcome::NotLeader(_) | Outcome::Silent | Outcome::Unreachable | Outcome::Unanswered | Outcome::Refused => {
+                self.unanswered += u32::from(outcome == Outcome::Unanswered && self.unanswered < DOUBLED);
                 self.failures = self.failures.saturating_add(1);
                 self.hints_followed = 0;
                 // Also after a hint that led nowhere: who gave it would give it again, and the others would never be asked.
@@ -148,6 +193,40 @@ mod tests {
         assert_eq!(dialer.address(), "b:1");
         dialer.ended(Outcome::Unreachable);
         assert_eq!(dialer.address(), "a:1");
+    }
+
+    #[test]
+    fn controllers_are_told_which_of_them_were_lost_until_one_leads() {
+        let mut dialer = dialer();
+        assert_eq!(dialer.unreached(), "");
+        dialer.ended(Outcome::NotLeader(Some("c:1".into())));
+        assert_eq!(dialer.unreached(), "", "it was reached");
+        dialer.welcomed(&["a:1".into(), "b:1".into(), "c:1".into()]);
+        dialer.ended(Outcome::Served);
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!((dialer.address(), dialer.unreached().as_str()), ("a:1", "c:1"));
+        dialer.ended(Outcome::Unreachable);
+        assert_eq!((dialer.address(), dialer.unreached().as_str()), ("b:1", "a:1,c:1"));
+        dialer.welcomed(&[]);
+        assert_eq!(dialer.unreached(), "");
+        for n in 0..100 {
+            dialer.ended(Outcome::NotLeader(Some(format!("{n}:1"))));
+            dialer.ended(Outcome::Unreachable);
+        }
+        assert_eq!(dialer.unreached().split(',').count(), UNREACHED);
+    }
+
+    #[test]
+    fn a_leader_that_does_not_keep_up_is_given_more_time_each_time() {
+        let mut dialer = dialer();
+        let mut patience = Vec::new();
+        for _ in 0..5 {
+            patience.push(dialer.patience().as_secs());
+            dialer.ended(Outcome::Unanswered);
+        }
+        assert_eq!(patience, [4, 8, 16, 16, 16]);
+        dialer.welcomed(&[]);
+        assert_eq!(dialer.patience(), WELCOME);
     }
 
     proptest! {

@@ -19,10 +19,10 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Channel};
+use tonic::{Request, Streaming, transport::Channel};
 use tracing::{debug, error, info, warn};
 use uncloud_proto::{
-    AGENT_PROTOCOL, LEADER_METADATA_KEY, MAX_MESSAGE_BYTES,
+    AGENT_PROTOCOL, LEADER_METADATA_KEY, MAX_MESSAGE_BYTES, UNREACHED_METADATA_KEY,
     clock::Clock,
     ids::{HostId, Term},
     v1::{
@@ -55,8 +55,6 @@ use crate::{
 /// How long a controller may take to say whether it leads. One that works says so at once; one that hangs, or is off, must not
 /// cost more of the lease than this.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a controller may take to answer `Hello`. It stores the host first, and after a takeover it has many of them.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the leader may be silent: two heartbeats without an answer, and a little. A leader that hangs keeps its connections,
 /// and HTTP/2 keep-alive takes most of a lease to notice. Longer costs leases when a leader hangs; shorter costs sessions when
 /// one is slow for a moment.
@@ -98,6 +96,15 @@ pub struct Identity {
     pub bridges: Vec<String>,
 }
 
+/// How a session is opened.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    /// [`UNREACHED_METADATA_KEY`]; may be empty.
+    pub unreached: String,
+    /// How long the controller may take to answer `Hello`.
+    pub patience: Duration,
+}
+
 /// How a session ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
@@ -111,6 +118,8 @@ pub enum End {
     Silent,
     /// It could not be reached, or did not answer.
     Unreachable(String),
+    /// It took the Hello, and did not answer it in time.
+    Unanswered,
     /// It does not take this host.
     Refused(String),
 }
@@ -177,16 +186,22 @@ struct Line {
 
 impl<H: Hypervisor> Session<H> {
     /// Runs one session over `channel`. `welcomed` hears the addresses of all controllers when the leader takes it.
-    pub async fn run(&mut self, channel: Channel, cancel: &CancellationToken, welcomed: impl FnOnce(&[String])) -> End {
+    pub async fn run(
+        &mut self,
+        channel: Channel,
+        opening: Opening,
+        cancel: &CancellationToken,
+        welcomed: impl FnOnce(&[String]),
+    ) -> End {
         let mut line = tokio::select! {
             biased;
             () = cancel.cancelled() => return End::Cancelled,
-            line = self.open(channel) => match line {
+            line = self.open(channel, &opening) => match line {
                 Ok(line) => line,
                 Err(end) => return end,
             },
         };
-        let end = match self.welcome(&mut line, welcomed).await {
+        let end = match self.welcome(&mut line, opening.patience, welcomed).await {
             Ok(()) => self.pump(&mut line, cancel).await,
             Err(end) => end,
         };
@@ -223,7 +238,7 @@ impl<H: Hypervisor> Session<H> {
         pools
     }
 
-    async fn open(&mut self, channel: Channel) -> Result<Line, End> {
+    async fn open(&mut self, channel: Channel, opening: &Opening) -> Result<Line, End> {
         let (beats, beats_out) = mpsc::channel(BEATS);
         let (messages, messages_out) = mpsc::channel(MESSAGES);
         let hello = SessionRequest { message: Some(Ours::Hello(self.hello())) };
@@ -231,7 +246,14 @@ impl<H: Hypervisor> Session<H> {
         let mut client = AgentServiceClient::new(channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let call = client.session(Outgoing { beats: beats_out, messages: messages_out });
+        let mut request = Request::new(Outgoing { beats: beats_out, messages: messages_out });
+        // What no header can carry is no address.
+        if !opening.unreached.is_empty()
+            && let Ok(unreached) = opening.unreached.parse()
+        {
+            request.metadata_mut().insert(UNREACHED_METADATA_KEY, unreached);
+        }
+        let call = client.session(request);
         let incoming = match time::timeout(OPEN_TIMEOUT, call).await {
             Ok(Ok(response)) => response.into_inner(),
             Ok(Err(status)) => return Err(end_of_status(&status, false)),
@@ -250,12 +272,17 @@ impl<H: Hypervisor> Session<H> {
     }
 
     /// The first message decides whether there is a session.
-    async fn welcome(&mut self, line: &mut Line, welcomed: impl FnOnce(&[String])) -> Result<(), End> {
-        let first = match time::timeout(WELCOME_TIMEOUT, line.incoming.message()).await {
+    async fn welcome(
+        &mut self,
+        line: &mut Line,
+        patience: Duration,
+        welcomed: impl FnOnce(&[String]),
+    ) -> Result<(), End> {
+        let first = match time::timeout(patience, line.incoming.message()).await {
             Ok(Ok(Some(first))) => first,
             Ok(Ok(None)) => return Err(End::Unreachable("the controller ended the session".to_owned())),
             Ok(Err(status)) => return Err(end_of_status(&status, false)),
-            Err(_) => return Err(End::Unreachable("the controller does not answer Hello".to_owned())),
+            Err(_) => return Err(End::Unanswered),
         };
         let term = Term(first.term);
         let welcome = match first.message {

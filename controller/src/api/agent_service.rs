@@ -6,13 +6,14 @@ use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use uncloud_proto::{
+    UNREACHED_METADATA_KEY,
     ids::HostId,
     v1::{self, agent_service_server::AgentService},
 };
 use uuid::Uuid;
 
 use super::{console, context::Context, validate::Violations};
-use crate::sessions::{self, Item};
+use crate::sessions::{self, Item, Waiting};
 
 /// How long an agent may take to say which stream it attaches.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,9 +32,13 @@ impl AgentService for Agents {
         &self,
         request: Request<Streaming<v1::SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        let leader = self.context.leader()?;
+        let unreached = request.metadata().get(UNREACHED_METADATA_KEY).and_then(|v| v.to_str().ok());
+        let waiting = Waiting::new(self.context.slot.clone(), unreached);
+        if let Some(Err(other)) = waiting.place() {
+            return Err(other.into());
+        }
         let (queue, receiver) = mpsc::channel(sessions::QUEUE);
-        tokio::spawn(sessions::run(leader, self.context.slot.clone(), request.into_inner(), queue));
+        tokio::spawn(sessions::run(waiting, request.into_inner(), queue));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 

@@ -20,4 +20,4 @@ mod stream;
 
 pub(crate) use outgoing::{Item, QUEUE};
 pub use registry::{AskError, Fetched, Fetching, LiveFacts, PIECES, Pipe, SessionRegistry};
-pub(crate) use stream::run;
+pub(crate) use stream::{Waiting, run};

@@ -23,9 +23,9 @@ use tokio::{
     time,
 };
 use tonic::{Status, Streaming};
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, debug, info, info_span, warn};
 use uncloud_proto::{
-    ids::{HostId, Incarnation, Revision, VmId},
+    ids::{HostId, Incarnation, Revision, Term, VmId},
     v1::{self, session_request, session_response::Message},
 };
 
@@ -40,7 +40,7 @@ use super::{
 };
 use crate::{
     health::Grant,
-    leadership::{Leader, LeaderSlot, Sleeper, Turn, WriteError},
+    leadership::{Leader, LeaderSlot, NotLeader, Sleeper, Turn, WriteError},
     metrics::Heartbeat,
     model::{Liveness, host::Pool},
     report,
@@ -49,6 +49,11 @@ use crate::{
 
 /// How long an agent may take to say Hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an agent may wait at a controller that does not lead and knows nobody else who does. It costs that much of the lease, if the
+/// leader is there after all.
+const ELECTION_PATIENCE: Duration = Duration::from_secs(1);
+/// So many controllers can be named as not reached.
+const UNREACHED: usize = 16;
 /// How often an agent sends a heartbeat, at the most. The short lease holds at least six.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// How many heartbeats fit into the short lease, at the least. Fewer, and one lost packet would matter.
@@ -61,20 +66,74 @@ const GREETING_PATIENCE: Duration = Duration::from_secs(3);
 const VMS_PER_MESSAGE: usize = 500;
 const BYTES_PER_MESSAGE: usize = 2 << 20;
 
-/// Serves one session until it ends, and says why to the agent.
-pub(crate) async fn run(
-    leader: Arc<Leader>,
+/// Where an agent may go that says Hello to this controller.
+#[derive(Debug)]
+pub(crate) struct Waiting {
     slot: LeaderSlot,
-    mut inbound: Streaming<v1::SessionRequest>,
-    queue: mpsc::Sender<Item>,
-) {
-    let span = info_span!(parent: None, "session", host = tracing::field::Empty, term = %leader.term);
-    let out = Outgoing::new(leader.term, queue);
+    /// Controllers that the agent has lost or not reached.
+    unreached: Vec<String>,
+}
+
+impl Waiting {
+    /// For an agent that says this in its metadata ([`uncloud_proto::UNREACHED_METADATA_KEY`]).
+    pub(crate) fn new(slot: LeaderSlot, unreached: Option<&str>) -> Self {
+        let unreached = unreached.into_iter().flat_map(|all| all.split(',')).take(UNREACHED).map(str::to_owned);
+        Self { slot, unreached: unreached.collect() }
+    }
+
+    /// Whether it has somewhere to go: to this controller, which leads, or to another that it has not just come from.
+    pub(crate) fn place(&self) -> Option<Result<Arc<Leader>, NotLeader>> {
+        match self.slot.get() {
+            Ok(leader) => Some(Ok(leader)),
+            Err(NotLeader { hint: Some(hint) }) if !self.unreached.contains(&hint) => {
+                Some(Err(NotLeader { hint: Some(hint) }))
+            }
+            Err(NotLeader { .. }) => None,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        self.slot.get().err().and_then(|e| e.hint)
+    }
+
+    /// Waits for that. When a leader dies its agents are here, with their Hello read, before the next one is elected, instead of all of
+    /// them dialling this controller again and again until it leads.
+    async fn wait(&self) -> Result<Arc<Leader>, NotLeader> {
+        let mut changed = self.slot.changed();
+        let found = async {
+            loop {
+                changed.mark_unchanged();
+                if let Some(place) = self.place() {
+                    return place;
+                }
+                if changed.changed().await.is_err() {
+                    return Err(NotLeader { hint: None });
+                }
+            }
+        };
+        // Perhaps the leader is there and the agent did not reach it for a moment.
+        time::timeout(ELECTION_PATIENCE, found).await.unwrap_or_else(|_| self.slot.get())
+    }
+}
+
+/// Serves one session until it ends, and says why to the agent.
+pub(crate) async fn run(waiting: Waiting, mut inbound: Streaming<v1::SessionRequest>, queue: mpsc::Sender<Item>) {
+    let span = info_span!(parent: None, "session", host = tracing::field::Empty, term = tracing::field::Empty);
     async {
+        let (leader, greeting) = match receive(&waiting, &mut inbound, &queue).await {
+            Ok(found) => found,
+            Err(end) => {
+                debug!("no session: {end:?}");
+                let term = waiting.slot.get().map_or(Term(0), |leader| leader.term);
+                return Outgoing::new(term, queue).finish(end, waiting.hint());
+            }
+        };
+        tracing::Span::current().record("term", tracing::field::display(leader.term));
+        let out = Outgoing::new(leader.term, queue);
         let end = tokio::select! {
             biased;
             () = leader.cancel.cancelled() => End::not_leader(),
-            end = serve(&leader, &mut inbound, &out) => end,
+            end = serve(&leader, greeting, &mut inbound, &out) => end,
         };
         leader.settings.metrics.session_ended(end.name());
         match &end {
@@ -82,17 +141,37 @@ pub(crate) async fn run(
             End::Goodbye(reason, message) => info!(reason = reason.as_str_name(), "session ended: {message}"),
             End::Failed(status) => warn!("session ended: {}", status.message()),
         }
-        out.finish(end, slot.get().err().and_then(|e| e.hint));
+        out.finish(end, waiting.hint());
     }
     .instrument(span)
     .await;
 }
 
-async fn serve(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>, out: &Outgoing) -> End {
-    let greeting = match greet(leader, inbound).await {
-        Ok(greeting) => greeting,
-        Err(end) => return end,
+/// Reads the Hello, and finds the leader who takes it.
+async fn receive(
+    waiting: &Waiting,
+    inbound: &mut Streaming<v1::SessionRequest>,
+    queue: &mpsc::Sender<Item>,
+) -> Result<(Arc<Leader>, Greeting), End> {
+    let greeting = greet(inbound).await?;
+    let leader = tokio::select! {
+        biased;
+        () = queue.closed() => return Err(End::Gone),
+        leader = waiting.wait() => leader.map_err(|_| End::not_leader())?,
     };
+    if greeting.newest_term > leader.term {
+        // Somebody leads who was elected after this controller.
+        return Err(End::not_leader());
+    }
+    Ok((leader, greeting))
+}
+
+async fn serve(
+    leader: &Leader,
+    greeting: Greeting,
+    inbound: &mut Streaming<v1::SessionRequest>,
+    out: &Outgoing,
+) -> End {
     tracing::Span::current().record("host", tracing::field::display(greeting.facts.id));
     let facts = &greeting.facts;
     // Taken first, so that of two sessions of one host only one registers (S1).
@@ -111,7 +190,7 @@ async fn serve(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>, out
 }
 
 /// Reads and checks the Hello.
-async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> Result<Greeting, End> {
+async fn greet(inbound: &mut Streaming<v1::SessionRequest>) -> Result<Greeting, End> {
     let invalid = |message: String| End::goodbye(v1::GoodbyeReason::Invalid, message);
     let first = match time::timeout(HELLO_TIMEOUT, inbound.message()).await {
         Ok(Ok(Some(first))) => first,
@@ -121,12 +200,7 @@ async fn greet(leader: &Leader, inbound: &mut Streaming<v1::SessionRequest>) -> 
     let Some(session_request::Message::Hello(hello)) = first.message else {
         return Err(invalid("the first message must be Hello".to_owned()));
     };
-    let greeting = parse::hello(hello).map_err(|v| invalid(v.to_string()))?;
-    if greeting.newest_term > leader.term {
-        // Somebody leads who was elected after this controller.
-        return Err(End::not_leader());
-    }
-    Ok(greeting)
+    parse::hello(hello).map_err(|v| invalid(v.to_string()))
 }
 
 /// Refuses another machine that uses a host's id while a VM of the first machine may execute (S6). After a reboot the
@@ -535,4 +609,34 @@ fn refused(error: WriteError) -> End {
 
 fn millis(d: Duration) -> u32 {
     u32::try_from(d.as_millis()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn not_leader(hint: &str) -> NotLeader {
+        NotLeader { hint: Some(hint.to_owned()) }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_agent_that_comes_from_the_only_known_leader_waits_for_another() {
+        let slot = LeaderSlot::default();
+        let waits = |unreached| Waiting::new(slot.clone(), Some(unreached));
+        assert!(waits("").place().is_none(), "nobody leads");
+        slot.clear(Some("a:1".into()));
+        assert_eq!(waits("b:1").place().map(Result::unwrap_err), Some(not_leader("a:1")));
+        let begin = time::Instant::now();
+        assert_eq!(waits("b:1,a:1").wait().await.unwrap_err(), not_leader("a:1"), "it may be back");
+        assert_eq!(begin.elapsed(), ELECTION_PATIENCE);
+
+        let waiting = waits("b:1,a:1");
+        let (found, ()) = tokio::join!(waiting.wait(), async {
+            time::sleep(ELECTION_PATIENCE / 2).await;
+            slot.clear(Some("b:1".into()));
+            time::sleep(ELECTION_PATIENCE / 4).await;
+            slot.clear(Some("c:1".into()));
+        });
+        assert_eq!(found.unwrap_err(), not_leader("c:1"));
+    }
 }

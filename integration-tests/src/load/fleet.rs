@@ -4,6 +4,7 @@
 //! count: answers and how long they took, and leases that ran out because no answer came in time.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -14,21 +15,22 @@ use std::{
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::Endpoint;
-use uncloud_agent::session::dialer::{Dialer, Outcome};
+use tonic::{Request, transport::Channel};
+use uncloud_agent::session::{
+    connect::endpoint,
+    dialer::{Dialer, Outcome},
+};
 use uncloud_proto::{
-    LEADER_METADATA_KEY, MAX_MESSAGE_BYTES,
+    LEADER_METADATA_KEY, MAX_MESSAGE_BYTES, UNREACHED_METADATA_KEY,
     v1::{self, GoodbyeReason, agent_service_client::AgentServiceClient, session_request, session_response::Message},
 };
 
 use super::{Site, played::Played, site::PlayedHost};
 use crate::wait_for;
 
-/// How long a connection may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How long a controller may take to say Welcome, and how long a leader may leave heartbeats without an answer, before the agent
+/// How long a controller may take to say whether it leads, and how long a leader may leave heartbeats without an answer, before the agent
 /// looks for another: as the real agent.
-const WELCOME_TIMEOUT: Duration = Duration::from_secs(3);
+const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_millis(2200);
 /// Messages that may wait to be sent by one agent.
 const OUTBOX: usize = 16;
@@ -176,11 +178,12 @@ enum Never {}
 async fn agent(shared: Arc<Shared>, host: PlayedHost, pool: uuid::Uuid) -> Never {
     let mut dialer = Dialer::new(shared.addresses.clone());
     let mut played = Played::new(host, pool);
+    let mut channels = BTreeMap::new();
     loop {
         let wait = dialer.wait(rand::random());
         time::sleep(wait).await;
         shared.look(&mut played);
-        let (outcome, words) = session(&shared, &mut dialer, &mut played).await;
+        let (outcome, words) = session(&shared, &mut dialer, &mut channels, &mut played).await;
         let mut ended = lock(&shared.ended);
         // The newest few are enough to see what is wrong.
         if ended.len() == 4 {
@@ -217,27 +220,36 @@ impl Drop for Counts<'_> {
 }
 
 /// One session, from the connection to its end, and why it ended.
-async fn session(shared: &Shared, dialer: &mut Dialer, played: &mut Played) -> (Outcome, String) {
+async fn session(
+    shared: &Shared,
+    dialer: &mut Dialer,
+    channels: &mut BTreeMap<String, Channel>,
+    played: &mut Played,
+) -> (Outcome, String) {
     let unreachable = |words: String| (Outcome::Unreachable, words);
-    let endpoint = match Endpoint::from_shared(format!("http://{}", dialer.address())) {
-        Ok(endpoint) => endpoint.tcp_nodelay(true).connect_timeout(CONNECT_TIMEOUT),
-        Err(error) => return unreachable(error.to_string()),
-    };
-    let channel = match endpoint.connect().await {
-        Ok(channel) => channel,
-        Err(error) => return unreachable(error.to_string()),
+    let address = dialer.address().to_owned();
+    let channel = match channels.get(&address) {
+        Some(channel) => channel.clone(),
+        None => match endpoint(&address) {
+            Ok(endpoint) => channels.entry(address.clone()).or_insert(endpoint.connect_lazy()).clone(),
+            Err(error) => return unreachable(error),
+        },
     };
     let (out, outbox) = mpsc::channel(OUTBOX);
     let send = |message| out.try_send(v1::SessionRequest { message: Some(message) });
     let _ = send(session_request::Message::Hello(played.hello()));
+    let mut request = Request::new(ReceiverStream::new(outbox));
+    if let Ok(unreached) = dialer.unreached().parse() {
+        request.metadata_mut().insert(UNREACHED_METADATA_KEY, unreached);
+    }
     let mut client = AgentServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let opened = time::timeout(WELCOME_TIMEOUT, client.session(ReceiverStream::new(outbox))).await;
+    let opened = time::timeout(OPEN_TIMEOUT, client.session(request)).await;
     let mut inbound = match opened {
         Ok(Ok(answer)) => answer.into_inner(),
         Ok(Err(status)) => return ended_by(&status, Outcome::Unreachable),
         Err(_) => return unreachable("no answer".into()),
     };
-    let welcome = match time::timeout(WELCOME_TIMEOUT, inbound.message()).await {
+    let welcome = match time::timeout(dialer.patience(), inbound.message()).await {
         Ok(Ok(Some(v1::SessionResponse { term, message: Some(Message::Welcome(welcome)) }))) => {
             played.saw_term(term);
             welcome
@@ -247,8 +259,10 @@ async fn session(shared: &Shared, dialer: &mut Dialer, played: &mut Played) -> (
         }
         Ok(Err(status)) => return ended_by(&status, Outcome::Unreachable),
         Ok(Ok(other)) => return unreachable(format!("no Welcome: {other:?}")),
-        Err(_) => return unreachable("no Welcome in time".into()),
+        Err(_) => return (Outcome::Unanswered, "no Welcome in time".into()),
     };
+    // Where the real agent would keep its other connections: so many files cannot be open.
+    channels.retain(|other, _| *other == address);
     let _counts = Counts::new(&shared.sessions);
     shared.welcomes.fetch_add(1, Ordering::Relaxed);
     let at = u64::try_from(shared.begin.elapsed().as_micros()).unwrap_or(u64::MAX);

@@ -282,6 +282,7 @@ impl Host {
             End::NotLeader(hint) => Outcome::NotLeader(hint),
             End::Silent => Outcome::Silent,
             End::Unreachable(_) => Outcome::Unreachable,
+            End::Unanswered => Outcome::Unanswered,
             End::Refused(_) => Outcome::Refused,
         });
         let random = core.rng.fraction();

@@ -14,6 +14,7 @@ use uncloud_controller::{
 use uncloud_proto::{
     clock::Tick,
     ids::{ControllerId, Revision, Term},
+    v1::session_request,
 };
 
 use super::{
@@ -30,6 +31,8 @@ use super::{
 const TTL: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_EVERY: Duration = Duration::from_millis(500);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// `sessions/stream.rs`
+const ELECTION_PATIENCE: Duration = Duration::from_secs(1);
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 // `store/mod.rs`
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
@@ -73,6 +76,8 @@ pub(crate) struct Controller {
     hint: Option<String>,
     rpcs: BTreeMap<u64, Tag>,
     standing: bool,
+    /// What agents said that wait until somebody leads.
+    waiting: BTreeMap<u64, session_request::Message>,
     lead: Option<Box<Lead>>,
 }
 
@@ -103,6 +108,7 @@ impl Controller {
             hint: None,
             rpcs: BTreeMap::new(),
             standing: false,
+            waiting: BTreeMap::new(),
             lead: None,
         }
     }
@@ -131,6 +137,7 @@ impl Controller {
         self.epoch += 1;
         self.lead = None;
         self.rpcs.clear();
+        self.waiting.clear();
         for stream in core.streams_of(CONTROLLER, self.index) {
             core.close(stream, CONTROLLER);
         }
@@ -184,13 +191,20 @@ impl Controller {
             What::Call(call) => self.call(core, *call),
             What::Up(stream, up) => match &mut self.lead {
                 Some(lead) => lead.received(core, &self.clock, stream, up.0),
-                None => {
-                    // `api/context.rs`: the call fails before a session begins.
-                    core.send_down(stream, Down::NotLeader(self.hint.clone()));
-                    core.close(stream, CONTROLLER);
+                // An agent that has lost the only leader that this controller knows of.
+                None if core.rng.permille(500) => {
+                    self.waiting.insert(stream, up.0);
+                    self.later(core, ELECTION_PATIENCE, What::Waited(stream));
                 }
+                None => self.send_away(core, stream),
             },
+            What::Waited(stream) => {
+                if self.waiting.remove(&stream).is_some() {
+                    self.send_away(core, stream);
+                }
+            }
             What::Broken(stream) => {
+                self.waiting.remove(&stream);
                 core.close(stream, CONTROLLER);
                 if let Some(lead) = &mut self.lead {
                     lead.gone(core, stream);
@@ -203,6 +217,12 @@ impl Controller {
             }
         }
         self.check_term(core);
+    }
+
+    /// `AgentService::session`: the call fails, or waits in vain.
+    fn send_away(&self, core: &mut Core, stream: u64) {
+        core.send_down(stream, Down::NotLeader(self.hint.clone()));
+        core.close(stream, CONTROLLER);
     }
 
     /// What the term wants of the process: a transaction, or its end.
@@ -313,7 +333,10 @@ impl Controller {
         }
         let Elected { serial, term, lease, validity } = elected;
         let lead = Lead::begin(core, &self.clock, (self.index, self.epoch), (serial, term, lease), validity, state);
-        self.lead = Some(Box::new(lead));
+        let lead = self.lead.insert(Box::new(lead));
+        for (stream, hello) in std::mem::take(&mut self.waiting) {
+            lead.received(core, &self.clock, stream, hello);
+        }
     }
 
     fn validity(&self, serial: u64) -> Option<&Validity> {

@@ -75,6 +75,8 @@ pub(crate) enum What {
     Rpc(u64, Response),
     /// etcd has not answered in time.
     RpcTimeout(u64),
+    /// An agent has waited at a controller until somebody leads.
+    Waited(u64),
     /// A user's call arrives.
     Call(Box<Call>),
     /// A message of an agent arrives.

@@ -1,5 +1,7 @@
 //! The cluster as a whole: leadership, status, events, reflection and health.
 
+use std::time::{Duration, Instant};
+
 use tokio::{net::TcpListener, sync::watch, time};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
@@ -73,6 +75,22 @@ async fn who_has_neither_leader_nor_copy_says_so_and_is_not_serving() {
     assert_eq!(health.status(), ServingStatus::NotServing);
     stop.cancel();
     time::timeout(LIMIT, server).await.unwrap().unwrap().unwrap();
+}
+
+/// When a leader dies, its agents are here before the next one is elected.
+#[tokio::test]
+async fn an_agent_that_has_lost_the_leader_is_welcomed_by_the_next_on_the_stream_that_it_has() {
+    let node = Node::start(LONG).await;
+    node.slot.clear(Some("10.0.0.9:7400".to_owned()));
+    let begin = Instant::now();
+    let mut waiting = Agent::dial_after(&node, "10.0.0.9:7400", hello(1, 10)).await;
+    node.slot.set(node.leader.clone());
+    if begin.elapsed() < Duration::from_millis(900) {
+        waiting.welcome().await;
+    } else {
+        // This machine stood still.
+        Agent::join(&node, hello(1, 10)).await;
+    }
 }
 
 #[tokio::test]

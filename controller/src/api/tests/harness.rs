@@ -11,8 +11,9 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Streaming, transport::Channel};
+use tonic::{Request, Streaming, transport::Channel};
 use uncloud_proto::{
+    UNREACHED_METADATA_KEY,
     clock::Clock,
     ids::ControllerId,
     v1::{
@@ -256,12 +257,19 @@ pub(super) fn hello(host: u128, boot: u128) -> v1::Hello {
 impl Agent {
     /// Opens a session and says Hello.
     pub(super) async fn dial(node: &Node, hello: v1::Hello) -> Self {
+        Self::dial_after(node, "", hello).await
+    }
+
+    /// The same, of an agent that has not reached these controllers.
+    pub(super) async fn dial_after(node: &Node, unreached: &str, hello: v1::Hello) -> Self {
         let mut client = AgentServiceClient::new(node.channel.clone());
         let (outbound, requests) = mpsc::channel(16);
         let host_id = hello.host_id.clone();
         let first = v1::SessionRequest { message: Some(Message::Hello(hello)) };
         outbound.send(first).await.unwrap();
-        let inbound = client.session(ReceiverStream::new(requests)).await.unwrap().into_inner();
+        let mut request = Request::new(ReceiverStream::new(requests));
+        request.metadata_mut().insert(UNREACHED_METADATA_KEY, unreached.parse().unwrap());
+        let inbound = client.session(request).await.unwrap().into_inner();
         Self { client, host_id, outbound, inbound, heartbeats: 0 }
     }
 
