@@ -97,6 +97,18 @@ impl Disks {
         }
     }
 
+    fn promised(&self, host: HostId, pool: &Pool) -> (Option<&Promised>, Option<(Uuid, &Promised)>) {
+        let here = self.on_hosts.get(&host).and_then(|pools| pools.get(&pool.name));
+        (here, pool.shared_id.and_then(|id| Some((id, self.shared.get(&id)?))))
+    }
+
+    /// How large the disks of all VMs may become in a pool of this host, in bytes.
+    pub(super) fn of_all(&self, host: HostId, pool: &Pool) -> u64 {
+        let (here, shared) = self.promised(host, pool);
+        let (here, shared) = (here.map_or(0, |p| p.total), shared.map_or(0, |(_, p)| p.total));
+        here.saturating_add(shared)
+    }
+
     /// How large the disks of all VMs but `vm` may become in a pool of this host, in bytes.
     pub(super) fn of_others(&self, host: HostId, pool: &Pool, vm: VmId) -> u64 {
         let own = self.of_vms.get(&vm);
@@ -104,14 +116,13 @@ impl Disks {
         let own = |is: &dyn Fn(&Place) -> bool| {
             own.and_then(|own| own.iter().find(|(place, _)| is(place))).map_or(0, |(_, bytes)| *bytes)
         };
-        let here = self.on_hosts.get(&host).and_then(|pools| pools.get(&pool.name)).map_or(0, |promised| {
+        let (here, shared) = self.promised(host, pool);
+        let here = here.map_or(0, |promised| {
             let own = own(&|place| matches!(place, Place::OnHost(on, name) if *on == host && *name == pool.name));
             promised.total.saturating_sub(own)
         });
-        let shared = pool
-            .shared_id
-            .and_then(|id| Some((id, self.shared.get(&id)?)))
-            .map_or(0, |(id, promised)| promised.total.saturating_sub(own(&|place| *place == Place::Shared(id))));
+        let shared =
+            shared.map_or(0, |(id, promised)| promised.total.saturating_sub(own(&|place| *place == Place::Shared(id))));
         here.saturating_add(shared)
     }
 }

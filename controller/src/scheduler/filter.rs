@@ -250,8 +250,12 @@ pub(super) fn check_disks(
 ) -> Result<(), Rejection> {
     // A pool that does not say how large it is has not been looked at yet, or is broken, which is told otherwise.
     let room = u128::from(pool.capacity_bytes) * u128::from(limits.disk_overcommit_percent) / 100;
-    let promised = u128::from(view.disks_of_others(host, pool, vm)) + u128::from(bytes);
-    if pool.capacity_bytes > 0 && room < promised {
+    let is_full = |promised: u64| room < u128::from(promised) + u128::from(bytes);
+    // Mostly there is room whether the VM has a part of that itself or not.
+    if pool.capacity_bytes > 0
+        && is_full(view.disks_of_all(host, pool))
+        && is_full(view.disks_of_others(host, pool, vm))
+    {
         return Err(Rejection::PoolSpace { pool: pool.name.clone(), needed_mib: bytes.div_ceil(1 << 20) });
     }
     Ok(())
@@ -264,6 +268,14 @@ pub(super) fn check_room(
     needed: Resources,
     limits: &Limits<'_>,
 ) -> Result<(), Rejection> {
+    let fits = |promised: Resources| {
+        u64::from(promised.vcpus) + u64::from(needed.vcpus) <= vcpus(host.record.vcpus, limits)
+            && promised.memory_mib.saturating_add(needed.memory_mib) <= host.record.memory_mib
+    };
+    // Mostly there is room whether the VM has a part of that itself or not.
+    if fits(host.promised()) {
+        return Ok(());
+    }
     let promised = host.promised_to_others(vm);
     if vcpus(host.record.vcpus, limits) < u64::from(promised.vcpus) + u64::from(needed.vcpus) {
         return Err(Rejection::Vcpus { needed: needed.vcpus });

@@ -191,6 +191,13 @@ impl Slot {
     }
 }
 
+impl Bucket {
+    /// Its hosts, the best first. The first needs no look into the set.
+    pub(super) fn ranks(&self) -> impl Iterator<Item = &Rank> {
+        std::iter::once(&self.first).chain(self.hosts.iter().skip(1))
+    }
+}
+
 impl Class {
     /// The hosts on which no more than this is promised.
     pub(super) fn buckets_up_to(&self, vcpus: u64) -> &[Bucket] {

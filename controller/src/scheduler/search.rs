@@ -11,7 +11,8 @@ use super::{
 
 /// The best host, and whether others can take the VM, too. `None`: no host can.
 pub(super) fn best(view: &ClusterView, request: &Request, limits: &Limits<'_>) -> Option<(Score, Others)> {
-    let mut search = Search { view, request, limits, named: named(request), best: None, second: None, asked: 0 };
+    let mut search =
+        Search { view, request, limits, named: named(request), best: None, class: None, second: None, asked: 0 };
     search.ask_named();
     match request.home {
         Home::OnlyHost(_) => {}
@@ -45,19 +46,21 @@ struct Search<'a> {
     limits: &'a Limits<'a>,
     named: Vec<HostId>,
     best: Option<Score>,
+    /// The class that it was found in.
+    class: Option<&'a Class>,
     /// Another host that can take it, too. It need not be the second best.
     second: Option<HostId>,
     /// How many were asked for that.
     asked: usize,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
     fn ask_named(&mut self) {
         for host in std::mem::take(&mut self.named) {
             if let Some(found) = self.view.host(host)
                 && filter::check(self.view, host, found, self.request, self.limits).is_ok()
             {
-                self.found(score(host, found, self.request));
+                self.found(score(host, found, self.request), None);
             }
             self.named.push(host);
         }
@@ -97,30 +100,30 @@ impl Search<'_> {
 
     fn ask_for_second(&mut self, asked: Signature) {
         let Some(best) = self.best else { return };
+        // Mostly another host of that class will do, and it is known that such can take the VM.
+        let found_in = self.class;
+        if let Some(class) = found_in {
+            self.ask_class_for_second(class, best.host);
+        }
         for slot in self.view.index().slots() {
-            if self.second.is_some() {
+            if self.second.is_some() || self.asked == ENOUGH {
                 return;
             }
             let Some(class) = slot.class().filter(|_| slot.signature.has_all(asked)) else { continue };
-            if !class.kind.admits(self.request) {
-                continue;
+            if found_in.is_none_or(|found| !std::ptr::eq(found, class)) && class.kind.admits(self.request) {
+                self.ask_class_for_second(class, best.host);
             }
-            let another = |search: &Self, host| host != best.host && !search.named.contains(&host);
-            // Mostly the first of a class will do.
-            self.second = slot.first.map(|f| f.rank.host).filter(|&h| another(self, h) && self.can_take(h));
-            if self.second.is_some() {
+        }
+    }
+
+    fn ask_class_for_second(&mut self, class: &Class, best: HostId) {
+        for host in self.buckets(class).iter().flat_map(Bucket::ranks).map(|rank| rank.host) {
+            if self.second.is_some() || self.asked == ENOUGH {
                 return;
             }
-            let ranks = self.buckets(class).iter().flat_map(|b| &b.hosts).map(|rank| rank.host);
-            for host in ranks {
-                if self.asked == ENOUGH {
-                    return;
-                }
+            if host != best && !self.named.contains(&host) {
                 self.asked += 1;
-                if another(self, host) && self.can_take(host) {
-                    self.second = Some(host);
-                    return;
-                }
+                self.second = Some(host).filter(|&host| self.can_take(host));
             }
         }
     }
@@ -135,9 +138,9 @@ impl Search<'_> {
     }
 
     /// `first` is the best host of the class, whether it can take the VM or not.
-    fn ask_class(&mut self, class: &Class, first: First) {
+    fn ask_class(&mut self, class: &'a Class, first: First) {
         if !self.named.contains(&first.rank.host) && self.can_take(first.rank.host) {
-            self.found(Score::of_rank(first.size, first.rank, self.request));
+            self.found(Score::of_rank(first.size, first.rank, self.request), Some(class));
             return;
         }
         let buckets = self.buckets(class);
@@ -149,9 +152,8 @@ impl Search<'_> {
         }
     }
 
-    fn ask_bucket(&mut self, class: &Class, bucket: &Bucket) {
-        // The first needs no look into the set.
-        for rank in std::iter::once(&bucket.first).chain(bucket.hosts.iter().skip(1)) {
+    fn ask_bucket(&mut self, class: &'a Class, bucket: &Bucket) {
+        for rank in bucket.ranks() {
             let score = Score::of_rank(class.kind.size(), *rank, self.request);
             if self.best.is_some_and(|best| best <= score) {
                 return;
@@ -161,7 +163,7 @@ impl Search<'_> {
                 return;
             }
             if !self.named.contains(&rank.host) && self.can_take(rank.host) {
-                self.found(score);
+                self.found(score, Some(class));
                 return;
             }
         }
@@ -176,16 +178,12 @@ impl Search<'_> {
         })
     }
 
-    fn found(&mut self, score: Score) {
+    fn found(&mut self, score: Score, class: Option<&'a Class>) {
         let worse = match self.best {
             Some(best) if best <= score => Some(score.host),
-            Some(best) => {
-                self.best = Some(score);
-                Some(best.host)
-            }
-            None => {
-                self.best = Some(score);
-                None
+            before => {
+                (self.best, self.class) = (Some(score), class);
+                before.map(|before| before.host)
             }
         };
         self.second = self.second.or(worse);

@@ -159,6 +159,11 @@ impl ClusterView {
         self.openings += u64::from(self.disks.set(vm, disks));
     }
 
+    /// How large the disks of all VMs may become in a pool of this host, in bytes.
+    pub(super) fn disks_of_all(&self, host: HostId, pool: &Pool) -> u64 {
+        self.disks.of_all(host, pool)
+    }
+
     /// How large the disks of all VMs but `vm` may become in a pool of this host, in bytes.
     #[must_use]
     pub fn disks_of_others(&self, host: HostId, pool: &Pool, vm: VmId) -> u64 {
@@ -247,6 +252,11 @@ impl HostView<'_> {
         self.promises.vms.len() - usize::from(self.promises.vms.contains_key(&vm))
     }
 
+    /// What is promised here.
+    pub(super) const fn promised(&self) -> Resources {
+        self.promises.total
+    }
+
     /// What is promised here to other VMs than `vm`.
     #[must_use]
     pub fn promised_to_others(&self, vm: VmId) -> Resources {
@@ -261,7 +271,7 @@ impl HostView<'_> {
     /// How many VMs of `group` are here, `vm` not counted.
     #[must_use]
     pub fn others_in_group(&self, vm: VmId, group: &str) -> u32 {
-        let all = self.promises.groups.get(group).copied().unwrap_or(0);
+        let Some(&all) = self.promises.groups.get(group) else { return 0 };
         let own = self.promises.vms.get(&vm).is_some_and(|n| n.group.as_deref() == Some(group));
         all - u32::from(own)
     }

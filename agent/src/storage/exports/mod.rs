@@ -34,7 +34,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, watch},
-    task::JoinSet,
+    task::{self, JoinSet},
     time::{self, Instant},
 };
 use tokio_util::sync::CancellationToken;
@@ -155,15 +155,39 @@ struct Made {
 #[derive(Debug, Default)]
 struct Making {
     tasks: JoinSet<(VmId, Made)>,
-    /// Whose, and what gives it up.
-    vms: BTreeMap<VmId, CancellationToken>,
+    vms: BTreeMap<VmId, Task>,
+}
+
+#[derive(Debug)]
+struct Task {
+    id: task::Id,
+    desired: Box<Desired>,
+    /// Gives it up.
+    cancel: CancellationToken,
 }
 
 impl Making {
     /// Gives up what nobody waits for any more: a copy may take long.
     fn give_up(&self, wants: &BTreeMap<VmId, Want>) {
         let unwanted = self.vms.iter().filter(|(vm, _)| !matches!(wants.get(vm), Some(Want::Serve(_))));
-        unwanted.for_each(|(_, cancel)| cancel.cancel());
+        unwanted.for_each(|(_, task)| task.cancel.cancel());
+    }
+
+    /// Waits for the next to end. Cancel safe. `None`: there are none.
+    async fn ended(&mut self) -> Option<(VmId, Made)> {
+        match self.tasks.join_next().await? {
+            Ok((vm, made)) => {
+                self.vms.remove(&vm);
+                Some((vm, made))
+            }
+            Err(problem) => {
+                error!("a task that makes disks failed: {problem}");
+                let vm = self.vms.iter().find_map(|(&vm, task)| (task.id == problem.id()).then_some(vm))?;
+                let desired = self.vms.remove(&vm)?.desired;
+                let disks = Err("the task that makes them failed; its host's log says why".to_owned());
+                Some((vm, Made { now: Order::of(&desired), desired, disks, at: Instant::now() }))
+            }
+        }
     }
 }
 
@@ -247,17 +271,7 @@ impl Exports {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return,
-                Some(done) = making.tasks.join_next() => match done {
-                    Ok((vm, done)) => {
-                        making.vms.remove(&vm);
-                        made.insert(vm, done);
-                    }
-                    // It is not known of which VM; those that are still being made are made twice, which changes nothing.
-                    Err(problem) => {
-                        error!("a task that makes disks failed: {problem}");
-                        making.vms.clear();
-                    }
-                },
+                Some((vm, done)) = making.ended() => drop(made.insert(vm, done)),
                 Some(()) = chores.finished() => {}
                 () = self.shared.wake.notified() => {}
                 () = time::sleep(pause) => {}
@@ -286,19 +300,19 @@ impl Exports {
                 continue;
             }
             let cancel = CancellationToken::new();
-            making.vms.insert(vm, cancel.clone());
-            let (desired, storage) = (desired.clone(), Arc::clone(storage));
-            making.tasks.spawn(async move {
+            let (given_up, order, storage) = (cancel.clone(), desired.clone(), Arc::clone(storage));
+            let handle = making.tasks.spawn(async move {
                 let disks = tokio::select! {
                     biased;
-                    () = cancel.cancelled() => Err("it is not wanted any more".to_owned()),
-                    made = storage.serve(vm, &desired) => made.map_err(|e| e.reason()),
+                    () = given_up.cancelled() => Err("it is not wanted any more".to_owned()),
+                    made = storage.serve(vm, &order) => made.map_err(|e| e.reason()),
                 };
                 if let Err(problem) = &disks {
                     warn!(%vm, "its disks cannot be served: {problem}");
                 }
-                (vm, Made { now: Order::of(&desired), desired, disks, at: Instant::now() })
+                (vm, Made { now: Order::of(&order), desired: order, disks, at: Instant::now() })
             });
+            making.vms.insert(vm, Task { id: handle.id(), desired: desired.clone(), cancel });
         }
     }
 
