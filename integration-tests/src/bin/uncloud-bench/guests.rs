@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -53,7 +53,7 @@ async fn create_to_first_line(cluster: &Cluster, trial: usize) -> anyhow::Result
     let start = Instant::now();
     let vm = cluster.api.create(specs::micro(&format!("trial-{trial}"))).await?;
     let log = cluster.hosts[0].state_dir().join("vms").join(&vm.id).join("run/serial.log");
-    let took = tokio::task::spawn_blocking(move || first_line(&log, start)).await??;
+    let took = tokio::task::spawn_blocking(move || first_line(&log, start, LIMIT)).await??;
     cluster.api.delete(&vm.id).await?;
     cluster.api.wait_gone(&vm.id, LIMIT).await?;
     Ok(took)
@@ -61,32 +61,70 @@ async fn create_to_first_line(cluster: &Cluster, trial: usize) -> anyhow::Result
 
 /// The same QEMU with the same arguments, but nobody around it: a fresh overlay, a fresh directory.
 fn bare_first_line(cluster: &Cluster, like: &Proc) -> anyhow::Result<Duration> {
-    // Not in the cluster's own directory: its checker would take this for a second copy of the VM.
-    let dir = tempfile::tempdir()?;
-    let disk = dir.path().join("disk.qcow2");
-    let image = paths::guest("micro.img")?;
-    let made = Command::new("qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-        .arg(image)
-        .arg(&disk)
-        .status()?;
-    ensure!(made.success(), "qemu-img: {made}");
-    let own = disk_of(cluster, &like.vm)?.display().to_string();
-    ensure!(like.argv.iter().any(|a| a.contains(&own)), "{own} is not in {:?}", like.argv);
-    let args = like.argv[1..].iter().map(|a| a.replace(&own, &disk.display().to_string()));
-
+    let bare = Bare::new(cluster, like)?;
     let start = Instant::now();
-    let mut qemu = Command::new(&like.argv[0])
-        .args(args)
-        .current_dir(dir.path())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(fs::File::create(dir.path().join("stderr"))?)
-        .spawn()?;
-    let took = first_line(&dir.path().join("serial.log"), start);
-    qemu.kill()?;
-    qemu.wait()?;
-    took.with_context(|| fs::read_to_string(dir.path().join("stderr")).unwrap_or_default())
+    bare.spawn()?.first_line(start, LIMIT)
+}
+
+/// What such a QEMU needs.
+pub(crate) struct Bare {
+    dir: tempfile::TempDir,
+    program: String,
+    args: Vec<String>,
+}
+
+impl Bare {
+    /// With the arguments of that one.
+    pub(crate) fn new(cluster: &Cluster, like: &Proc) -> anyhow::Result<Self> {
+        // Not in the cluster's own directory: its checker would take this for a second copy of the VM.
+        let dir = tempfile::tempdir()?;
+        let disk = dir.path().join("disk.qcow2");
+        let image = paths::guest("micro.img")?;
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .arg(image)
+            .arg(&disk)
+            .status()?;
+        ensure!(made.success(), "qemu-img: {made}");
+        let own = disk_of(cluster, &like.vm)?.display().to_string();
+        ensure!(like.argv.iter().any(|a| a.contains(&own)), "{own} is not in {:?}", like.argv);
+        let args = like.argv[1..].iter().map(|a| a.replace(&own, &disk.display().to_string())).collect();
+        Ok(Self { dir, program: like.argv[0].clone(), args })
+    }
+
+    /// Starts it. It ends when what is returned is dropped.
+    pub(crate) fn spawn(&self) -> anyhow::Result<Running> {
+        let dir = self.dir.path();
+        let qemu = Command::new(&self.program)
+            .args(&self.args)
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(dir.join("stderr"))?)
+            .spawn()?;
+        Ok(Running { qemu, dir: dir.to_owned() })
+    }
+}
+
+/// A QEMU with nobody around it.
+pub(crate) struct Running {
+    qemu: Child,
+    dir: PathBuf,
+}
+
+impl Running {
+    /// Waits for the guest's first line. How long after `start` it came.
+    pub(crate) fn first_line(&self, start: Instant, limit: Duration) -> anyhow::Result<Duration> {
+        let took = first_line(&self.dir.join("serial.log"), start, limit);
+        took.with_context(|| fs::read_to_string(self.dir.join("stderr")).unwrap_or_default())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
 }
 
 /// The file of a VM's only disk in the shared pool.
@@ -97,13 +135,13 @@ fn disk_of(cluster: &Cluster, vm: &str) -> anyhow::Result<PathBuf> {
 }
 
 /// Waits for a whole line in a file that may not be there yet.
-fn first_line(log: &Path, start: Instant) -> anyhow::Result<Duration> {
+pub(crate) fn first_line(log: &Path, start: Instant, limit: Duration) -> anyhow::Result<Duration> {
     loop {
         if fs::read(log).is_ok_and(|bytes| bytes.contains(&b'\n')) {
             return Ok(start.elapsed());
         }
-        if start.elapsed() > LIMIT {
-            bail!("no line in {} within {LIMIT:?}", log.display());
+        if start.elapsed() > limit {
+            bail!("no line in {} within {limit:?}", log.display());
         }
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -5,13 +5,14 @@
 //! `guests/micro`, the programs are those that were built beside this one.
 //!
 //! ```text
-//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, failover, migrations, placement)
+//! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, burst, failover, migrations, placement)
 //! uncloud-bench --only scale [--out FILE]      (10,000 agents and 100,000 VMs: `make bench-scale`; or one stage of it: cold-start,
 //!                                               agents, reads, deaths, takeover, agents-max; or churn)
 //! uncloud-bench idle-client HOST:PORT          (what agent_memory is compared with; started by the above)
 //! uncloud-bench bare-server HOST:PORT          (what the sessions are compared with; started by the above)
 //! ```
 
+mod burst;
 mod creates;
 mod failover;
 mod guests;
@@ -64,12 +65,14 @@ async fn main() -> anyhow::Result<()> {
         None => {
             all.extend(creates::measure().await?);
             all.extend(guests::measure().await?);
+            all.extend(burst::measure().await?);
             all.extend(failover::measure().await?);
             all.extend(migrations::measure().await?);
             all.extend(placement::measure()?);
         }
         Some("creates") => all = creates::measure().await?,
         Some("guests") => all = guests::measure().await?,
+        Some("burst") => all = burst::measure().await?,
         Some("failover") => all = failover::measure().await?,
         Some("migrations") => all = migrations::measure().await?,
         Some("placement") => all = placement::measure()?,
@@ -78,7 +81,7 @@ async fn main() -> anyhow::Result<()> {
             all = scale::measure(&[stage]).await?
         }
         Some(other) => bail!(
-            "`{other}` is no part; there are creates, guests, failover, migrations, placement, scale and its stages {}, and {}",
+            "`{other}` is no part; there are creates, guests, burst, failover, migrations, placement, scale and its stages {}, and {}",
             scale::STAGES.join(", "),
             scale::CHURN
         ),
