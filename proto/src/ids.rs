@@ -1,6 +1,6 @@
 //! Identifiers and counters that must not be mixed up.
 
-use std::{fmt, str::FromStr};
+use std::{cmp::Ordering, fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -9,9 +9,22 @@ use uuid::Uuid;
 macro_rules! typed_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
         #[serde(transparent)]
         pub struct $name(Uuid);
+
+        /// That of the bytes, and of the text. Most time in large maps goes into comparing: two numbers are faster than 16 bytes.
+        impl Ord for $name {
+            fn cmp(&self, other: &Self) -> Ordering {
+                self.0.as_u128().cmp(&other.0.as_u128())
+            }
+        }
+
+        impl PartialOrd for $name {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
 
         impl $name {
             /// Wraps an id made by the caller. Ids are minted at the edge, never inside pure code.
@@ -151,6 +164,17 @@ impl fmt::Display for Revision {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Keys in etcd are sorted like the maps that they are read into.
+    #[test]
+    fn the_order_of_ids_is_that_of_their_text() {
+        let bytes = [[0; 16], [1; 16], [0x7f; 16], [0x80; 16], [0xff; 16]];
+        let mixed = (0..16).map(|n| std::array::from_fn(|i| if i < n { 0x80 } else { 0xff }));
+        let ids: Vec<VmId> = bytes.into_iter().chain(mixed).map(|b| VmId::from_uuid(Uuid::from_bytes(b))).collect();
+        for (a, b) in ids.iter().flat_map(|a| ids.iter().map(move |b| (a, b))) {
+            assert_eq!(a.cmp(b), a.to_string().cmp(&b.to_string()), "{a} {b}");
+        }
+    }
 
     /// Whatever is in a record, there is a next one.
     #[test]

@@ -51,6 +51,12 @@ impl Ord for Share {
         if self.whole == other.whole {
             return self.part.cmp(&other.part);
         }
+        // As almost always: less than 4 PiB, in MiB.
+        if let (Ok(part), Ok(whole), Ok(other_part), Ok(other_whole)) =
+            (u32::try_from(self.part), u32::try_from(self.whole), u32::try_from(other.part), u32::try_from(other.whole))
+        {
+            return (u64::from(part) * u64::from(other_whole)).cmp(&(u64::from(other_part) * u64::from(whole)));
+        }
         let (ours, theirs) =
             (u128::from(self.part) * u128::from(other.whole), u128::from(other.part) * u128::from(self.whole));
         ours.cmp(&theirs)

@@ -4,7 +4,7 @@ use uncloud_proto::ids::HostId;
 
 use super::{
     ClusterView, Home, Limits, Request, filter,
-    index::{Bucket, Class, First},
+    index::{Bucket, Class, First, Slot},
     kind::Signature,
     score::{Others, Score, score},
 };
@@ -38,6 +38,12 @@ fn named(request: &Request) -> Vec<HostId> {
             named
         }
     }
+}
+
+/// No host of the class has a better score. `None`: none can take the VM.
+fn bound(slot: &Slot, asked: Signature, request: &Request) -> Option<Score> {
+    let first = slot.first.as_ref().filter(|_| slot.signature.has_all(asked))?;
+    Some(Score::of_rank(first.size, first.rank, request))
 }
 
 struct Search<'a> {
@@ -78,21 +84,24 @@ impl<'a> Search<'a> {
 
     fn ask_for_best(&mut self, asked: Signature) {
         let (view, request) = (self.view, self.request);
-        let bounds = || {
-            let slots = view.index().slots().filter(|slot| slot.signature.has_all(asked));
-            slots.filter_map(|slot| {
-                let first = slot.first?;
-                Some((Score::of_rank(first.size, first.rank, request), first, slot.class()?))
-            })
-        };
         // No host has a better score than the best of those that come first in their classes. Mostly it can take the VM.
-        let Some(likely) = bounds().min_by_key(|(bound, ..)| *bound) else { return };
-        let (least, ..) = likely;
-        for (bound, first, class) in std::iter::once(likely).chain(bounds()) {
+        let mut least: Option<(Score, &Slot)> = None;
+        for slot in view.index().slots() {
+            if let Some(bound) = bound(slot, asked, request)
+                && least.is_none_or(|(least, _)| bound < least)
+            {
+                least = Some((bound, slot));
+            }
+        }
+        let Some((least, likely)) = least else { return };
+        for slot in std::iter::once(likely).chain(view.index().slots()) {
             if self.best.is_some_and(|best| best <= least) {
                 return;
             }
-            if self.best.is_none_or(|best| bound < best) && class.kind.admits(request) {
+            if let (Some(bound), Some(first), Some(class)) = (bound(slot, asked, request), slot.first, slot.class())
+                && self.best.is_none_or(|best| bound < best)
+                && class.kind.admits(request)
+            {
                 self.ask_class(class, first);
             }
         }
