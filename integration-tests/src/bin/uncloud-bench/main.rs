@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! uncloud-bench [--only PART] [--out FILE]     (a part: creates, guests, burst, failover, migrations, placement)
-//! uncloud-bench --only scale [--out FILE]      (10,000 agents and 100,000 VMs: `make bench-scale`; or one stage of it: cold-start,
+//! uncloud-bench --only scale [--out FILE]      (10,000 agents and 100,000 VMs: `make bench-scale`; or stages of it, with commas: cold-start,
 //!                                               agents, reads, deaths, takeover, agents-max; or churn)
 //! uncloud-bench idle-client HOST:PORT          (what agent_memory is compared with; started by the above)
 //! uncloud-bench bare-server HOST:PORT          (what the sessions are compared with; started by the above)
@@ -77,8 +77,8 @@ async fn main() -> anyhow::Result<()> {
         Some("migrations") => all = migrations::measure().await?,
         Some("placement") => all = placement::measure()?,
         Some("scale") => all = scale::measure(&scale::STAGES).await?,
-        Some(stage) if scale::STAGES.contains(&stage) || stage == scale::CHURN => {
-            all = scale::measure(&[stage]).await?
+        Some(stages) if stages.split(',').all(|s| scale::STAGES.contains(&s) || s == scale::CHURN) => {
+            all = scale::measure(&stages.split(',').collect::<Vec<_>>()).await?
         }
         Some(other) => bail!(
             "`{other}` is no part; there are creates, guests, burst, failover, migrations, placement, scale and its stages {}, and {}",
