@@ -93,7 +93,7 @@ impl Score {
             (Preference::Preferred, Others::Some) => "preferred among the hosts that can take it".to_owned(),
             (Preference::Indifferent, Others::Some) => {
                 let Share { part, whole } = self.memory_share;
-                let percent = u128::from(part) * 100 / u128::from(whole);
+                let percent = part.saturating_mul(100) / whole;
                 format!("the best of the hosts that can take it ({percent} % of its memory promised with it)")
             }
         }

@@ -1,7 +1,9 @@
 //! How many creates are acknowledged in a second, beside raw etcd transactions of the same bytes on the same etcd.
 //!
 //! One client's create is put beside one transaction of one VM (`create_1_p50`), many clients' beside transactions that are as
-//! full as etcd takes them: one at a time, as the leader's are (`create_128`), and four at a time (`create_128_of_4`).
+//! full as etcd takes them: one at a time, as the leader's are (`create_128`), and four at a time (`create_128_of_4`). A client's call
+//! to the controller costs something, too, whatever it asks for: `create_1_p50_call` and `create_128_call` have in their limit
+//! as many calls that the controller refuses at once.
 
 use std::{
     sync::Arc,
@@ -12,6 +14,7 @@ use anyhow::Context as _;
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
 use harness::{Api, Cluster, Options, etcd::Fsync, slots::Share};
 use tokio::task::JoinSet;
+use tonic::Code;
 use uncloud_controller::store::MAX_OPERATIONS;
 use uncloud_proto::v1::{CreateVmRequest, Disk, PowerState, VmSpec};
 
@@ -35,7 +38,7 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
 
     let mut all = Vec::new();
     for clients in CLIENTS {
-        let (mut ours, mut raw, mut raw_of_4) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut ours, mut raw, mut raw_of_4, mut calls) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         // In turns, so that a noisy moment of the machine hits both.
         for round in 0..ROUNDS {
             let (vms, at_once) = if clients == MANY { (MAX_OPERATIONS / sizes.len(), 1) } else { (1, clients) };
@@ -43,22 +46,45 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
             if clients == MANY {
                 raw_of_4.push(raw_per_second(&cluster, &sizes, vms, 4, round).await?);
             }
+            calls.push(calls_per_second(&cluster, clients).await?);
             ours.push(creates_per_second(&cluster, clients, round).await?);
         }
         if clients == 1 {
             let p50 = |per_second: &[Measure]| median(per_second.iter().map(|m| m.p50).collect());
-            all.push(Measured::new("create_1_p50", p50(&ours), p50(&raw), "ms", beside.clone()));
+            let (ours, raw, call) = (p50(&ours), p50(&raw), p50(&calls));
+            all.push(Measured::new("create_1_p50", ours, raw, "ms", beside.clone()));
+            all.push(Measured::new("create_1_p50_call", ours, raw + call, "ms", format!("the same and {CALL}")));
         }
         let rate = |rounds: Vec<Measure>| median(rounds.into_iter().map(|m| m.per_second).collect());
-        let ours = rate(ours);
+        let (ours, raw) = (rate(ours), rate(raw));
         let full = if clients == MANY { ", as many VMs in each as fit, one at a time" } else { "" };
-        all.push(Measured::new(format!("create_{clients}"), ours, rate(raw), "1/s", format!("{beside}{full}")));
+        all.push(Measured::new(format!("create_{clients}"), ours, raw, "1/s", format!("{beside}{full}")));
         if clients == MANY {
+            let both = 1.0 / (1.0 / raw + 1.0 / rate(calls));
+            all.push(Measured::new("create_128_call", ours, both, "1/s", format!("the same and {CALL} for each VM")));
             all.push(Measured::new("create_128_of_4", ours, rate(raw_of_4), "1/s", "the same, four at a time"));
         }
     }
     cluster.finish().await?;
     Ok(all)
+}
+
+const CALL: &str = "a call that is refused at once";
+
+/// Calls that nothing is done for but to read them and to answer.
+async fn calls_per_second(cluster: &Cluster, clients: usize) -> anyhow::Result<Measure> {
+    let connections: Vec<Api> =
+        (0..CONNECTIONS).map(|_| Api::new(cluster.api.endpoint())).collect::<anyhow::Result<_>>()?;
+    per_second(clients, 1, |client, _| {
+        let api = connections[client % CONNECTIONS].clone();
+        async move {
+            let refused = api.create(request("No Name".into())).await;
+            let status = refused.err().context("a VM with such a name")?;
+            anyhow::ensure!(status.code() == Code::InvalidArgument, "{status}");
+            Ok(())
+        }
+    })
+    .await
 }
 
 fn request(name: String) -> CreateVmRequest {

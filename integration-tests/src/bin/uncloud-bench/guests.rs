@@ -33,16 +33,28 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
     let qemu = cluster.hosts[0].process_of(&first.id, Kind::Qemu)?;
     let keeper_kib = private_kib(keeper.pid)?;
 
-    let (mut ours, mut bare) = (Vec::new(), Vec::new());
+    let (mut ours, mut bare, mut disk) = (Vec::new(), Vec::new(), Vec::new());
     for trial in 0..TRIALS {
-        bare.push(millis(bare_first_line(&cluster, &qemu)?));
+        let begin = Instant::now();
+        let alone = Bare::new(&cluster, &qemu)?;
+        disk.push(millis(begin.elapsed()));
+        let begin = Instant::now();
+        bare.push(millis(alone.spawn()?.first_line(begin, LIMIT)?));
         ours.push(millis(create_to_first_line(&cluster, trial).await?));
     }
     let empty = empty_process_kib()?;
     let client = idle_client_kib(cluster.api.endpoint()).await?;
     cluster.finish().await?;
+    let (ours, bare, disk) = (median(ours), median(bare), median(disk));
     Ok(vec![
-        Measured::new("create_to_first_line", median(ours), median(bare), "ms", "a bare QEMU with the same arguments"),
+        Measured::new("create_to_first_line", ours, bare, "ms", "a bare QEMU with the same arguments"),
+        Measured::new(
+            "create_to_first_line_disk",
+            ours,
+            bare + disk,
+            "ms",
+            "the same, after qemu-img has made its disk",
+        ),
         Measured::new("keeper_memory", keeper_kib, empty, "KiB", "private memory of `sleep`; the aim is 2048"),
         Measured::new("agent_memory", idle, client, "KiB", "private memory of an idle gRPC client"),
     ])
@@ -59,14 +71,7 @@ async fn create_to_first_line(cluster: &Cluster, trial: usize) -> anyhow::Result
     Ok(took)
 }
 
-/// The same QEMU with the same arguments, but nobody around it: a fresh overlay, a fresh directory.
-fn bare_first_line(cluster: &Cluster, like: &Proc) -> anyhow::Result<Duration> {
-    let bare = Bare::new(cluster, like)?;
-    let start = Instant::now();
-    bare.spawn()?.first_line(start, LIMIT)
-}
-
-/// What such a QEMU needs.
+/// A QEMU with the same arguments as another, but nobody around it: a fresh overlay, a fresh directory.
 pub(crate) struct Bare {
     dir: tempfile::TempDir,
     program: String,
@@ -74,7 +79,7 @@ pub(crate) struct Bare {
 }
 
 impl Bare {
-    /// With the arguments of that one.
+    /// Makes the disk.
     pub(crate) fn new(cluster: &Cluster, like: &Proc) -> anyhow::Result<Self> {
         // Not in the cluster's own directory: its checker would take this for a second copy of the VM.
         let dir = tempfile::tempdir()?;
