@@ -60,6 +60,10 @@ pub async fn run<H: Hypervisor>(
                 warn!(controller = address, "no session: {reason}");
                 Outcome::Unreachable
             }
+            End::Deferred(reason) => {
+                warn!(controller = address, "no session yet: {reason}");
+                Outcome::Deferred
+            }
             End::Unanswered => {
                 warn!(controller = address, "no session: the controller does not answer Hello");
                 Outcome::Unanswered

@@ -31,6 +31,8 @@ pub enum Outcome {
     Unreachable,
     /// It took the Hello, and did not answer it in time.
     Unanswered,
+    /// The leader is there, and does not take the session now.
+    Deferred,
     /// It wants nothing to do with this host as it is.
     Refused,
 }
@@ -45,7 +47,11 @@ pub struct Dialer {
     failures: u32,
     refused: bool,
     unanswered: u32,
-    /// Controllers that were lost or not reached since the last Welcome.
+    /// The session of now has had its Welcome.
+    served: bool,
+    /// The controller that led until now.
+    lost: Option<String>,
+    /// Controllers that were not reached since the last Welcome, and have said nothing since.
     unreached: BTreeSet<String>,
 }
 
@@ -61,6 +67,8 @@ impl Dialer {
             failures: 0,
             refused: false,
             unanswered: 0,
+            served: false,
+            lost: None,
             unreached: BTreeSet::new(),
         }
     }
@@ -74,7 +82,8 @@ impl Dialer {
     /// Controllers where no leader was found: [`uncloud_proto::UNREACHED_METADATA_KEY`]. Empty: none.
     #[must_use]
     pub fn unreached(&self) -> String {
-        self.unreached.iter().map(String::as_str).collect::<Vec<_>>().join(",")
+        let lost = self.lost.iter().filter(|lost| !self.unreached.contains(*lost));
+        lost.chain(&self.unreached).map(String::as_str).collect::<Vec<_>>().join(",")
     }
 
     /// How long the next controller may take to answer `Hello`.
@@ -93,7 +102,7 @@ impl Dialer {
         }
         self.current = self.known.iter().position(|a| *a == address).unwrap_or(0);
         (self.hint, self.hints_followed, self.failures, self.refused) = (None, 0, 0, false);
-        self.unanswered = 0;
+        (self.unanswered, self.served, self.lost) = (0, true, None);
         self.unreached.clear();
     }
 
@@ -102,13 +111,19 @@ impl Dialer {
         let address = self.address().to_owned();
         self.hint = None;
         self.refused = outcome == Outcome::Refused;
+        if std::mem::take(&mut self.served) {
+            self.lost = Some(address.clone());
+        }
         match outcome {
-            Outcome::Served | Outcome::Silent | Outcome::Unreachable | Outcome::Unanswered => {
+            Outcome::Served | Outcome::Silent | Outcome::Unreachable => {
                 if self.unreached.len() < UNREACHED {
                     self.unreached.insert(address);
                 }
             }
-            Outcome::NotLeader(_) | Outcome::Refused => {}
+            // It may lead, or be elected.
+            Outcome::NotLeader(_) | Outcome::Unanswered | Outcome::Deferred | Outcome::Refused => {
+                self.unreached.remove(&address);
+            }
         }
         match outcome {
             // Perhaps it is back in a moment; if not, the next failure goes on to the others.
@@ -117,7 +132,12 @@ impl Dialer {
                 self.hints_followed += 1;
                 self.hint = Some(leader);
             }
-            Outcome::NotLeader(_) | Outcome::Silent | Outcome::Unreachable | Outcome::Unanswered | Outcome::Refused => {
+            Outcome::NotLeader(_)
+            | Outcome::Silent
+            | Outcome::Unreachable
+            | Outcome::Unanswered
+            | Outcome::Deferred
+            | Outcome::Refused => {
                 self.unanswered += u32::from(outcome == Outcome::Unanswered && self.unanswered < DOUBLED);
                 self.failures = self.failures.saturating_add(1);
                 self.hints_followed = 0;
@@ -207,13 +227,29 @@ mod tests {
         assert_eq!((dialer.address(), dialer.unreached().as_str()), ("a:1", "c:1"));
         dialer.ended(Outcome::Unreachable);
         assert_eq!((dialer.address(), dialer.unreached().as_str()), ("b:1", "a:1,c:1"));
+        dialer.ended(Outcome::NotLeader(None));
+        assert_eq!(dialer.unreached(), "a:1,c:1", "b:1 is there");
+        dialer.ended(Outcome::Deferred);
+        dialer.ended(Outcome::NotLeader(None));
+        assert_eq!(
+            (dialer.address(), dialer.unreached().as_str()),
+            ("b:1", "c:1"),
+            "so are the others, and one has led"
+        );
+        dialer.welcomed(&[]);
+        dialer.ended(Outcome::NotLeader(None));
+        assert_eq!(dialer.unreached(), "b:1", "it led until now, and says itself that it does not any more");
+        dialer.ended(Outcome::NotLeader(None));
+        dialer.ended(Outcome::NotLeader(None));
+        dialer.ended(Outcome::NotLeader(None));
+        assert_eq!(dialer.unreached(), "b:1", "until somebody does");
         dialer.welcomed(&[]);
         assert_eq!(dialer.unreached(), "");
         for n in 0..100 {
             dialer.ended(Outcome::NotLeader(Some(format!("{n}:1"))));
             dialer.ended(Outcome::Unreachable);
         }
-        assert_eq!(dialer.unreached().split(',').count(), UNREACHED);
+        assert_eq!(dialer.unreached().split(',').count(), UNREACHED + 1);
     }
 
     #[test]

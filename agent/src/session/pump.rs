@@ -120,6 +120,8 @@ pub enum End {
     Unreachable(String),
     /// It took the Hello, and did not answer it in time.
     Unanswered,
+    /// The leader is there, and does not take the session now.
+    Deferred(String),
     /// It does not take this host.
     Refused(String),
 }
@@ -201,7 +203,12 @@ impl<H: Hypervisor> Session<H> {
                 Err(end) => return end,
             },
         };
-        let end = match self.welcome(&mut line, opening.patience, welcomed).await {
+        let welcome = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(End::Cancelled),
+            welcome = self.welcome(&mut line, opening.patience, welcomed) => welcome,
+        };
+        let end = match welcome {
             Ok(()) => self.pump(&mut line, cancel).await,
             Err(end) => end,
         };
@@ -533,7 +540,7 @@ pub fn end_of_goodbye(goodbye: &v1::Goodbye, served: bool) -> End {
             End::Served(words)
         }
         GoodbyeReason::DeclaredDead | GoodbyeReason::Replaced | GoodbyeReason::TooSlow | GoodbyeReason::Unspecified => {
-            End::Unreachable(words)
+            End::Deferred(words)
         }
     }
 }
@@ -548,6 +555,8 @@ fn end_of_status(status: &tonic::Status, served: bool) -> End {
             End::Refused(words)
         }
         (_, true) => End::Served(words),
+        // Said by a leader that has too much to do.
+        (tonic::Code::ResourceExhausted, false) => End::Deferred(words),
         (_, false) => End::Unreachable(words),
     }
 }

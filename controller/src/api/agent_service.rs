@@ -13,7 +13,10 @@ use uncloud_proto::{
 use uuid::Uuid;
 
 use super::{console, context::Context, validate::Violations};
-use crate::sessions::{self, Item, Waiting};
+use crate::{
+    metrics::Metrics,
+    sessions::{self, Item, Waiting},
+};
 
 /// How long an agent may take to say which stream it attaches.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -22,6 +25,7 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub(super) struct Agents {
     pub(super) context: Context,
+    pub(super) metrics: Metrics,
 }
 
 #[tonic::async_trait]
@@ -33,7 +37,7 @@ impl AgentService for Agents {
         request: Request<Streaming<v1::SessionRequest>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let unreached = request.metadata().get(UNREACHED_METADATA_KEY).and_then(|v| v.to_str().ok());
-        let waiting = Waiting::new(self.context.slot.clone(), unreached);
+        let waiting = Waiting::new(self.context.slot.clone(), self.metrics.clone(), unreached);
         if let Some(Err(other)) = waiting.place() {
             return Err(other.into());
         }

@@ -139,7 +139,10 @@ where
             ClusterServiceServer::new(Cluster { context: context.clone() })
                 .max_decoding_message_size(MAX_REQUEST_BYTES),
         )
-        .add_service(AgentServiceServer::new(Agents { context }).max_decoding_message_size(MAX_MESSAGE_BYTES));
+        .add_service(
+            AgentServiceServer::new(Agents { context, metrics: metrics.clone() })
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+        );
 
     let own = address.clone();
     let server = Server::builder()

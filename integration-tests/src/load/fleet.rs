@@ -255,7 +255,7 @@ async fn session(
             welcome
         }
         Ok(Ok(Some(v1::SessionResponse { message: Some(Message::Goodbye(goodbye)), .. }))) => {
-            return dismissed(goodbye, Outcome::Unreachable);
+            return dismissed(goodbye, Outcome::Deferred);
         }
         Ok(Err(status)) => return ended_by(&status, Outcome::Unreachable),
         Ok(Ok(other)) => return unreachable(format!("no Welcome: {other:?}")),

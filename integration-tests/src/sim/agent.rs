@@ -147,7 +147,10 @@ impl Host {
             What::Dial => self.dial(core, &mut agent),
             What::Beat(stream) => self.beat(core, &mut agent, stream),
             What::WelcomeTimeout(stream) if agent.has_session(stream, Stage::Greeting) => {
-                self.session_ended(core, &mut agent, End::Unreachable("no Welcome".into()));
+                // It is not known here whether the Hello came through.
+                let reached = core.rng.permille(500);
+                let end = if reached { End::Unanswered } else { End::Unreachable("no Welcome".into()) };
+                self.session_ended(core, &mut agent, end);
             }
             // The session is one task; what comes while it is held up waits, in its order.
             What::Down(..) | What::Broken(_) | What::Silent(_) if core.now <= agent.renewing_until => {
@@ -283,6 +286,7 @@ impl Host {
             End::Silent => Outcome::Silent,
             End::Unreachable(_) => Outcome::Unreachable,
             End::Unanswered => Outcome::Unanswered,
+            End::Deferred(_) => Outcome::Deferred,
             End::Refused(_) => Outcome::Refused,
         });
         let random = core.rng.fraction();
