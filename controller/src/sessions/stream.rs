@@ -11,6 +11,8 @@
 //!   newest committed state and everything that the host reported before the heartbeat.
 //! * Another machine with a host's id, or the same one after a reboot, registers only once the leases of before have surely run
 //!   out (S6, [`other_machine`]).
+//! * A Hello may have been read before this controller led ([`Waiting`]). It is as old as one that was long on its way, and all that is judged
+//!   by time is judged after the wait: the leadership, the leases of before, the verdicts.
 //! * A host is granted leases only after `RegisterHost` is stored, with no verdict between (L4), and is told what to run only
 //!   after that.
 
