@@ -297,7 +297,15 @@ pub(super) fn detach(draft: &mut Draft<'_>, vm: VmId, name: &str, how: DetachHow
         // A call whose answer was lost may come again, and finds everything done.
         (DiskState::Detached | DiskState::Detaching, DetachHow::Keep)
         | (DiskState::Deleting, DetachHow::Keep | DetachHow::Delete) => return Ok(Answer::Vm(entry.record)),
-        (DiskState::Attached | DiskState::Attaching | DiskState::Returning, DetachHow::Keep) => DiskState::Detaching,
+        // Its host would say that no machine has it, whether it has made it or not.
+        (DiskState::Attaching, DetachHow::Keep) => {
+            return Err(Refusal::Precondition(format!(
+                "disk `{name}` of VM `{}` is still being attached, and perhaps there is nothing to keep; try again in a \
+                 moment, or delete it (--delete)",
+                record.name
+            )));
+        }
+        (DiskState::Attached | DiskState::Returning, DetachHow::Keep) => DiskState::Detaching,
         (
             DiskState::Attached
             | DiskState::Attaching

@@ -220,6 +220,24 @@ fn writeback_is_for_pools_that_one_host_has_alone() {
     assert_eq!(field(refused), "spec.disks[0].cache");
 }
 
+/// Its host would say that no machine has it, and nobody that it was never made: it could come back, and its file is missing.
+#[test]
+fn a_disk_is_kept_only_if_it_is_known_to_be_made() {
+    let mut world = World::with_hosts(1);
+    let vm = world.running(1, hotplug());
+    world.ok(attach(vm, new("data")));
+    let refused = world.refused(detach(vm, "data", DetachHow::Keep)).to_string();
+    assert!(refused.contains("still being attached") && refused.contains("--delete"), "{refused}");
+    world.has_done(vm, ObservedState::Running, &[1]);
+    world.ok(detach(vm, "data", DetachHow::Keep));
+    world.has_done(vm, ObservedState::Running, &[2]);
+    assert_eq!(world.disk_state(vm, "data"), Some(DiskState::Detached));
+    // It is there, whether it comes back or not.
+    world.ok(attach(vm, again("data")));
+    world.ok(detach(vm, "data", DetachHow::Keep));
+    assert_eq!(world.disk_state(vm, "data"), Some(DiskState::Detaching));
+}
+
 /// Nobody knew the pool when the disk came: whoever has it with others is no host for the VM (D3), and the disk can go.
 #[test]
 fn a_vm_with_a_writeback_disk_waits_for_a_host_that_has_the_pool_alone() {

@@ -230,16 +230,21 @@ fn a_disk_comes_to_a_network_pool_and_goes_where_a_machine_shows_that_it_is_made
     let to_storage = |world: &World| state(serving::order(&world.state, host_id(3), vm).unwrap());
     assert_eq!(to_storage(&world), v1::DiskState::Attaching);
     assert_eq!(state(told(&world, &grants, vm).unwrap()), v1::DiskState::Attaching);
+    let machine_has_done = |world: &mut World| {
+        let host = world.host_of(vm).unwrap();
+        let disks = DisksObservation { orders: vec![world.record(vm).disk_orders], ..Default::default() };
+        let report = VmObservation { disks, ..world.observation(vm, ObservedState::Running) };
+        world.ok(Command::Report { host, reports: vec![report] });
+    };
+    assert!(world.refused(detach(DetachHow::Keep)).to_string().contains("still being attached"));
+    machine_has_done(&mut world);
     world.ok(detach(DetachHow::Keep));
     assert_eq!(
         to_storage(&world),
         v1::DiskState::Detached,
         "the machine may have it; its storage host has nothing to do"
     );
-    let host = world.host_of(vm).unwrap();
-    let disks = DisksObservation { orders: vec![world.record(vm).disk_orders], ..Default::default() };
-    let report = VmObservation { disks, ..world.observation(vm, ObservedState::Running) };
-    world.ok(Command::Report { host, reports: vec![report] });
+    machine_has_done(&mut world);
     assert_eq!(to_storage(&world), v1::DiskState::Detached);
 }
 
