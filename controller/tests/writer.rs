@@ -18,8 +18,9 @@ use uncloud_controller::{
         State,
         command::{Answer, Command, ObservedState, PowerChange, Refusal, VmObservation, VmUpdate},
     },
+    store::CommitError,
 };
-use uncloud_proto::ids::{Incarnation, Revision};
+use uncloud_proto::ids::{Incarnation, Revision, Term};
 
 #[tokio::test]
 async fn concurrent_creates_share_transactions_and_each_gets_its_own_answer_once() {
@@ -363,4 +364,39 @@ async fn a_slow_subscriber_is_cut_off_and_nobody_waits_for_it() {
         reign.submit(Command::RegisterHost { host: Box::new(host) }).await.unwrap();
     }
     assert_eq!(stream.next().await.unwrap_err(), uncloud_controller::leadership::Lagged::TooSlow);
+}
+
+/// A busy cluster writes more events in a week than etcd should hold.
+#[tokio::test]
+async fn of_too_many_events_the_oldest_go_and_only_the_leader_deletes_them() {
+    let etcd = Etcd::start().await;
+    let store = etcd.store().await;
+    let reign = Reign::begin(&store).await;
+    for n in 1..=200 {
+        reign.submit(create(n, None)).await.unwrap();
+    }
+    let events = async || {
+        let mut keys = etcd.keys("/uncloud/v1/events/").await;
+        keys.sort_by_key(|(_, revision)| *revision);
+        keys
+    };
+    let all = events().await;
+    assert!(all.len() > 200, "{}", all.len());
+    let others = async || etcd.keys("/uncloud/v1/").await.len() - events().await.len();
+    let before = others().await;
+
+    let term = reign.leader.term;
+    let stale = store.trim_events(Term(term.0 - 1), 5, 1000).await;
+    assert!(matches!(stale, Err(CommitError::Deposed)), "{stale:?}");
+    assert_eq!(store.trim_events(term, all.len(), 1000).await.unwrap(), 0);
+    assert_eq!(events().await, all);
+
+    // More than one transaction, and not all that there are too many.
+    assert_eq!(store.trim_events(term, 5, 150).await.unwrap(), 150);
+    assert_eq!(events().await, all[150..]);
+    assert_eq!(store.trim_events(term, 5, 1000).await.unwrap(), all.len() - 155);
+    assert_eq!(events().await, all[all.len() - 5..]);
+    assert_eq!(others().await, before, "nothing else");
+    // The leader goes on.
+    reign.submit(create(201, None)).await.unwrap();
 }

@@ -9,7 +9,7 @@
 //! | `/uncloud/v1/hosts/<host>` | [`HostRecord`](super::HostRecord) | leader | until removed |
 //! | `/uncloud/v1/images/<image>` | [`ImageRecord`](super::ImageRecord) | leader | until deleted |
 //! | `/uncloud/v1/requests/<id>` | [`RequestRecord`](super::RequestRecord) | leader | an hour, by an etcd lease |
-//! | `/uncloud/v1/events/<subject>/<revision>.<n>` | [`EventRecord`](super::EventRecord) | leader | a week, by an etcd lease |
+//! | `/uncloud/v1/events/<subject>/<revision>.<n>` | [`EventRecord`](super::EventRecord) | leader | a week, by an etcd lease; the newest 200,000 |
 //! | `/uncloud/v1/cluster` | [`ClusterRecord`](super::ClusterRecord) | leader | for ever |
 //! | `/uncloud/v1/leader` | [`LeaderRecord`](super::LeaderRecord) | the leader | an etcd lease of 2 s |
 //!

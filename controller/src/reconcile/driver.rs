@@ -12,7 +12,7 @@ use uncloud_proto::clock::Tick;
 
 use super::{
     drain::{self, Drains, How},
-    images,
+    history, images,
     migrations::Migrations,
     plan::{self, Attempts, BATCH, Situation},
 };
@@ -42,6 +42,7 @@ pub async fn run(leader: Arc<Leader>) {
             () = leader.cancel.cancelled() => {}
             () = passes(&leader) => {}
             () = images::run(&leader) => {}
+            () = history::run(&leader) => {}
         }
     };
     work.instrument(span).await;

@@ -6,6 +6,7 @@
 
 pub mod drain;
 pub mod driver;
+mod history;
 pub(crate) mod images;
 pub mod migrations;
 pub mod plan;

@@ -4,6 +4,7 @@
 //! limit, because the client alone would wait for ever on an etcd that hangs.
 
 pub mod embedded;
+mod events;
 mod history;
 mod leases;
 mod load;

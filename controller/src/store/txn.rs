@@ -149,10 +149,15 @@ const fn retention(key: &Key) -> Option<Retention> {
     }
 }
 
+/// Holds during that term.
+pub(super) fn leads(term: Term) -> Compare {
+    Compare::create_revision(Key::Leader.to_string(), CompareOp::Equal, term.0)
+}
+
 impl LeaderToken {
     /// Holds as long as the leader key is the one that this token was made for.
     pub(super) fn compare(&self) -> Compare {
-        Compare::create_revision(Key::Leader.to_string(), CompareOp::Equal, self.term().0)
+        leads(self.term())
     }
 }
 
