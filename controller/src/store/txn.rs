@@ -192,8 +192,7 @@ impl Store {
 
     /// Deletes the leader key, if it is still the one that was created at this revision.
     pub(crate) async fn remove_leader(&self, term: Term) -> Result<(), Error> {
-        let same = Compare::create_revision(Key::Leader.to_string(), CompareOp::Equal, term.0);
-        let txn = Txn::new().when([same]).and_then([TxnOp::delete(Key::Leader.to_string(), None)]);
+        let txn = Txn::new().when([leads(term)]).and_then([TxnOp::delete(Key::Leader.to_string(), None)]);
         let limit = self.members.attempt(REQUEST_TIMEOUT);
         let send = |client| {
             let txn = txn.clone();
