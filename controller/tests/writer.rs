@@ -386,15 +386,15 @@ async fn of_too_many_events_the_oldest_go_and_only_the_leader_deletes_them() {
     let before = others().await;
 
     let term = reign.leader.term;
-    let stale = store.trim_events(Term(term.0 - 1), 5, 1000).await;
+    let stale = store.trim_events(Term(term.0 - 1), 5, 0, 1000).await;
     assert!(matches!(stale, Err(CommitError::Deposed)), "{stale:?}");
-    assert_eq!(store.trim_events(term, all.len(), 1000).await.unwrap(), 0);
+    assert_eq!(store.trim_events(term, all.len() - 10, 10, 1000).await.unwrap(), 0);
     assert_eq!(events().await, all);
 
     // More than one transaction, and not all that there are too many.
-    assert_eq!(store.trim_events(term, 5, 150).await.unwrap(), 150);
+    assert_eq!(store.trim_events(term, 5, 10, 150).await.unwrap(), 150);
     assert_eq!(events().await, all[150..]);
-    assert_eq!(store.trim_events(term, 5, 1000).await.unwrap(), all.len() - 155);
+    assert_eq!(store.trim_events(term, 5, 10, 1000).await.unwrap(), all.len() - 155);
     assert_eq!(events().await, all[all.len() - 5..]);
     assert_eq!(others().await, before, "nothing else");
     // The leader goes on.

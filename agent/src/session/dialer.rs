@@ -121,8 +121,11 @@ impl Dialer {
                 }
             }
             // It may lead, or be elected.
-            Outcome::NotLeader(_) | Outcome::Unanswered | Outcome::Deferred | Outcome::Refused => {
+            Outcome::NotLeader(_) | Outcome::Unanswered => drop(self.unreached.remove(&address)),
+            // It leads.
+            Outcome::Deferred | Outcome::Refused => {
                 self.unreached.remove(&address);
+                self.lost.take_if(|lost| *lost == address);
             }
         }
         match outcome {
@@ -230,12 +233,9 @@ mod tests {
         dialer.ended(Outcome::NotLeader(None));
         assert_eq!(dialer.unreached(), "a:1,c:1", "b:1 is there");
         dialer.ended(Outcome::Deferred);
+        assert_eq!((dialer.address(), dialer.unreached().as_str()), ("a:1", "a:1"), "c:1 leads again");
         dialer.ended(Outcome::NotLeader(None));
-        assert_eq!(
-            (dialer.address(), dialer.unreached().as_str()),
-            ("b:1", "c:1"),
-            "so are the others, and one has led"
-        );
+        assert_eq!((dialer.address(), dialer.unreached().as_str()), ("b:1", ""), "a:1 is there, too");
         dialer.welcomed(&[]);
         dialer.ended(Outcome::NotLeader(None));
         assert_eq!(dialer.unreached(), "b:1", "it led until now, and says itself that it does not any more");

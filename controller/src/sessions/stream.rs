@@ -106,9 +106,15 @@ impl Waiting {
         if let Some(place) = self.place() {
             return place;
         }
-        // Whoever is elected now is news, also if the agent did not reach it before. Without any: perhaps the leader is there and the
-        // agent did not reach it for a moment.
-        let _ = time::timeout(ELECTION_PATIENCE, changed.changed()).await;
+        let before = self.hint();
+        // Whoever is elected now is news, also if the agent did not reach it before. That nobody is known for a moment is none: so it is
+        // here while another takes the leader key.
+        let elected = changed.wait_for(|now| match now {
+            Ok(_) => true,
+            Err(NotLeader { hint }) => hint.is_some() && *hint != before,
+        });
+        // Without any: perhaps the leader is there and the agent did not reach it for a moment.
+        let _ = time::timeout(ELECTION_PATIENCE, elected).await;
         self.slot.get()
     }
 }
@@ -638,7 +644,9 @@ mod tests {
 
         let waiting = waits("b:1,a:1");
         let (found, ()) = tokio::join!(waiting.wait(), async {
-            time::sleep(ELECTION_PATIENCE / 2).await;
+            time::sleep(ELECTION_PATIENCE / 4).await;
+            slot.clear(None);
+            time::sleep(ELECTION_PATIENCE / 4).await;
             slot.clear(Some("b:1".into()));
         });
         assert_eq!(found.unwrap_err(), not_leader("b:1"), "it was not reached before, and has been elected now");

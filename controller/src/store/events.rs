@@ -7,25 +7,34 @@ use super::{CommitError, LOAD_TIMEOUT, MAX_OPERATIONS, REQUEST_TIMEOUT, Store, k
 use crate::model::keys::EVENTS;
 
 impl Store {
-    /// Deletes the oldest events when there are more than `keep`: as many as there are too many, and `at_once` at the most. Returns how
+    /// Deletes the oldest events when there are more than `keep` and `slack`, until `keep` are left, and `at_once` at the most. Returns how
     /// many went. They are no part of the state, so what the writer decides meanwhile does not rest on them.
     ///
     /// # Errors
     ///
     /// When etcd does not answer, or `term` is over. Some may have gone.
-    pub async fn trim_events(&self, term: Term, keep: usize, at_once: usize) -> Result<usize, CommitError> {
+    pub async fn trim_events(
+        &self,
+        term: Term,
+        keep: usize,
+        slack: usize,
+        at_once: usize,
+    ) -> Result<usize, CommitError> {
         let count = GetOptions::new().with_prefix().with_count_only();
-        let there = self.events(count).await?.count();
-        let too_many = usize::try_from(there).unwrap_or(0).saturating_sub(keep).min(at_once);
-        if too_many == 0 {
+        let too_many = |count: i64| usize::try_from(count).unwrap_or(0).saturating_sub(keep);
+        let counted = too_many(self.events(count).await?.count());
+        if counted <= slack {
             return Ok(0);
         }
         let oldest = GetOptions::new()
             .with_prefix()
             .with_keys_only()
             .with_sort(SortTarget::Mod, SortOrder::Ascend)
-            .with_limit(i64::try_from(too_many).unwrap_or(i64::MAX));
-        let keys: Vec<Vec<u8>> = self.events(oldest).await?.kvs().iter().map(|event| event.key().to_vec()).collect();
+            .with_limit(i64::try_from(counted.min(at_once)).unwrap_or(i64::MAX));
+        let found = self.events(oldest).await?;
+        // Others may have gone meanwhile, by their lease.
+        let oldest = found.kvs().iter().take(too_many(found.count()));
+        let keys: Vec<Vec<u8>> = oldest.map(|event| event.key().to_vec()).collect();
         for some in keys.chunks(MAX_OPERATIONS) {
             let deletions: Vec<TxnOp> = some.iter().map(|key| TxnOp::delete(key.as_slice(), None)).collect();
             let txn = Txn::new().when([leads(term)]).and_then(deletions);
