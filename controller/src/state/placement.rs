@@ -476,6 +476,10 @@ fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
 /// The VM stays with a host that is lost.
 pub(super) fn mark_unreachable(draft: &mut Draft<'_>, entry: &VmEntry, reason: String) -> Result<(), Refusal> {
     let current = entry.current_status();
+    if entry.record.desired == Desired::Stopped && current.is_some_and(|s| s.phase == Phase::Stopped) {
+        // It does not execute, and takes up no room there. What is to be done to its disks waits for the host.
+        return Ok(());
+    }
     // Where only disks are left to be removed, no guest may execute.
     let only_disks = entry.record.desired == Desired::Deleted
         && current.is_some_and(|s| s.phase == Phase::Deleting || s.phase == Phase::Stopped);

@@ -5,7 +5,10 @@ use uuid::Uuid;
 
 use super::fixtures::*;
 use crate::{
-    model::{Desired, EventType, vm::SnapshotState},
+    model::{
+        Desired, EventType, Phase,
+        vm::{Failover, SnapshotState, VmSpec},
+    },
     state::{
         MAX_SNAPSHOTS,
         command::{Command, DisksObservation, Lapsed, ObservedState, PowerChange, Refusal, VmObservation},
@@ -170,4 +173,19 @@ fn what_is_stopped_stays_with_the_host_that_has_something_to_do_to_its_disks() {
     world.set(vm, PowerChange::Stop);
     world.says(vm, ObservedState::Stopped, reverted(1));
     assert_eq!((world.record(vm).revert, world.record(vm).desired), (None, Desired::Stopped));
+}
+
+#[test]
+fn a_stopped_vm_takes_up_no_room_on_a_lost_host_while_its_disks_are_to_be_worked_on() {
+    for failover in [Failover::Fast, Failover::Hold] {
+        let mut world = World::with_hosts(1);
+        let vm = world.running(1, VmSpec { failover, ..with_disk("shared") });
+        world.ok(Command::SetDesired { vm, desired: PowerChange::Stop });
+        world.says(vm, ObservedState::Stopped, DisksObservation::default());
+        world.ok(create(vm, 1));
+        world.lapse(host_id(1), Lapsed::Both);
+        assert_eq!(world.state.host(host_id(1)).unwrap().promised.memory_mib, 0, "{failover:?}");
+        assert_eq!(world.state.vm(vm).unwrap().effective_status().phase, Phase::Stopped, "its guest does not execute");
+        assert_eq!(world.record(vm).snapshots[0].state, SnapshotState::Creating, "that waits for the host");
+    }
 }
