@@ -1,4 +1,5 @@
-//! Many agents in one process: a task, a connection and a session each, as the real agent has them.
+//! Many agents in one process: a task, a connection and a session each, as the real agent has them. They have threads of their own:
+//! who measures is a user elsewhere, and does not stand in line with ten thousand agents.
 //!
 //! They dial by the real agent's own rules (`uncloud_agent::session::dialer`), beat at the interval that Welcome says, and
 //! count: answers and how long they took, and leases that ran out because no answer came in time.
@@ -12,7 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::mpsc, time};
+use anyhow::Context as _;
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::mpsc,
+    time,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, transport::Channel};
@@ -40,6 +46,8 @@ pub struct Fleet {
     shared: Arc<Shared>,
     agents: Vec<CancellationToken>,
     tasks: TaskTracker,
+    /// There until it is dropped.
+    threads: Option<Runtime>,
 }
 
 struct Shared {
@@ -71,8 +79,13 @@ pub struct Counted {
 
 impl Fleet {
     /// No agents yet. They dial these controllers.
-    #[must_use]
-    pub fn new(addresses: Vec<String>) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// There can be no more threads.
+    pub fn new(addresses: Vec<String>) -> anyhow::Result<Self> {
+        let threads =
+            Builder::new_multi_thread().enable_all().thread_name("agents").build().context("start threads")?;
         let shared = Shared {
             addresses,
             begin: Instant::now(),
@@ -84,21 +97,24 @@ impl Fleet {
             answers: Mutex::default(),
             ended: Mutex::default(),
         };
-        Self { shared: Arc::new(shared), agents: Vec::new(), tasks: TaskTracker::new() }
+        let (agents, tasks) = (Vec::new(), TaskTracker::new());
+        Ok(Self { shared: Arc::new(shared), agents, tasks, threads: Some(threads) })
     }
 
     /// Starts the agents of those hosts of a site that have none yet, all at once.
     pub fn start(&mut self, site: &Site) {
+        let Some(threads) = &self.threads else { return };
         for host in site.hosts.iter().skip(self.agents.len()) {
             let stop = CancellationToken::new();
             self.agents.push(stop.clone());
             let agent = agent(Arc::clone(&self.shared), host.clone(), site.pool);
-            self.tasks.spawn(async move {
+            let agent = async move {
                 tokio::select! {
                     () = stop.cancelled() => {}
                     never = agent => match never {},
                 }
-            });
+            };
+            self.tasks.spawn_on(agent, threads.handle());
         }
     }
 
@@ -166,6 +182,8 @@ impl Fleet {
 impl Drop for Fleet {
     fn drop(&mut self) {
         self.agents.iter().for_each(CancellationToken::cancel);
+        // Whoever drops this must not wait.
+        self.threads.take().into_iter().for_each(Runtime::shutdown_background);
     }
 }
 

@@ -76,8 +76,11 @@ impl Plane {
     }
 
     /// A fleet that dials these controllers. Nobody is in it yet.
-    #[must_use]
-    pub fn fleet(&self) -> Fleet {
+    ///
+    /// # Errors
+    ///
+    /// There can be no more threads.
+    pub fn fleet(&self) -> anyhow::Result<Fleet> {
         Fleet::new(self.addresses.clone())
     }
 

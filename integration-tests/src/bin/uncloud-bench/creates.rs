@@ -1,7 +1,9 @@
-//! How many creates are acknowledged in a second, beside raw etcd transactions of the same bytes on the same etcd.
+//! How many creates are acknowledged in a second, beside raw etcd transactions of the same bytes on the same etcd: as long values
+//! under keys of the same form, with the same etcd leases.
 //!
 //! One client's create is put beside one transaction of one VM (`create_1_p50`), many clients' beside transactions that are as
-//! full as etcd takes them: one at a time, as the leader's are (`create_128`), and four at a time (`create_128_of_4`). A client's call
+//! full as etcd takes them: one at a time, as the leader's are (`create_128`), and four at a time (`create_128_of_4`). Keys with random
+//! ids cost etcd more than keys in their order and without leases, which `create_128_in_order` has beside it. A client's call
 //! to the controller costs something, too, whatever it asks for: `create_1_p50_call` and `create_128_call` have in their limit
 //! as many calls that the controller refuses at once.
 
@@ -11,12 +13,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp};
+use etcd_client::{Client, Compare, CompareOp, GetOptions, KeyValue, PutOptions, Txn, TxnOp};
 use harness::{Api, Cluster, Options, etcd::Fsync, slots::Share};
 use tokio::task::JoinSet;
 use tonic::Code;
 use uncloud_controller::store::MAX_OPERATIONS;
 use uncloud_proto::v1::{CreateVmRequest, Disk, PowerState, VmSpec};
+use uuid::Uuid;
 
 use super::{Measured, median, millis};
 
@@ -33,18 +36,22 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
     options.share = Share::Whole;
     options.fsync = Fsync::On;
     let cluster = options.start().await?;
-    let sizes = sizes_of_a_create(&cluster).await?;
-    let beside = format!("raw etcd transactions of {} puts, {} bytes", sizes.len(), sizes.iter().sum::<usize>());
+    let puts = puts_of_a_create(&cluster).await?;
+    let bytes: usize = puts.iter().map(|put| put.bytes).sum();
+    let beside = format!("raw etcd transactions of {} puts, {bytes} bytes", puts.len());
+    let in_order: Vec<Written> = puts.iter().map(Written::in_order).collect();
 
     let mut all = Vec::new();
     for clients in CLIENTS {
-        let (mut ours, mut raw, mut raw_of_4, mut calls) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut ours, mut raw, mut calls) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut raw_of_4, mut raw_in_order) = (Vec::new(), Vec::new());
         // In turns, so that a noisy moment of the machine hits both.
         for round in 0..ROUNDS {
-            let (vms, at_once) = if clients == MANY { (MAX_OPERATIONS / sizes.len(), 1) } else { (1, clients) };
-            raw.push(raw_per_second(&cluster, &sizes, vms, at_once, round).await?);
+            let (vms, at_once) = if clients == MANY { (MAX_OPERATIONS / puts.len(), 1) } else { (1, clients) };
+            raw.push(raw_per_second(&cluster, &puts, vms, at_once, round).await?);
             if clients == MANY {
-                raw_of_4.push(raw_per_second(&cluster, &sizes, vms, 4, round).await?);
+                raw_of_4.push(raw_per_second(&cluster, &puts, vms, 4, round).await?);
+                raw_in_order.push(raw_per_second(&cluster, &in_order, vms, 1, round).await?);
             }
             calls.push(calls_per_second(&cluster, clients).await?);
             ours.push(creates_per_second(&cluster, clients, round).await?);
@@ -63,6 +70,8 @@ pub(crate) async fn measure() -> anyhow::Result<Vec<Measured>> {
             let both = 1.0 / (1.0 / raw + 1.0 / rate(calls));
             all.push(Measured::new("create_128_call", ours, both, "1/s", format!("the same and {CALL} for each VM")));
             all.push(Measured::new("create_128_of_4", ours, rate(raw_of_4), "1/s", "the same, four at a time"));
+            let beside = "as long values under keys in order, without etcd leases";
+            all.push(Measured::new("create_128_in_order", ours, rate(raw_in_order), "1/s", beside));
         }
     }
     cluster.finish().await?;
@@ -93,14 +102,49 @@ fn request(name: String) -> CreateVmRequest {
     CreateVmRequest { name, spec: Some(spec), desired: PowerState::Stopped.into(), ..CreateVmRequest::default() }
 }
 
-/// The values that the transaction of one create writes: everything of its revision.
-async fn sizes_of_a_create(cluster: &Cluster) -> anyhow::Result<Vec<usize>> {
+/// One put of the transaction of a create.
+#[derive(Clone)]
+struct Written {
+    /// [`ID`] and [`NAME`] stand where the VM's id and name were.
+    key: String,
+    bytes: usize,
+    /// The etcd lease, or 0.
+    lease: i64,
+}
+
+const ID: &str = "{id}";
+const NAME: &str = "{name}";
+
+impl Written {
+    /// As many bytes under a key that comes after all before it.
+    fn in_order(&self) -> Self {
+        Self {
+            key: format!("{NAME}/{}", self.key.replace(ID, "00000000-0000-0000-0000-000000000000")),
+            lease: 0,
+            ..*self
+        }
+    }
+
+    fn put(&self, id: Uuid, name: &str, value: &[u8]) -> TxnOp {
+        let key = self.key.replace(ID, &id.to_string()).replace(NAME, name);
+        let options = (self.lease != 0).then(|| PutOptions::new().with_lease(self.lease));
+        TxnOp::put(format!("/raw/{key}"), &value[..self.bytes], options)
+    }
+}
+
+/// What the transaction of one create writes: everything of its revision.
+async fn puts_of_a_create(cluster: &Cluster) -> anyhow::Result<Vec<Written>> {
     let vm = cluster.api.create(request("sample".into())).await?;
     let mut etcd = cluster.etcd.as_ref().context("an etcd")?.client().await?;
     let all = etcd.get("/uncloud/", Some(GetOptions::new().with_prefix())).await?;
     let record = all.kvs().iter().find(|kv| kv.key().ends_with(vm.id.as_bytes())).context("the record of the VM")?;
     let revision = record.mod_revision();
-    Ok(all.kvs().iter().filter(|kv| kv.mod_revision() == revision).map(|kv| kv.value().len()).collect())
+    let written = all.kvs().iter().filter(|kv| kv.mod_revision() == revision);
+    let put = |kv: &KeyValue| {
+        let key = String::from_utf8(kv.key().to_vec())?.replace(&vm.id, ID).replace("sample", NAME);
+        anyhow::Ok(Written { key, bytes: kv.value().len(), lease: kv.lease() })
+    };
+    written.map(put).collect()
 }
 
 async fn creates_per_second(cluster: &Cluster, clients: usize, round: usize) -> anyhow::Result<Measure> {
@@ -119,7 +163,7 @@ async fn creates_per_second(cluster: &Cluster, clients: usize, round: usize) -> 
 /// Transactions with what `vms` creates write, `clients` at a time.
 async fn raw_per_second(
     cluster: &Cluster,
-    sizes: &[usize],
+    puts: &[Written],
     vms: usize,
     clients: usize,
     round: usize,
@@ -129,13 +173,17 @@ async fn raw_per_second(
     for _ in 0..CONNECTIONS {
         connections.push(etcd.client().await?);
     }
-    let values: Arc<Vec<Vec<u8>>> = Arc::new(sizes.repeat(vms).into_iter().map(|n| vec![b'x'; n]).collect());
+    let puts: Arc<[Written]> = puts.into();
+    let value: Arc<[u8]> = vec![b'x'; puts.iter().map(|put| put.bytes).max().unwrap_or(0)].into();
     per_second(clients, vms as u64, |client, n| {
-        let (mut etcd, values) = (connections[client % CONNECTIONS].clone(), Arc::clone(&values));
+        let (mut etcd, puts, value) =
+            (connections[client % CONNECTIONS].clone(), Arc::clone(&puts), Arc::clone(&value));
         async move {
-            let key = |i: usize| format!("/raw/{vms}/{clients}/{round}/{client:08}-{n:012}/{i:03}");
-            let puts: Vec<TxnOp> =
-                values.iter().enumerate().map(|(i, v)| TxnOp::put(key(i), v.clone(), None)).collect();
+            let puts = (0..vms).flat_map(|vm| {
+                let (id, name) = (Uuid::new_v4(), format!("{clients}-{round}-{client:08}-{n:012}-{vm:03}"));
+                puts.iter().map(|put| put.put(id, &name, &value)).collect::<Vec<_>>()
+            });
+            let puts: Vec<TxnOp> = puts.collect();
             // As the leader does: a condition on a key that is there.
             let leads = Compare::version("/uncloud/v1/leader", CompareOp::Greater, 0);
             let answer = etcd.txn(Txn::new().when([leads]).and_then(puts)).await?;

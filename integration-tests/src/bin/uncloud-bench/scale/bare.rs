@@ -57,7 +57,7 @@ pub(super) async fn measure(site: &Site) -> anyhow::Result<Bare> {
     let pid = server.id().context("it runs")?;
     let before = usage::resident_kib(pid)? as f64;
 
-    let mut fleet = Fleet::new(vec![address]);
+    let mut fleet = Fleet::new(vec![address])?;
     let begin = Instant::now();
     fleet.start(&site);
     fleet.wait_sessions(site.hosts.len(), CONNECT_LIMIT).await?;

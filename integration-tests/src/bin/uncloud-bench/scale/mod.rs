@@ -57,7 +57,7 @@ pub(crate) async fn measure(stages: &[&str]) -> anyhow::Result<Vec<Measured>> {
     say(begin, &format!("a bare server: {bare:?}"));
     let bytes = plane.fill(&site).await?;
     say(begin, &format!("etcd is filled: {HOSTS} hosts, {VMS} VMs, {} MiB", bytes >> 20));
-    let fleet = plane.fleet();
+    let fleet = plane.fleet()?;
     let mut scale = Scale { plane, site, fleet, bare, empty_kib, all: Vec::new() };
     agents::cold_start(&mut scale).await?;
     say(begin, "the controller leads");
