@@ -2,6 +2,7 @@
 
 use std::{pin::Pin, time::Duration};
 
+use futures_util::{StreamExt as _, stream::Map};
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -30,7 +31,7 @@ pub(super) struct Agents {
 
 #[tonic::async_trait]
 impl AgentService for Agents {
-    type SessionStream = ReceiverStream<Item>;
+    type SessionStream = Map<ReceiverStream<Item>, fn(Item) -> Result<v1::SessionResponse, Status>>;
 
     async fn session(
         &self,
@@ -43,7 +44,7 @@ impl AgentService for Agents {
         }
         let (queue, receiver) = mpsc::channel(sessions::QUEUE);
         tokio::spawn(sessions::run(waiting, request.into_inner(), queue));
-        Ok(Response::new(ReceiverStream::new(receiver)))
+        Ok(Response::new(ReceiverStream::new(receiver).map(|item| *item)))
     }
 
     type AttachStreamStream =

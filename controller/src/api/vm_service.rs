@@ -89,7 +89,8 @@ impl Vms {
         let leader = self.context.leader()?;
         let id = VmId::from_uuid(Uuid::new_v4());
         for attempt in 1.. {
-            let clone = NewClone { id, name: name.clone(), macs: validate::macs(&mut rand::random) };
+            let clone =
+                NewClone { id, name: name.clone(), macs: validate::macs(validate::MAX_NICS, &mut rand::random) };
             let (request, snapshot, clone) = (request_id.clone(), snapshot.clone(), Box::new(clone));
             match leader.writer.submit(Command::CloneVm { request, source, snapshot, clone }).await {
                 Ok(Committed { answer: Answer::Vm(record), revision, replayed }) => {

@@ -93,8 +93,11 @@ impl Record {
         }
         Ok(match key {
             Key::Vm(id) => {
-                let r: VmRecord = decode(bytes)?;
+                let mut r: VmRecord = decode(bytes)?;
                 same(&r.id, id)?;
+                // Lists that were read have room for four, and most VMs have one disk and one NIC.
+                r.spec.disks.shrink_to_fit();
+                r.spec.nics.shrink_to_fit();
                 Self::Vm(Arc::new(r))
             }
             Key::VmStatus(_) => Self::VmStatus(Arc::new(decode(bytes)?)),

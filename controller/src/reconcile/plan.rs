@@ -21,7 +21,7 @@ use crate::{
     state::{MAX_PLACEMENTS, State, command::Command, lease_lapsed, placing_order},
 };
 
-/// How many VMs one command may move: as many as fit into one transaction.
+/// How many VMs one command may move.
 pub const BATCH: usize = MAX_PLACEMENTS;
 
 /// A VM that no host could take is tried again after this long, even if nothing seems to have changed.

@@ -245,12 +245,13 @@ fn a_host_that_is_heard_again_is_room_too() {
 fn higher_priority_goes_first_and_then_the_largest_and_batches_are_bounded() {
     let mut important = vm(60, 1, None);
     important.spec.priority = 1;
-    let others = (1..=50).map(|n| vm(n, 100 + u64::try_from(n).unwrap(), None));
+    let others = (1..=2 * BATCH as u128).map(|n| vm(n, 100 + u64::try_from(n).unwrap(), None));
     let w = World::new([host(1, 65536, Liveness::Up)], others.chain([important]));
 
     let batches = w.plan();
     assert_eq!(batches.iter().map(Vec::len).collect::<Vec<_>>(), [BATCH, BATCH, 1]);
-    assert_eq!(batches[0][..3], [vm_id(60), vm_id(50), vm_id(49)]);
+    let largest = 2 * BATCH as u128;
+    assert_eq!(batches[0][..3], [vm_id(60), vm_id(largest), vm_id(largest - 1)]);
     assert_eq!(batches[2], [vm_id(1)]);
 }
 

@@ -22,8 +22,8 @@ pub(super) struct Disks {
     shared: BTreeMap<Uuid, Promised>,
     /// By the names of the pools.
     on_hosts: Pieces<HostId, BTreeMap<String, Promised>>,
-    /// None is empty.
-    of_vms: Pieces<VmId, BTreeMap<Place, u64>>,
+    /// None is empty, and none has a place twice. A map would take ten times as much memory for the one or two that most have.
+    of_vms: Pieces<VmId, Box<[(Place, u64)]>>,
 }
 
 /// What is promised in one place. It goes with the last VM.
@@ -51,7 +51,11 @@ impl Promised {
 impl Disks {
     /// A VM's disks have these sizes in these places, and in no others. Whether that leaves more room anywhere.
     pub(super) fn set(&mut self, vm: VmId, disks: BTreeMap<Place, u64>) -> bool {
-        if self.of_vms.get(&vm).map_or(disks.is_empty(), |now| *now == disks) {
+        if self
+            .of_vms
+            .get(&vm)
+            .map_or(disks.is_empty(), |now| now.iter().map(|(place, bytes)| (place, bytes)).eq(&disks))
+        {
             return false;
         }
         let mut shrinks = false;
@@ -72,7 +76,7 @@ impl Disks {
             }
         }
         if !disks.is_empty() {
-            self.of_vms.insert(vm, disks);
+            self.of_vms.insert(vm, disks.into_iter().collect());
         }
         shrinks
     }

@@ -11,8 +11,8 @@ use uncloud_proto::{
 /// and one for each burst of changes), and is cut off rather than waited for.
 pub(crate) const QUEUE: usize = 64;
 
-/// What the stream carries.
-pub(crate) type Item = Result<v1::SessionResponse, Status>;
+/// What the stream carries, in a box: a queue has room for 32 from the beginning, and each host has one.
+pub(crate) type Item = Box<Result<v1::SessionResponse, Status>>;
 
 /// Why a session ends.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Outgoing {
     }
 
     fn item(&self, message: Message) -> Item {
-        Ok(v1::SessionResponse { term: self.term.0, message: Some(message) })
+        Box::new(Ok(v1::SessionResponse { term: self.term.0, message: Some(message) }))
     }
 
     /// Sends a message, or says that the session must end. Never waits.
@@ -83,7 +83,7 @@ impl Outgoing {
     pub(crate) fn finish(self, end: End, leader: Option<String>) {
         let item = match end {
             End::Gone => return,
-            End::Failed(status) => Err(status),
+            End::Failed(status) => Box::new(Err(status)),
             End::Goodbye(reason, message) => self.item(Message::Goodbye(v1::Goodbye {
                 reason: reason.into(),
                 message,

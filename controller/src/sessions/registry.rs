@@ -61,7 +61,8 @@ struct Connected {
     boot_id: Uuid,
     /// It has had its Welcome: it may be asked things.
     stage: Stage,
-    orders: mpsc::Sender<Order>,
+    /// In a box each: a queue has room for 32 from the beginning, and each host has one.
+    orders: mpsc::Sender<Box<Order>>,
     replaced: CancellationToken,
     facts: LiveFacts,
 }
@@ -329,7 +330,7 @@ impl Inner {
     fn send(&mut self, host: HostId, order: Order) -> Result<(), AskError> {
         let connected =
             self.sessions.get(&host).filter(|c| c.stage == Stage::Welcomed).ok_or(AskError::NotConnected)?;
-        connected.orders.try_send(order).map_err(|e| match e {
+        connected.orders.try_send(Box::new(order)).map_err(|e| match e {
             mpsc::error::TrySendError::Full(_) => AskError::Busy,
             mpsc::error::TrySendError::Closed(_) => AskError::NotConnected,
         })
@@ -352,7 +353,7 @@ pub struct Claim {
     host: HostId,
     session: u64,
     /// What API calls want sent.
-    pub orders: mpsc::Receiver<Order>,
+    pub orders: mpsc::Receiver<Box<Order>>,
     /// Cancelled when a newer session has taken the place.
     pub replaced: CancellationToken,
 }
@@ -504,7 +505,7 @@ mod tests {
         let mut claim = registry.claim(host(1), boot(1)).unwrap();
         claim.welcomed();
         let mut waiting = registry.open_stream(host(1), v1::OpenStream::default(), pipe().0).unwrap();
-        let Some(Order::OpenStream(order)) = claim.orders.recv().await else { panic!() };
+        let Some(Order::OpenStream(order)) = claim.orders.recv().await.map(|order| *order) else { panic!() };
         let id: Uuid = order.stream_id.parse().unwrap();
         assert!(registry.attach(host(2), id).is_none());
         assert!(registry.attach(host(1), boot(9)).is_none());
@@ -513,7 +514,7 @@ mod tests {
         assert!(registry.attach(host(1), id).is_none());
         // Given up: nobody can attach it.
         let waiting = registry.open_stream(host(1), v1::OpenStream::default(), pipe().0).unwrap();
-        let Some(Order::OpenStream(order)) = claim.orders.recv().await else { panic!() };
+        let Some(Order::OpenStream(order)) = claim.orders.recv().await.map(|order| *order) else { panic!() };
         drop(waiting);
         assert!(registry.attach(host(1), order.stream_id.parse().unwrap()).is_none());
     }

@@ -338,7 +338,7 @@ impl<'a> Session<'a> {
                     Ok(Some(message)) => self.on_message(message)?,
                     Ok(None) | Err(_) => return Err(End::Gone),
                 },
-                order = self.claim.orders.recv() => match order {
+                order = self.claim.orders.recv() => match order.map(|order| *order) {
                     Some(Order::OpenStream(order)) => self.out.send(Message::OpenStream(order))?,
                     Some(Order::InspectFile(order)) => self.out.send(Message::InspectFile(order))?,
                     Some(Order::FetchImage(order)) => self.out.send(Message::FetchImage(order))?,

@@ -15,9 +15,9 @@ use crate::model::{
     DrainHow, Extra, HostMode, Key, OwnDisks, Record, RequestAnswer, RequestRecord, Subject, image::ImageState,
 };
 
-/// How many VMs one command places or moves. A move writes a record, a status and up to two events; 25 of them and the
-/// host's record stay under the 128 operations that etcd takes in one transaction.
-pub const MAX_PLACEMENTS: usize = 25;
+/// How many VMs one command places or moves. A move writes a record, a status and an event, sometimes two: two such commands fill the 128
+/// operations that etcd takes in one transaction, and one never exceeds them.
+pub const MAX_PLACEMENTS: usize = 21;
 
 /// How many reports one command may have. The end of a VM removes up to eleven keys and writes an event; ten of them
 /// stay under 128 operations.

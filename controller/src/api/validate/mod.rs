@@ -17,7 +17,7 @@ pub(crate) use requests::{
     list_vms, migrate_vm, resize_disk, resume_point, set_failover, simulate_host_failure, snapshot, vm_ref, vnc_data,
     vnc_open, watch_events, watch_vms,
 };
-pub(crate) use vm::{create_vm, macs, mint_macs, update_vm};
+pub(crate) use vm::{MAX_NICS, create_vm, macs, mint_macs, update_vm};
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -25,7 +25,8 @@ use crate::{
 
 const MAX_VCPUS: u64 = 256;
 const MAX_MEMORY_MIB: u64 = 4 * 1024 * 1024;
-const MAX_NICS: usize = 8;
+/// How many network interfaces a VM may have.
+pub(crate) const MAX_NICS: usize = 8;
 const MAX_DISK_BYTES: u64 = 64 << 40;
 const SECTOR: u64 = 512;
 const MAX_PRIORITY: u64 = 1000;
@@ -71,15 +72,16 @@ pub(crate) fn create_vm(
 
 /// Gives every network interface a new MAC address, all different.
 pub(crate) fn mint_macs(spec: &mut VmSpec, random: &mut dyn FnMut() -> [u8; 5]) {
-    for (nic, mac) in spec.nics.iter_mut().zip(macs(random)) {
+    let nics = spec.nics.len();
+    for (nic, mac) in spec.nics.iter_mut().zip(macs(nics, random)) {
         nic.mac = mac;
     }
 }
 
-/// As many MAC addresses as a VM can have, all different.
-pub(crate) fn macs(random: &mut dyn FnMut() -> [u8; 5]) -> Vec<String> {
-    let mut macs = Vec::with_capacity(MAX_NICS);
-    while macs.len() < MAX_NICS {
+/// So many MAC addresses, all different.
+pub(crate) fn macs(count: usize, random: &mut dyn FnMut() -> [u8; 5]) -> Vec<String> {
+    let mut macs = Vec::with_capacity(count);
+    while macs.len() < count {
         let [b, c, d, e, f] = random();
         let mac = format!("{MAC_PREFIX:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}");
         if !macs.contains(&mac) {

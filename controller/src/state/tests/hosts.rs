@@ -5,7 +5,10 @@ use uuid::Uuid;
 use super::fixtures::*;
 use crate::{
     model::{EventType, HostMode, Liveness, vm::Failover},
-    state::command::{Command, FailoverChange, HostFacts, Lapsed, ObservedState, Refusal},
+    state::{
+        MAX_PLACEMENTS,
+        command::{Command, FailoverChange, HostFacts, Lapsed, ObservedState, Refusal},
+    },
 };
 
 fn register(facts: HostFacts) -> Command {
@@ -142,9 +145,13 @@ fn a_lapse_moves_as_many_vms_as_it_is_told_and_the_next_pass_moves_the_rest() {
     world.ok(Command::DeclareLapsed { host: host_id(1), lapsed: Lapsed::Fast, limit: 10 });
     assert_eq!((on(&world, 1), on(&world, 2)), (30, 10));
     world.ok(Command::Place { vms: world.state.vms_on(host_id(1)).collect() });
-    assert_eq!((on(&world, 1), on(&world, 2)), (5, 35), "25 at once at the most");
+    assert_eq!(
+        (on(&world, 1), on(&world, 2)),
+        (30 - MAX_PLACEMENTS, 10 + MAX_PLACEMENTS),
+        "so many at once at the most"
+    );
     world.ok(Command::Place { vms });
-    assert_eq!((on(&world, 1), on(&world, 2)), (5, 35), "the first 25 of the list are all moved");
+    assert_eq!(on(&world, 1), 30 - MAX_PLACEMENTS, "the first of the list are all moved");
     world.ok(Command::Place { vms: world.state.vms_on(host_id(1)).collect() });
     assert_eq!(on(&world, 2), 40);
 }
