@@ -7,7 +7,7 @@ use prost::Message as _;
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status, Streaming};
 use uncloud_proto::{
-    ids::VmId,
+    ids::{HostId, VmId},
     v1::{self, vm_service_server::VmService},
 };
 use uuid::Uuid;
@@ -22,12 +22,13 @@ use super::{
 };
 use crate::{
     leadership::{Committed, Leader, WriteError},
-    model::{Desired, Phase},
+    model::{Desired, Liveness, Phase},
     scheduler::{self, Limits},
     sessions::serving,
     state::{
         self, State, VmEntry,
         command::{Answer, Command, NewClone, PowerChange, Refusal, RequestId},
+        exports::network_pools,
     },
 };
 
@@ -215,6 +216,11 @@ fn summary(state: &State, entry: &VmEntry, capacity: &str) -> String {
             Desired::Stopped | Desired::Deleted => format!("{phase:?}: it should not run, and has no host"),
         };
     };
+    let waits = if phase == Phase::Stopped && waits_with_disks(state, entry, host) {
+        "; what is still to be done to its disks waits for that host, which is not heard"
+    } else {
+        ""
+    };
     let host = state.host(host).map_or_else(|| host.to_string(), |h| h.record.name.clone());
     let why = &placement.why;
     let reason = match status.reason {
@@ -234,8 +240,14 @@ fn summary(state: &State, entry: &VmEntry, capacity: &str) -> String {
         | Phase::Failed
         | Phase::Deleting
         | Phase::Migrating
-        | Phase::Paused => format!("{phase:?} on {host}{reason} (placed there: {why})"),
+        | Phase::Paused => format!("{phase:?} on {host}{reason} (placed there: {why}){waits}"),
     }
+}
+
+/// Whether something is to be done to a VM's disks by its host, which is down. Those in network pools are another host's.
+fn waits_with_disks(state: &State, entry: &VmEntry, host: HostId) -> bool {
+    let is_up = state.host(host).is_some_and(|h| h.record.liveness == Liveness::Up);
+    !is_up && entry.record.has_disk_orders() && network_pools(state, &entry.record, host).is_empty()
 }
 
 type BoxStream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;

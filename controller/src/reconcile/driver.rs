@@ -31,7 +31,7 @@ const PERIOD: Duration = Duration::from_millis(100);
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
 
 /// So many batches of VMs are handed to the writer at once: those of a host with 1000 VMs before the reports of the first of them that
-/// run. What users ask for meanwhile, and hosts that come back, waits for these, each a transaction of some two milliseconds.
+/// run. What users ask for meanwhile, and hosts that come back, waits for these, two to a transaction of some two milliseconds.
 const AT_ONCE: usize = 1000_usize.div_ceil(BATCH);
 
 /// Runs passes until the term ends.

@@ -15,15 +15,15 @@ use crate::model::{
     DrainHow, Extra, HostMode, Key, OwnDisks, Record, RequestAnswer, RequestRecord, Subject, image::ImageState,
 };
 
-/// How many VMs one command places or moves. A move writes a record, a status and an event, sometimes two: two such commands fill the 128
-/// operations that etcd takes in one transaction, and one never exceeds them.
-pub const MAX_PLACEMENTS: usize = 21;
+/// How many VMs one command places or moves. Most moves write a record, a status and an event: two such commands, and what is to be
+/// said of two hosts, fill the 128 operations that etcd takes in one transaction.
+pub const MAX_PLACEMENTS: usize = 20;
 
 /// How many reports one command may have. The end of a VM removes up to eleven keys and writes an event; ten of them
 /// stay under 128 operations.
 pub const MAX_REPORTS: usize = 10;
 
-/// How many operations a command that goes through many VMs may have before it takes up the next one.
+/// How many operations a command that goes through many VMs may have before it takes up the next one, which adds twelve at the most.
 const FULL_OPERATIONS: usize = 112;
 
 /// The same in bytes of VM records. etcd takes 1.5 MiB in one transaction, and one VM may have 200 KiB of labels.

@@ -69,6 +69,9 @@ fn prospect(draft: &mut Draft<'_>, vm: VmId) -> Prospect {
         Desired::Deleted if matches!(phase, Some(Phase::Stopped | Phase::Deleting)) => return Prospect::AtRest,
         Desired::Deleted => return Prospect::Waits("is being deleted".into()),
         Desired::Stopped if entry.ended_for_good() => return Prospect::AtRest,
+        Desired::Stopped if phase == Some(Phase::Stopped) => {
+            return Prospect::Waits("has stopped, and its disks are still worked on".into());
+        }
         Desired::Stopped => return Prospect::Waits("is being stopped".into()),
         Desired::Running => {}
     }

@@ -334,7 +334,6 @@ pub(super) fn displace(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Ref
     }
     let from = format!("host `{}` is down ({})", host_record.name, lapse_words(entry.record.spec.failover));
     match entry.record.desired {
-        Desired::Stopped if entry.ended_for_good() => Ok(()),
         Desired::Stopped => mark_unreachable(draft, entry, format!("{from}; it is not started again")),
         Desired::Deleted => move_deletion(draft, entry, &host_record, &from),
         Desired::Running => match home(&entry.record) {
@@ -477,7 +476,7 @@ fn shared_ids(host: &HostRecord) -> BTreeMap<String, uuid::Uuid> {
 pub(super) fn mark_unreachable(draft: &mut Draft<'_>, entry: &VmEntry, reason: String) -> Result<(), Refusal> {
     let current = entry.current_status();
     if entry.record.desired == Desired::Stopped && current.is_some_and(|s| s.phase == Phase::Stopped) {
-        // It does not execute, and takes up no room there. What is to be done to its disks waits for the host.
+        // It does not execute, and takes up no room there, whatever is still to be done to its disks.
         return Ok(());
     }
     // Where only disks are left to be removed, no guest may execute.

@@ -2,10 +2,12 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use uncloud_proto::ids::{ImageId, Incarnation, VmId};
+use uncloud_proto::ids::{HostId, ImageId, Incarnation, VmId};
 
 use super::{
-    VmEntry, attach,
+    VmEntry,
+    absorb::needs,
+    attach,
     clone::{self, Use},
     command::{Answer, ImageUse, NewVm, PowerChange, Refusal, RequestId},
     draft::Draft,
@@ -21,7 +23,7 @@ use crate::{
         image::{FileRole, ImageKind},
         vm::{CloneOf, Placement, VmSpec},
     },
-    scheduler::{Choice, Home},
+    scheduler::{self, Choice, Home},
 };
 
 pub(super) fn create(draft: &mut Draft<'_>, request: Option<&RequestId>, new: &NewVm) -> Result<Answer, Refusal> {
@@ -257,6 +259,7 @@ fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
     match record.placement.host {
         // It may still execute there, so it can be nowhere else.
         Some(host) if !entry.ended_for_good() => {
+            check_room_where_it_is(draft, entry, host)?;
             let why = "it had not stopped there yet when it was started again".to_owned();
             give_host(draft, entry, record, Choice { host, why })?;
             // Unless the lease has run out there.
@@ -276,6 +279,25 @@ fn start(draft: &mut Draft<'_>, entry: &VmEntry) -> Result<(), Refusal> {
             }
         },
     }
+}
+
+/// A VM that has stopped, and whose disks are still worked on, has no room there any more and cannot go elsewhere: memory is never
+/// promised twice.
+fn check_room_where_it_is(draft: &mut Draft<'_>, entry: &VmEntry, host: HostId) -> Result<(), Refusal> {
+    let Some(record) = draft.peek_host(host) else { return Ok(()) };
+    let leaves =
+        lease_lapsed(entry.record.spec.failover, record.liveness) && home(&entry.record) != Home::OnlyHost(host);
+    if entry.holds_room() || leaves {
+        return Ok(());
+    }
+    let (needed, limits) = (needs(&entry.record).resources, draft.limits());
+    let Some(Err(why)) = scheduler::room(draft.view(), host, entry.record.id, needed, &limits) else { return Ok(()) };
+    let host = draft.host_name(host);
+    Err(Refusal::Precondition(format!(
+        "host `{host}` still works on the disks of VM `{}` and {why} for it now; start it when that is done: then it is given a \
+         host with room",
+        entry.record.name
+    )))
 }
 
 fn stop(draft: &mut Draft<'_>, entry: &VmEntry, force: bool) -> Result<(), Refusal> {

@@ -5,6 +5,7 @@ use tonic_types::StatusExt;
 use uncloud_proto::v1::{self, watch_vms_response::Event};
 
 use super::harness::{Agent, LONG, Node, eventually, hello, new_vm, until};
+use crate::state::command::{Command, Lapsed};
 
 #[tokio::test]
 async fn a_vm_from_its_creation_to_its_end() {
@@ -190,4 +191,28 @@ async fn a_vm_that_does_not_fit_starts_when_room_appears() {
     let (mut large, _) = Agent::join(&node, v1::Hello { capacity, ..hello(2, 20) }).await;
     assert_eq!(large.desired(&vm.id).await.disposition(), v1::Disposition::Run);
     eventually("it has a host", || async { node.vm(&vm.id).await.placement.map(drop) }).await;
+}
+
+#[tokio::test]
+async fn why_a_snapshot_of_a_stopped_vm_is_not_taken_is_explained() {
+    let node = Node::start(LONG).await;
+    let (mut agent, _) = Agent::join(&node, hello(1, 10)).await;
+    let vm = node.create("web").await;
+    let desired = agent.desired(&vm.id).await;
+    agent.report(&vm.id, desired.incarnation, 1, v1::AgentVmState::Running).await;
+    node.vms().stop_vm(v1::StopVmRequest { vm: "web".into(), ..Default::default() }).await.unwrap();
+    agent.report(&vm.id, desired.incarnation, 2, v1::AgentVmState::Stopped).await;
+    let snapshot = v1::CreateSnapshotRequest { vm: "web".into(), snapshot: "before".into(), ..Default::default() };
+    node.vms().create_snapshot(snapshot).await.unwrap();
+    let explain = async || {
+        let request = v1::ExplainVmRequest { vm: "web".into(), owner: String::new() };
+        node.vms().explain_vm(request).await.unwrap().into_inner().summary
+    };
+    let before = explain().await;
+    let host = agent.host_id.parse().unwrap();
+    let lapse = Command::DeclareLapsed { host, lapsed: Lapsed::Both, limit: 1 };
+    node.leader.writer.submit(lapse).await.unwrap();
+    assert_eq!(node.vm("web").await.status.unwrap().phase(), v1::VmPhase::Stopped);
+    let more = "; what is still to be done to its disks waits for that host, which is not heard";
+    assert_eq!(explain().await, before + more);
 }

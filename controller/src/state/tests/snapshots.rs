@@ -189,3 +189,22 @@ fn a_stopped_vm_takes_up_no_room_on_a_lost_host_while_its_disks_are_to_be_worked
         assert_eq!(world.record(vm).snapshots[0].state, SnapshotState::Creating, "that waits for the host");
     }
 }
+
+#[test]
+fn a_vm_that_must_stay_where_its_disks_are_worked_on_is_started_only_if_there_is_room() {
+    let mut world = World::with_hosts(1);
+    let vm = world.running(1, VmSpec { memory_mib: 3072, ..with_disk("shared") });
+    world.ok(Command::SetDesired { vm, desired: PowerChange::Stop });
+    world.says(vm, ObservedState::Stopped, DisksObservation::default());
+    world.ok(create(vm, 1));
+    let other = world.running(2, VmSpec { memory_mib: 2048, ..with_disk("shared") });
+    let start = Command::SetDesired { vm, desired: PowerChange::Start };
+    let why = world.refused(start.clone()).to_string();
+    assert!(why.starts_with("host `host-1` still works on the disks of VM `vm-1` and lacks"), "{why}");
+    assert_eq!(world.record(vm).desired, Desired::Stopped);
+
+    world.ok(Command::SetDesired { vm: other, desired: PowerChange::Stop });
+    world.says(other, ObservedState::Stopped, DisksObservation::default());
+    world.ok(start);
+    assert_eq!((world.record(vm).desired, world.host_of(vm)), (Desired::Running, Some(host_id(1))));
+}

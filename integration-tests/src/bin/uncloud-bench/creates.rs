@@ -8,7 +8,7 @@
 //! as many calls that the controller refuses at once.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -105,7 +105,7 @@ fn request(name: String) -> CreateVmRequest {
 /// One put of the transaction of a create.
 #[derive(Clone)]
 struct Written {
-    /// [`ID`] and [`NAME`] stand where the VM's id and name were.
+    /// [`ID`] and [`NAME`] stand where the VM's id and name were; [`ORDER`] where something is that comes after all before it.
     key: String,
     bytes: usize,
     /// The etcd lease, or 0.
@@ -114,34 +114,34 @@ struct Written {
 
 const ID: &str = "{id}";
 const NAME: &str = "{name}";
+const ORDER: &str = "{order}";
+/// As long as the names of the VMs that are created.
+const SAMPLE: &str = "bench-128-0-127-1234";
 
 impl Written {
     /// As many bytes under a key that comes after all before it.
     fn in_order(&self) -> Self {
-        Self {
-            key: format!("{NAME}/{}", self.key.replace(ID, "00000000-0000-0000-0000-000000000000")),
-            lease: 0,
-            ..*self
-        }
+        let key = self.key.replace(ID, "00000000-0000-0000-0000-000000000000").replace(NAME, "name");
+        Self { key: format!("/{ORDER}{key}"), lease: 0, ..*self }
     }
 
-    fn put(&self, id: Uuid, name: &str, value: &[u8]) -> TxnOp {
-        let key = self.key.replace(ID, &id.to_string()).replace(NAME, name);
+    fn put(&self, id: &str, name: &str, order: &str, value: &[u8]) -> TxnOp {
+        let key = self.key.replace(ID, id).replace(NAME, name).replace(ORDER, order);
         let options = (self.lease != 0).then(|| PutOptions::new().with_lease(self.lease));
-        TxnOp::put(format!("/raw/{key}"), &value[..self.bytes], options)
+        TxnOp::put(format!("/raw{key}"), &value[..self.bytes], options)
     }
 }
 
 /// What the transaction of one create writes: everything of its revision.
 async fn puts_of_a_create(cluster: &Cluster) -> anyhow::Result<Vec<Written>> {
-    let vm = cluster.api.create(request("sample".into())).await?;
+    let vm = cluster.api.create(request(SAMPLE.into())).await?;
     let mut etcd = cluster.etcd.as_ref().context("an etcd")?.client().await?;
     let all = etcd.get("/uncloud/", Some(GetOptions::new().with_prefix())).await?;
     let record = all.kvs().iter().find(|kv| kv.key().ends_with(vm.id.as_bytes())).context("the record of the VM")?;
     let revision = record.mod_revision();
     let written = all.kvs().iter().filter(|kv| kv.mod_revision() == revision);
     let put = |kv: &KeyValue| {
-        let key = String::from_utf8(kv.key().to_vec())?.replace(&vm.id, ID).replace("sample", NAME);
+        let key = String::from_utf8(kv.key().to_vec())?.replace(&vm.id, ID).replace(SAMPLE, NAME);
         anyhow::Ok(Written { key, bytes: kv.value().len(), lease: kv.lease() })
     };
     written.map(put).collect()
@@ -175,19 +175,29 @@ async fn raw_per_second(
     }
     let puts: Arc<[Written]> = puts.into();
     let value: Arc<[u8]> = vec![b'x'; puts.iter().map(|put| put.bytes).max().unwrap_or(0)].into();
+    let transaction = move |client: usize, n: u64| {
+        let puts = (0..vms).flat_map(|vm| {
+            let id = Uuid::new_v4().to_string();
+            // Like those of clients that create at once: each has names that follow each other.
+            let name = format!("{vm:03}-{vms}-{clients}-{round}-{client}-{n}");
+            let order = format!("{vms}-{clients}-{round}-{client:08}-{n:012}-{vm:03}");
+            puts.iter().map(|put| put.put(&id, &name, &order, &value)).collect::<Vec<_>>()
+        });
+        // As the leader does: a condition on a key that is there.
+        let leads = Compare::version("/uncloud/v1/leader", CompareOp::Greater, 0);
+        Txn::new().when([leads]).and_then(puts.collect::<Vec<TxnOp>>())
+    };
+    let transaction = Arc::new(transaction);
+    let prepared: Arc<[_]> = (0..clients).map(|client| Mutex::new(Some(transaction(client, 0)))).collect();
     per_second(clients, vms as u64, |client, n| {
-        let (mut etcd, puts, value) =
-            (connections[client % CONNECTIONS].clone(), Arc::clone(&puts), Arc::clone(&value));
+        let mut etcd = connections[client % CONNECTIONS].clone();
+        let (transaction, prepared) = (Arc::clone(&transaction), Arc::clone(&prepared));
         async move {
-            let puts = (0..vms).flat_map(|vm| {
-                let (id, name) = (Uuid::new_v4(), format!("{clients}-{round}-{client:08}-{n:012}-{vm:03}"));
-                puts.iter().map(|put| put.put(id, &name, &value)).collect::<Vec<_>>()
-            });
-            let puts: Vec<TxnOp> = puts.collect();
-            // As the leader does: a condition on a key that is there.
-            let leads = Compare::version("/uncloud/v1/leader", CompareOp::Greater, 0);
-            let answer = etcd.txn(Txn::new().when([leads]).and_then(puts)).await?;
-            anyhow::ensure!(answer.succeeded(), "the leader key is gone");
+            let slot = || prepared[client].lock().unwrap_or_else(PoisonError::into_inner);
+            let now = slot().take().context("one is prepared")?;
+            // While etcd works, the next one is made: the leader does that, too.
+            let (answer, ()) = tokio::join!(etcd.txn(now), async { *slot() = Some(transaction(client, n + 1)) });
+            anyhow::ensure!(answer?.succeeded(), "the leader key is gone");
             Ok(())
         }
     })

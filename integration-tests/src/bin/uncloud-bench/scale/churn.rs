@@ -1,7 +1,7 @@
 //! VMs come and go for minutes: is memory flat?
 //!
 //! `CHURN_MINUTES` says how many minutes (5). Each second 100 VMs are created, and 100 older ones deleted. The agents obey at
-//! once, so each VM is placed, runs and is removed.
+//! once, so each VM is placed, runs and is removed. A call that fails is counted, and what it was to delete is deleted later.
 
 use std::{
     collections::VecDeque,
@@ -11,6 +11,7 @@ use std::{
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use tokio::time::MissedTickBehavior;
+use tonic::Code;
 use uncloud_proto::v1::{CreateVmRequest, Disk, VmSpec};
 
 use super::Scale;
@@ -30,28 +31,47 @@ pub(super) async fn measure(scale: &mut Scale) -> anyhow::Result<()> {
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (begin, mut n) = (Instant::now(), 0_u64);
+    let (mut failed, mut why) = (0_u64, String::new());
     for minute in 0..=minutes {
         while begin.elapsed() < Duration::from_secs(60 * minute) {
             second.tick().await;
             let api = &scale.plane.api;
             let requests = (0..PER_SECOND as u64).map(|i| api.create(request(n + i)));
             for created in join_all(requests).await {
-                vms.push_back(created?.id);
+                match created {
+                    Ok(vm) => vms.push_back(vm.id),
+                    Err(status) => {
+                        failed += 1;
+                        why = status.to_string();
+                    }
+                }
             }
             n += PER_SECOND as u64;
             let old: Vec<String> = vms.drain(..vms.len().saturating_sub(AT_ONCE)).collect();
-            for deleted in join_all(old.iter().map(|vm| api.delete(vm))).await {
-                deleted?;
+            let deleted = join_all(old.iter().map(|vm| api.delete(vm))).await;
+            for (vm, deleted) in old.into_iter().zip(deleted) {
+                match deleted {
+                    Ok(()) => {}
+                    // An earlier call that was given up has deleted it.
+                    Err(status) if status.code() == Code::NotFound => {}
+                    Err(status) => {
+                        failed += 1;
+                        why = status.to_string();
+                        vms.push_front(vm);
+                    }
+                }
             }
         }
         let kib = scale.resident_kib(0)?;
         let stored = etcd.status().await?.db_size() >> 20;
-        println!("churn: after {minute} min, {n} VMs: {:.0} MiB resident, etcd {stored} MiB", kib / 1024.0);
+        let mib = kib / 1024.0;
+        println!("churn: after {minute} min, {n} VMs: {mib:.0} MiB resident, etcd {stored} MiB, {failed} calls failed");
         sizes.push(kib);
     }
     // The first minute fills what is kept on purpose: the history of changes, the answers to requests.
     let (first, last) = (sizes.get(1).context("a minute at least")?, sizes.last().context("a minute at least")?);
-    let beside = format!("the size after a minute; {minutes} min, {PER_SECOND} creates and deletes per second");
+    let rate = format!("{minutes} min, {PER_SECOND} creates and deletes per second");
+    let beside = format!("the size after a minute; {rate}; {failed} calls failed {why}");
     scale.add("churn_memory_growth", last / 1024.0, first / 1024.0, "MiB", beside);
     Ok(())
 }
