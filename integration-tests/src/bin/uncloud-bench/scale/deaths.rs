@@ -44,36 +44,43 @@ async fn die(scale: &mut Scale, name: &str, hosts: Range<usize>, vms: usize, aim
     let mut changes = etcd.watch("/uncloud/v1/", Some(WatchOptions::new().with_prefix())).await?;
     let clock = Clock::system();
     scale.fleet.kill(hosts.clone());
-    let mut sizes = Vec::new();
+    let mut puts = Vec::new();
     let mut placed: BTreeMap<HostId, u64> = BTreeMap::new();
+    let (mut first, mut transactions) = (None, BTreeSet::new());
     while !homeless.is_empty() {
         let next = tokio::time::timeout(LIMIT, changes.message()).await;
         let Ok(Ok(Some(next))) = next else { bail!("{} VMs have no new place", homeless.len()) };
         let now = clock.wall().0;
         for event in next.events() {
             let Some(kv) = event.kv().filter(|_| event.event_type() == EventType::Put) else { continue };
-            sizes.push(kv.value().len());
+            puts.push(raw::Put { key: kv.key().to_vec(), bytes: kv.value().len(), lease: kv.lease() });
             let Some(key @ Key::Vm(vm)) = Key::parse(kv.key()) else { continue };
             let Record::Vm(record) = Record::from_json(&key, kv.value())? else { continue };
             if record.placement.host.is_some_and(|host| !dead.contains(&host))
                 && let Some(host) = homeless.remove(&vm)
             {
                 placed.insert(host, now);
+                first.get_or_insert(now);
+                transactions.insert(kv.mod_revision());
             }
         }
     }
     let text = fs::read(&log)?;
     let text = String::from_utf8_lossy(&text[usize::try_from(already)?..]).into_owned();
-    let mut took = 0;
+    let (mut took, mut until_first) = (0, u64::MAX);
+    let after = |declared: u64, then: u64| (then % DAY_MS + DAY_MS - declared) % DAY_MS;
     for (host, last) in placed {
         let about = format!("host={host} ");
         let declared =
             text.lines().find(|line| line.contains("declared lapsed") && format!("{line} ").contains(&about));
         let declared = declared.and_then(time_of_day).context("the leader's log says when")?;
-        took = took.max((last % DAY_MS + DAY_MS - declared) % DAY_MS);
+        took = took.max(after(declared, last));
+        until_first = until_first.min(after(declared, first.context("one was placed")?));
     }
-    let limit = raw::write(&mut etcd, &sizes).await?;
-    let beside = format!("the same {} writes in full etcd transactions; the aim is {aim}", sizes.len());
+    let limit = raw::write(&mut etcd, &puts).await?;
+    let (writes, transactions) = (puts.len(), transactions.len());
+    let profile = format!("ours: in {transactions} transactions, the first after {until_first} ms");
+    let beside = format!("the same {writes} writes in full etcd transactions; {profile}; the aim is {aim}");
     scale.add(name, took as f64, limit.as_secs_f64() * 1000.0, "ms", beside);
     Ok(())
 }

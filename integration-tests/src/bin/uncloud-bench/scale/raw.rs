@@ -1,9 +1,12 @@
 //! What etcd itself takes for the same: the limits.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
-use etcd_client::{Client, GetOptions, Txn, TxnOp};
+use etcd_client::{Client, GetOptions, PutOptions, Txn, TxnOp};
 use harness::load::Plane;
 use uncloud_controller::{model::keys, store::MAX_OPERATIONS};
 
@@ -39,20 +42,46 @@ pub(super) async fn range(plane: &Plane, start: &str, end: &str) -> anyhow::Resu
     Ok(bytes)
 }
 
-/// Writes values of these sizes under keys of their own, in full transactions, one after the other.
-pub(super) async fn write(client: &mut Client, sizes: &[usize]) -> anyhow::Result<Duration> {
-    let batches: Vec<Vec<TxnOp>> = sizes
-        .chunks(MAX_OPERATIONS)
-        .enumerate()
-        .map(|(n, batch)| {
-            let put = |(i, size): (usize, &usize)| {
-                TxnOp::put(format!("/raw/{n:06}/{i:06}/{:036}", 0), vec![b'x'; *size], None)
-            };
-            batch.iter().enumerate().map(put).collect()
-        })
-        .collect();
+/// Something that was written.
+pub(super) struct Put {
+    pub(super) key: Vec<u8>,
+    pub(super) bytes: usize,
+    /// The etcd lease, or 0.
+    pub(super) lease: i64,
+}
+
+impl Put {
+    fn again(&self) -> TxnOp {
+        let key = [b"/raw", self.key.as_slice()].concat();
+        let options = (self.lease != 0).then(|| PutOptions::new().with_lease(self.lease));
+        TxnOp::put(key, vec![b'x'; self.bytes], options)
+    }
+}
+
+/// Writes as many bytes under keys of the same form, in full transactions, one after the other. What is not an event was there
+/// before.
+pub(super) async fn write(client: &mut Client, puts: &[Put]) -> anyhow::Result<Duration> {
+    let events = keys::EVENTS.as_bytes();
+    let before: Vec<&Put> = puts.iter().filter(|put| !put.key.starts_with(events)).collect();
+    in_transactions(client, &before).await?;
+    in_transactions(client, &puts.iter().collect::<Vec<_>>()).await
+}
+
+async fn in_transactions(client: &mut Client, puts: &[&Put]) -> anyhow::Result<Duration> {
+    let mut batches: Vec<(BTreeSet<&[u8]>, Vec<TxnOp>)> = Vec::new();
+    for put in puts {
+        // A transaction may have a key once.
+        let fits = |(keys, _): &&mut (BTreeSet<&[u8]>, _)| keys.len() < MAX_OPERATIONS && !keys.contains(&*put.key);
+        match batches.last_mut().filter(fits) {
+            Some((keys, batch)) => {
+                keys.insert(&put.key);
+                batch.push(put.again());
+            }
+            None => batches.push((BTreeSet::from([put.key.as_slice()]), vec![put.again()])),
+        }
+    }
     let begin = Instant::now();
-    for batch in batches {
+    for (_, batch) in batches {
         ensure!(client.txn(Txn::new().and_then(batch)).await?.succeeded(), "a write was refused");
     }
     Ok(begin.elapsed())
