@@ -294,7 +294,7 @@ fn check_room_where_it_is(draft: &mut Draft<'_>, entry: &VmEntry, host: HostId) 
     let Some(Err(why)) = scheduler::room(draft.view(), host, entry.record.id, needed, &limits) else { return Ok(()) };
     let host = draft.host_name(host);
     Err(Refusal::Precondition(format!(
-        "host `{host}` still works on the disks of VM `{}` and {why} for it now; start it when that is done: then it is given a \
+        "host `{host}` has still to work on the disks of VM `{}` and {why} for it now; start it when that is done: then it is given a \
          host with room",
         entry.record.name
     )))

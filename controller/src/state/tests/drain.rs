@@ -328,6 +328,18 @@ fn nothing_is_stopped_that_could_migrate_a_little_later_or_start_nowhere() {
 }
 
 #[test]
+fn a_stopped_vm_is_at_rest_once_nothing_is_to_be_done_to_its_disks() {
+    let mut world = World::one_open(2);
+    let vm = world.running(1, small("shared", 64));
+    world.set(vm, PowerChange::Stop);
+    assert_eq!(world.prospect(vm), Prospect::Waits("is being stopped".into()));
+    world.report(vm, ObservedState::Stopped);
+    assert_eq!(world.prospect(vm), Prospect::AtRest);
+    world.ok(Command::CreateSnapshot { vm, id: uuid::Uuid::from_u128(7), name: "before".into() });
+    assert_eq!(world.prospect(vm), Prospect::Waits("has stopped, and its disks are still worked on".into()));
+}
+
+#[test]
 fn paused_and_failed_vms_are_explained() {
     let mut world = World::one_open(2);
     let vm = world.running(1, small("shared", 64));

@@ -200,11 +200,25 @@ fn a_vm_that_must_stay_where_its_disks_are_worked_on_is_started_only_if_there_is
     let other = world.running(2, VmSpec { memory_mib: 2048, ..with_disk("shared") });
     let start = Command::SetDesired { vm, desired: PowerChange::Start };
     let why = world.refused(start.clone()).to_string();
-    assert!(why.starts_with("host `host-1` still works on the disks of VM `vm-1` and lacks"), "{why}");
+    assert!(why.starts_with("host `host-1` has still to work on the disks of VM `vm-1` and lacks"), "{why}");
     assert_eq!(world.record(vm).desired, Desired::Stopped);
 
     world.ok(Command::SetDesired { vm: other, desired: PowerChange::Stop });
     world.says(other, ObservedState::Stopped, DisksObservation::default());
     world.ok(start);
     assert_eq!((world.record(vm).desired, world.host_of(vm)), (Desired::Running, Some(host_id(1))));
+}
+
+#[test]
+fn a_stopped_vm_whose_host_is_lost_starts_elsewhere_though_there_is_no_room_where_its_disks_were_worked_on() {
+    let mut world = World::with_hosts(1);
+    let vm = world.running(1, VmSpec { memory_mib: 3072, ..with_disk("shared") });
+    world.ok(Command::SetDesired { vm, desired: PowerChange::Stop });
+    world.says(vm, ObservedState::Stopped, DisksObservation::default());
+    world.ok(create(vm, 1));
+    world.running(2, VmSpec { memory_mib: 2048, failover: Failover::Hold, ..with_disk("shared") });
+    world.ok(Command::RegisterHost { host: Box::new(facts(2)) });
+    world.lapse(host_id(1), Lapsed::Fast);
+    world.ok(Command::SetDesired { vm, desired: PowerChange::Start });
+    assert_eq!((world.record(vm).desired, world.host_of(vm)), (Desired::Running, Some(host_id(2))));
 }
